@@ -1,0 +1,35 @@
+"""llmquant: quantize Hugging Face causal LMs block by block, and prove the result.
+
+    import llmquant
+    report = llmquant.quantize("demo", llmquant.make_recipe("demo", flags={"bits": 4}), out="demo-W4")
+    print(report.lanes["llmquant"]["kl_mean"])
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from llmquant.errors import LLMQuantError
+    from llmquant.pipeline import quantize
+    from llmquant.recipe import Recipe, make_recipe
+    from llmquant.report import Report
+
+__all__ = ["LLMQuantError", "Recipe", "Report", "make_recipe", "quantize"]
+
+_HOME = {
+    "LLMQuantError": "errors",
+    "Recipe": "recipe",
+    "make_recipe": "recipe",
+    "quantize": "pipeline",
+    "Report": "report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers take seconds to import; `--help` and shell completion should not wait for them.
+    if name not in _HOME:
+        raise AttributeError(f"module 'llmquant' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"llmquant.{_HOME[name]}"), name)

@@ -1,0 +1,56 @@
+"""Other ways to quantize the same weights, evaluated beside ours in the same pass.
+
+A new baseline is one function and one line in BASELINES.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmquant.grid import QuantizedWeight, QuantScheme, absmax_scales, quantize_to_grid
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """`apply` gives the dequantized weight_OI in the dtype it came in; `bits` the stored bits of one row."""
+
+    label: str
+    apply: Callable[[Tensor, QuantScheme], Tensor]
+    row_bits: Callable[[int, QuantScheme], float]
+
+
+def _rtn(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
+    scales_OG = absmax_scales(weight_OI.float(), scheme)
+    codes_OI = quantize_to_grid(weight_OI.float(), scales_OG, scheme)
+    return QuantizedWeight(codes_OI, scales_OG, scheme).dequantize(weight_OI.dtype)
+
+
+def _bnb_nf4(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
+    """bitsandbytes' own kernels: NF4, blocks of 64, float32 absmax, no double quantization."""
+    import bitsandbytes.functional as bnb
+
+    packed, state = bnb.quantize_4bit(weight_OI.contiguous(), blocksize=64, quant_type="nf4", compress_statistics=False)
+    return bnb.dequantize_4bit(packed, state).view_as(weight_OI)
+
+
+def _bnb_int8(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
+    """bitsandbytes' row-wise INT8 of the weights; activations stay as they are, unlike in `load_in_8bit`."""
+    import bitsandbytes.functional as bnb
+
+    # Its kernel takes float16, and so does load_in_8bit.
+    codes, row_scales, _ = bnb.int8_vectorwise_quant(weight_OI.to(torch.float16).contiguous())
+    return (codes.float() * (row_scales.float() / 127)[:, None]).to(weight_OI.dtype)
+
+
+BASELINES: dict[str, Baseline] = {
+    "rtn": Baseline("round to nearest, absmax groups, bf16 scales", _rtn, lambda n, s: n * s.bits + 16 * s.groups(n)),
+    "bnb-nf4": Baseline("bitsandbytes NF4, blocks of 64, float32 absmax", _bnb_nf4, lambda n, s: n * 4 + 32 * n / 64),
+    "bnb-int8": Baseline("bitsandbytes INT8 by rows, weights only", _bnb_int8, lambda n, s: n * 8 + 32),
+}
+
+
+def default_baselines(bits: int) -> tuple[str, ...]:
+    """rtn, and bitsandbytes at the nearest width it has."""
+    return ("rtn", "bnb-nf4") if bits <= 4 else ("rtn", "bnb-int8")

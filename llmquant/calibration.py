@@ -1,0 +1,218 @@
+"""Text -> fixed token windows, for calibration and for evaluation."""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmquant.errors import CalibrationError
+from llmquant.source import DEMO, Source
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents, and where they came from. `revision` is the dataset's commit, where it has one."""
+
+    name: str
+    documents: list[str]
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows ids [n, T] (int64) and how they were made."""
+
+    ids: Tensor
+    dataset: str
+    revision: str | None
+    bos: str  # which windows start with the BOS token: "none", "first" or "every other"
+
+    @property
+    def n_tokens(self) -> int:
+        return self.ids.numel()
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a report says of them; the digest pins the token ids."""
+        return {
+            "dataset": self.dataset,
+            "revision": self.revision,
+            "seq_len": self.ids.shape[1],
+            "n_tokens": self.n_tokens,
+            "bos": self.bos,
+            "ids_sha256": hashlib.sha256(self.ids.numpy().tobytes()).hexdigest(),
+        }
+
+    def batches(self, tokens: int = 2048) -> list[Tensor]:
+        """Groups of windows [B, T] of about `tokens` tokens each."""
+        return list(self.ids.split(max(1, tokens // self.ids.shape[1])))
+
+
+def _builtin(split: str, limit: int) -> Text:
+    file = "calibration.txt" if split == "train" else "heldout.txt"
+    return Text("builtin", [(DEMO / file).read_text("utf-8")])
+
+
+def _wikitext2(split: str, limit: int) -> Text:
+    return _hub_dataset("Salesforce/wikitext:wikitext-2-raw-v1:" + ("train" if split == "train" else "test"), limit, "wikitext2")
+
+
+def _c4(split: str, limit: int) -> Text:
+    return _hub_dataset("allenai/c4:en:" + ("train" if split == "train" else "validation"), limit, "c4")
+
+
+# name -> loader(split, limit): `split` is train or test, `limit` the number of characters that are enough.
+DATASETS: dict[str, Callable[[str, int], Text]] = {"builtin": _builtin, "wikitext2": _wikitext2, "c4": _c4}
+
+
+def load_text(spec: str, split: str, limit: int) -> Text:
+    """Text of `spec`: a name in DATASETS, FILE.txt, FILE.jsonl, or HUB_ID[:config[:split[:column]]]."""
+    if spec in DATASETS:
+        return DATASETS[spec](split, limit)
+    path = Path(spec).expanduser()
+    if path.suffix in (".txt", ".jsonl"):
+        if not path.is_file():
+            raise CalibrationError(spec, "no such file")
+        try:
+            text = Text(path.name, [path.read_text("utf-8")] if path.suffix == ".txt" else list(_jsonl(path, limit)))
+        except UnicodeDecodeError as error:
+            raise CalibrationError(spec, f"not UTF-8 text ({error.reason} at byte {error.start})") from None
+        return text
+    return _hub_dataset(spec, limit, spec)
+
+
+def _jsonl(path: Path, limit: int) -> Iterator[str]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        rows = load_dataset("json", data_files=str(path), split="train", streaming=True)
+        yield from _column(path.name, rows, None, limit)
+    except (DatasetGenerationError, ValueError) as error:
+        raise CalibrationError(str(path), f"cannot be read ({error})", expected="one JSON object with a text per line") from None
+
+
+def _hub_dataset(spec: str, limit: int, name: str) -> Text:
+    """A dataset of the Hub, streamed: only as many rows are fetched as are needed."""
+    from datasets import load_dataset
+    from huggingface_hub import HfApi
+
+    repo, config, split, column = (spec.split(":") + [""] * 3)[:4]
+    try:
+        revision = HfApi().dataset_info(repo).sha
+        rows = load_dataset(repo, config or None, split=split or "train", streaming=True, revision=revision)
+        documents = list(_column(spec, rows, column or None, limit))
+    except CalibrationError:
+        raise
+    except Exception as error:  # datasets and its file systems raise dozens of unrelated classes
+        brief = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        raise CalibrationError(
+            spec,
+            f"cannot be loaded ({brief})",
+            expected="builtin, wikitext2, c4, FILE.txt, FILE.jsonl or HUB_ID[:config[:split[:column]]]",
+            remedy="check the name and the network, or use builtin",
+        ) from error
+    return Text(name, documents, revision)
+
+
+def _column(where: str, rows: Any, column: str | None, limit: int) -> Iterator[str]:
+    """The text column of `rows`, until `limit` characters are reached. Unnamed: `text`, `content`, or the only one."""
+    iterator = iter(rows)
+    first = next(iterator, None)
+    if first is None:
+        return
+    texts = [name for name, value in first.items() if isinstance(value, str)]
+    if column is None:
+        column = next((name for name in ("text", "content") if name in texts), texts[0] if len(texts) == 1 else None)
+    if column is None or column not in first:
+        raise CalibrationError(where, f"columns {', '.join(first)}", expected="a text column", remedy="name it: DATASET:config:split:column")
+    seen = 0
+    for row in chain([first], iterator):
+        if seen >= limit:
+            return
+        seen += len(row[column])
+        yield row[column]
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The checkpoint's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    if not any(file.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for file in source.side_files()):
+        raise CalibrationError(source.name, "no tokenizer", expected="tokenizer files beside the weights", remedy="add them, or use --method rtn --eval-data none")
+    try:
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raise bare Exception
+        raise CalibrationError(source.name, f"its tokenizer cannot be loaded ({str(error).splitlines()[0][:160]})") from error
+
+
+def tokenize(tokenizer: Any, text: str, *, special: bool) -> Tensor:
+    """Token ids [N] of one text in one tokenizer call."""
+    ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def leading_bos(tokenizer: Any) -> int | None:
+    """The BOS id, if this tokenizer starts every text with it."""
+    first = tokenizer("a")["input_ids"][:1]
+    bos: int | None = tokenizer.bos_token_id
+    return bos if bos is not None and first == [bos] else None
+
+
+def check_ids(ids: Tensor, vocab_size: int, where: str) -> None:
+    if ids.numel() and int(ids.max()) >= vocab_size:
+        raise CalibrationError(where, f"token id {int(ids.max())}", expected=f"ids below the embedding's {vocab_size}", remedy="the tokenizer belongs to another model")
+
+
+def calibration_windows(tokenizer: Any, spec: str, samples: int, seq_len: int, seed: int) -> Windows:
+    """`samples` windows of `seq_len` tokens of the text, chosen by `seed`.
+
+    Windows are drawn without overlap; where the text has room for at least half of them, they are spread evenly
+    and overlap. Where the tokenizer starts texts with BOS, so does every other window: models lean on their
+    first token, and text from the middle of a document alone would never show it.
+    """
+    # Characters that surely hold enough tokens: eight per token, and twice that to choose from.
+    text = load_text(spec, "train", samples * seq_len * 16)
+    joined = "\n\n".join(text.documents)
+    if not joined.strip():
+        raise CalibrationError(spec, "no text in it", remedy="choose another --calibration")
+    ids = tokenize(tokenizer, joined, special=False)
+    n_slots = ids.numel() // seq_len
+    if n_slots >= samples:
+        starts = sorted(slot * seq_len for slot in random.Random(seed).sample(range(n_slots), samples))
+    elif ids.numel() >= max(seq_len + 1, samples * seq_len // 2):
+        starts = [int(x) for x in torch.linspace(0, ids.numel() - seq_len, samples, dtype=torch.float64)]
+    else:
+        raise CalibrationError(
+            spec,
+            f"{ids.numel()} tokens",
+            expected=f"at least {samples * seq_len // 2} for {samples} windows of {seq_len}",
+            remedy="use fewer --samples, a shorter --seq-len or more text",
+        )
+    windows = torch.stack([ids[start : start + seq_len] for start in starts])
+    bos = leading_bos(tokenizer)
+    if bos is not None:
+        windows[::2, 1:] = windows[::2, :-1].clone()
+        windows[::2, 0] = bos
+    return Windows(windows, text.name, text.revision, "none" if bos is None else "every other")
+
+
+def evaluation_windows(tokenizer: Any, spec: str, max_tokens: int | None, seq_len: int) -> Windows:
+    """The GPTQ-style protocol: all texts joined by blank lines, one tokenizer call, windows without overlap, tail dropped.
+
+    At most `max_tokens` tokens (None: the whole text).
+    """
+    text = load_text(spec, "test", 10**12 if max_tokens is None else max_tokens * 16)
+    ids = tokenize(tokenizer, "\n\n".join(text.documents), special=True)
+    count = ids.numel() // seq_len
+    if max_tokens is not None:
+        count = min(count, max_tokens // seq_len)
+    if count == 0:
+        raise CalibrationError(spec, f"{ids.numel()} tokens", expected=f"at least one window of {seq_len}", remedy="more evaluation text")
+    bos = leading_bos(tokenizer)
+    return Windows(ids[: count * seq_len].view(count, seq_len), text.name, text.revision, "none" if bos is None else "first")

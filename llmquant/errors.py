@@ -1,0 +1,51 @@
+"""Every error a user can meet, with its exit code.
+
+    LLMQuantError            1
+    |-- RecipeError          2   an option, a recipe or a command line that cannot be
+    |-- SolveError           3   a layer that cannot be quantized under the chosen policy
+    |-- SourceError          4   the checkpoint is missing, broken or not supported
+    |-- CalibrationError     5   the calibration or evaluation text, or its tokenizer
+    |-- FormatError          6   the output format or a runtime cannot hold the plan
+    |-- OutputError          7   the output folder or the disk
+    `-- VerifyError          8   what was written is not what was computed
+
+The message is one line: `where: got; expected ...; remedy`.
+"""
+
+
+class LLMQuantError(Exception):
+    """Base of all errors that are the caller's to mend; anything else is a bug of ours."""
+
+    exit_code = 1
+
+    def __init__(self, where: str, got: str, *, expected: str = "", remedy: str = "") -> None:
+        parts = [f"{where}: {got}", f"expected {expected}" if expected else "", remedy]
+        super().__init__("; ".join(part for part in parts if part).replace("\n", " "))
+
+
+class RecipeError(LLMQuantError):
+    exit_code = 2
+
+
+class SolveError(LLMQuantError):
+    exit_code = 3
+
+
+class SourceError(LLMQuantError):
+    exit_code = 4
+
+
+class CalibrationError(LLMQuantError):
+    exit_code = 5
+
+
+class FormatError(LLMQuantError):
+    exit_code = 6
+
+
+class OutputError(LLMQuantError):
+    exit_code = 7
+
+
+class VerifyError(LLMQuantError):
+    exit_code = 8

@@ -1,0 +1,169 @@
+"""Perplexity and KL divergence of several lanes over the same windows.
+
+A lane is one version of the weights (original, llmquant, a baseline) with its own stream of hidden states.
+
+Shapes: N tokens, T time, D hidden, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmquant.calibration import Windows
+from llmquant.streams import Stream, Streams
+
+Array = NDArray[np.float64]
+ORIGINAL = "original"
+_LOGITS_AT_ONCE = 2**23  # numbers in one chunk of logits: 32 MB
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Per predicted token, [windows, T - 1]: loss in nats, KL(original || lane) in nats, whether both have the same top
+    token, and the change of the true token's probability. `finite` is False where either had NaN or Inf logits."""
+
+    nll: Array
+    kl: Array
+    same_top: Array
+    dp: Array
+    finite: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A lane's figures; standard errors and intervals are over windows. None where one window is too few."""
+
+    perplexity: float
+    perplexity_se: float | None
+    perplexity_ratio: float
+    perplexity_ratio_ci: tuple[float, float] | None
+    kl_mean: float
+    kl_se: float | None
+    kl_p50: float
+    kl_p90: float
+    kl_p99: float
+    kl_p999: float
+    kl_max: float
+    same_top: float
+    rms_dp: float
+    n_nonfinite: int
+
+    def as_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        values["perplexity_ratio_ci"] = None if self.perplexity_ratio_ci is None else list(self.perplexity_ratio_ci)
+        return values
+
+
+class Lanes:
+    """The evaluation streams of all lanes, advanced block by block and scored at the end."""
+
+    def __init__(self, names: Sequence[str], windows: Windows, streams: Streams) -> None:
+        self.windows = windows
+        self.streams: dict[str, Stream] = {name: streams.new(name) for name in names}
+
+    def start(self, hidden_BTD: Tensor) -> None:
+        """The next batch's hidden states before the first block, the same for every lane."""
+        for stream in self.streams.values():
+            stream.append(hidden_BTD)
+
+    def advance(self, name: str, block: Callable[[Tensor], Tensor]) -> None:
+        self.streams[name].update(block)
+
+    def score(self, logits_of: Callable[[Tensor], Tensor]) -> dict[str, TokenScores]:
+        """Walk all windows once through `logits_of` ([N, D] -> [N, V]); logits live one chunk of tokens at a time."""
+        rows: dict[str, list[list[Tensor]]] = {name: [] for name in self.streams}
+        ids = iter(self.windows.ids)
+        for batches in zip(*self.streams.values(), strict=True):
+            for window in zip(*batches, strict=True):
+                parts = _score_window(dict(zip(self.streams, window, strict=True)), next(ids), logits_of)
+                for name, part in parts.items():
+                    rows[name].append(part)
+        scores = {}
+        for name, windows in rows.items():
+            nll, kl, top, dp, finite = (torch.stack(column).double().numpy() for column in zip(*windows, strict=True))
+            scores[name] = TokenScores(nll, kl, top, dp, finite.astype(np.bool_))
+        return scores
+
+
+def _score_window(hidden: dict[str, Tensor], ids_T: Tensor, logits_of: Callable[[Tensor], Tensor]) -> dict[str, list[Tensor]]:
+    """[nll, kl, same_top, dp, finite] of each lane, each [T - 1]."""
+    columns: dict[str, list[list[Tensor]]] = {name: [] for name in hidden}
+    start, chunk, last = 0, 16, ids_T.numel() - 1
+    while start < last:
+        stop = min(start + chunk, last)
+        target = ids_T[start + 1 : stop + 1, None]
+        reference = _log_probabilities(logits_of, hidden[ORIGINAL][start:stop])
+        chunk = max(1, _LOGITS_AT_ONCE // reference.shape[1])
+        p = reference.exp()
+        target = target.to(reference.device)
+        for name, lane_hidden in hidden.items():
+            lane = reference if name == ORIGINAL else _log_probabilities(logits_of, lane_hidden[start:stop])
+            nll = -lane.gather(1, target)[:, 0]
+            kl = (p * (reference - lane)).sum(1)
+            top = (lane.argmax(1) == reference.argmax(1)).float()
+            dp = (-nll).exp() - p.gather(1, target)[:, 0]
+            finite = torch.isfinite(nll) & torch.isfinite(kl)
+            columns[name].append([column.cpu() for column in (nll, kl, top, dp, finite)])
+        start = stop
+    return {name: [torch.cat(column) for column in zip(*chunks, strict=True)] for name, chunks in columns.items()}
+
+
+def _log_probabilities(logits_of: Callable[[Tensor], Tensor], hidden_ND: Tensor) -> Tensor:
+    return torch.log_softmax(logits_of(hidden_ND), dim=-1)
+
+
+def figures(scores: TokenScores, original: TokenScores, seed: int = 0) -> Figures:
+    """Figures of a lane; tokens that are not finite in it or in the original are counted and left out.
+
+    perplexity = exp(mean loss); its standard error is perplexity * se(mean loss) (delta method). The interval of
+    the ratio is the 95% percentile bootstrap of the paired difference of losses, resampling whole windows.
+    """
+    finite = scores.finite & original.finite
+    kept = [row.any() for row in finite]
+
+    def by_window(values: Array) -> Array:
+        return np.array([row[mask].mean() for row, mask in zip(values, finite, strict=True) if mask.any()])
+
+    if not any(kept):
+        raise ValueError("no token with finite logits")
+    kl = np.sort(scores.kl[finite])
+    nll = float(scores.nll[finite].mean())
+    nll_se, kl_se = standard_error(by_window(scores.nll)), standard_error(by_window(scores.kl))
+    difference = by_window(scores.nll - original.nll)
+    p50, p90, p99, p999 = np.quantile(kl, [0.5, 0.9, 0.99, 0.999])
+    return Figures(
+        perplexity=math.exp(nll),
+        perplexity_se=None if nll_se is None else math.exp(nll) * nll_se,
+        perplexity_ratio=math.exp(nll - float(original.nll[finite].mean())),
+        perplexity_ratio_ci=bootstrap_ratio(difference, seed),
+        kl_mean=float(kl.mean()),
+        kl_se=kl_se,
+        kl_p50=float(p50),
+        kl_p90=float(p90),
+        kl_p99=float(p99),
+        kl_p999=float(p999),
+        kl_max=float(kl[-1]),
+        same_top=float(scores.same_top[finite].mean()),
+        rms_dp=float(np.sqrt(np.square(scores.dp[finite]).mean())),
+        n_nonfinite=int((~finite).sum()),
+    )
+
+
+def standard_error(means: Array) -> float | None:
+    """Standard error of the mean of window means; None for a single window."""
+    return float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
+
+
+def bootstrap_ratio(differences: Array, seed: int, resamples: int = 2000) -> tuple[float, float] | None:
+    """95% interval of exp(mean difference) over resampled windows."""
+    if len(differences) < 2:
+        return None
+    picks = np.random.default_rng(seed).integers(0, len(differences), (resamples, len(differences)))
+    low, high = np.quantile(differences[picks].mean(1), [0.025, 0.975])
+    return math.exp(float(low)), math.exp(float(high))

@@ -1,0 +1,12 @@
+"""How bytes lie. A format turns the canonical codes and scales into named tensors and a config, and reads them back.
+
+A new format is one file and one line in FORMATS.
+"""
+
+from llmquant.formats.base import Format, LinearSpec
+from llmquant.formats.compressed_tensors import CompressedTensors
+from llmquant.formats.fake import Fake
+
+FORMATS: dict[str, Format] = {"compressed-tensors": CompressedTensors(), "fake": Fake()}
+
+__all__ = ["FORMATS", "Format", "LinearSpec"]

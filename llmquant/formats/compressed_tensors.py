@@ -1,0 +1,88 @@
+"""compressed-tensors, pack-quantized: opened by stock transformers, vLLM and SGLang.
+
+For a weight [N, K] of b bits: weight_packed int32 [N, ceil(K b / 32)], unsigned codes q + 2^(b-1) from the lowest
+bit up along K; weight_scale [N, K / g] in the model's dtype; weight_shape int64 [2].
+"""
+
+from collections.abc import Callable, Sequence
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmquant.errors import FormatError
+from llmquant.formats.base import Layout, LinearSpec
+from llmquant.grid import QuantizedWeight, QuantScheme
+from llmquant.packing import pack_rows, unpack_rows
+
+
+class CompressedTensors:
+    def check(self, specs: Sequence[LinearSpec]) -> None:
+        if odd := [spec for spec in specs if spec.kind != "Linear"]:
+            raise FormatError(
+                odd[0].module,
+                f"compressed-tensors cannot hold {odd[0].kind} layers ({len(odd)} of them)",
+                expected="nn.Linear",
+                remedy="use --format fake",
+            )
+        if any(not spec.scheme.symmetric for spec in specs):
+            raise FormatError(
+                "compressed-tensors", "an asymmetric grid, which its loader cannot open by default", expected="a symmetric grid"
+            )
+
+    def layout(self, spec: LinearSpec) -> Layout:
+        rows, columns = spec.shape
+        return {
+            f"{spec.prefix}weight_packed": (torch.int32, (rows, ceil(columns * spec.scheme.bits / 32))),
+            f"{spec.prefix}weight_scale": (spec.dtype, (rows, spec.scheme.groups(columns))),
+            f"{spec.prefix}weight_shape": (torch.int64, (2,)),
+        }
+
+    def tensors(self, spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
+        unsigned = (weight.codes_OI.short() + 2 ** (spec.scheme.bits - 1)).to(torch.uint8)
+        return {
+            f"{spec.prefix}weight_packed": pack_rows(unsigned, spec.scheme.bits),
+            f"{spec.prefix}weight_scale": weight.scales_OG.to(spec.dtype),
+            f"{spec.prefix}weight_shape": torch.tensor(spec.shape, dtype=torch.int64),
+        }
+
+    def weight_bits(self, spec: LinearSpec) -> int:
+        rows, columns = spec.shape
+        return rows * (columns * spec.scheme.bits + spec.scheme.groups(columns) * 8 * spec.dtype.itemsize)
+
+    def config(self, specs: Sequence[LinearSpec], dense_linears: Sequence[str]) -> dict[str, Any]:
+        schemes = list(dict.fromkeys(spec.scheme for spec in specs))
+        groups = {f"group_{i}": self._group(scheme, specs, len(schemes) == 1) for i, scheme in enumerate(schemes)}
+        return {
+            "quantization_config": {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                # Without this, transformers fills the weights with random numbers and only lists them as missing.
+                "quantization_status": "compressed",
+                "ignore": list(dense_linears),
+                "kv_cache_scheme": None,
+                "global_compression_ratio": None,
+                "config_groups": groups,
+            }
+        }
+
+    def _group(self, scheme: QuantScheme, specs: Sequence[LinearSpec], only: bool) -> dict[str, Any]:
+        weights: dict[str, Any] = {"num_bits": scheme.bits, "type": "int", "symmetric": True, "dynamic": False}
+        if scheme.group_size == -1:
+            weights["strategy"] = "channel"
+        else:
+            weights |= {"strategy": "group", "group_size": scheme.group_size}
+        targets = ["Linear"] if only else [spec.module for spec in specs if spec.scheme == scheme]
+        return {
+            "targets": targets,
+            "format": "pack-quantized",
+            "weights": weights,
+            "input_activations": None,
+            "output_activations": None,
+        }
+
+    def read(self, spec: LinearSpec, read: Callable[[str], Tensor]) -> QuantizedWeight:
+        codes = unpack_rows(read(f"{spec.prefix}weight_packed"), spec.scheme.bits, spec.shape[1])
+        signed = (codes.short() - 2 ** (spec.scheme.bits - 1)).to(torch.int8)
+        return QuantizedWeight(signed, read(f"{spec.prefix}weight_scale").float(), spec.scheme)

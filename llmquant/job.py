@@ -1,0 +1,133 @@
+"""All that is decided before any weight is read: source, skeleton, plan and token windows of one run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmquant import calibration as text
+from llmquant.baselines import BASELINES, default_baselines
+from llmquant.errors import RecipeError, SourceError
+from llmquant.plan import Plan, make_plan
+from llmquant.recipe import Recipe
+from llmquant.skeleton import Skeleton
+from llmquant.solvers import DATA_FREE
+from llmquant.source import Source, open_source
+
+ORIGINAL, OURS = "original", "llmquant"
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One quantization, ready to start. `lanes` is empty where evaluation is switched off."""
+
+    source: Source
+    recipe: Recipe
+    skeleton: Skeleton
+    plan: Plan
+    calibration: text.Windows | None
+    evaluation: text.Windows | None
+    lanes: tuple[str, ...]
+    key_of: dict[str, str] = field(repr=False)  # parameter of the model -> tensor of the checkpoint
+
+    def read(self, param: str) -> Tensor:
+        """A parameter's weights as they are in the checkpoint; NaN and Inf are refused by name."""
+        return self.source.read_finite(self.key_of[param])
+
+    def stream_sizes(self) -> dict[str, int]:
+        """Bytes of every stream of hidden states, calibration first: it is read most often."""
+        hidden_bytes = self.skeleton.hidden_size * self.skeleton.dtype.itemsize
+        sizes = {}
+        if self.calibration is not None:
+            sizes["calibration"] = self.calibration.n_tokens * hidden_bytes
+        if self.evaluation is not None:
+            sizes |= {lane: self.evaluation.n_tokens * hidden_bytes for lane in self.lanes}
+        return sizes
+
+
+def prepare(model: str | Path, revision: str | None, recipe: Recipe, log: Log) -> Job:
+    """Open, check and plan; every error that can be known before hours of work is raised here."""
+    source = open_source(model, revision)
+    refuse_quantized(source)
+    device = pick_device(recipe.device)
+    skeleton = Skeleton(source, device, pick_dtype(recipe.dtype, device, source))
+    plan = make_plan(source, skeleton, recipe)
+    lanes = (ORIGINAL, OURS, *pick_baselines(recipe)) if recipe.eval_data != "none" else ()
+    calibration = evaluation = None
+    if recipe.method not in DATA_FREE or lanes:
+        tokenizer = text.load_tokenizer(source)
+        if recipe.method not in DATA_FREE:
+            seq_len = clip_to_context(skeleton, "calibration", recipe.seq_len, log)
+            calibration = text.calibration_windows(tokenizer, recipe.calibration, recipe.samples, seq_len, recipe.seed)
+            text.check_ids(calibration.ids, skeleton.vocab_size, source.name)
+        if lanes:
+            evaluation = prepare_evaluation(skeleton, tokenizer, recipe.eval_data, recipe.eval_tokens, recipe.eval_seq_len, log)
+    key_of = {param: key for key, param in skeleton.param_of.items()}
+    return Job(source, recipe, skeleton, plan, calibration, evaluation, lanes, key_of)
+
+
+def prepare_evaluation(
+    skeleton: Skeleton, tokenizer: object, data: str, tokens: int | str, seq_len: int, log: Log
+) -> text.Windows:
+    """Evaluation windows, within the model's context and vocabulary."""
+    seq_len = clip_to_context(skeleton, "evaluation", seq_len, log)
+    windows = text.evaluation_windows(tokenizer, data, None if tokens == "full" else int(tokens), seq_len)
+    text.check_ids(windows.ids, skeleton.vocab_size, skeleton.where)
+    return windows
+
+
+def clip_to_context(skeleton: Skeleton, what: str, seq_len: int, log: Log) -> int:
+    """`seq_len`, or the model's context where that is shorter, and a line that says so."""
+    if skeleton.context is None or seq_len <= skeleton.context:
+        return seq_len
+    log(f"{what}: windows of {seq_len} tokens shortened to the model's context of {skeleton.context}")
+    return skeleton.context
+
+
+def refuse_quantized(source: Source) -> None:
+    if quantization := source.config.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else "unknown method"
+        raise SourceError(source.name, f"is quantized already ({method})", remedy="name the 16-bit checkpoint")
+
+
+def refuse_damaged_weights(source: Source) -> None:
+    """Read every local tensor once and refuse NaN and Inf before any long work. Shards that are still on the Hub
+    are checked as they come."""
+    for name in source.tensors:
+        if source.is_local(name):
+            source.read_finite(name)
+
+
+def pick_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise RecipeError("--device", f"{device}, but this torch sees no GPU", remedy="use --device cpu or a CUDA build of torch")
+        if (index := torch.device(device).index or 0) >= torch.cuda.device_count():
+            raise RecipeError("--device", f"{device}, but there are {torch.cuda.device_count()} GPUs", expected=f"an index below {index}")
+    return torch.device(device)
+
+
+def pick_dtype(dtype: str, device: torch.device, source: Source) -> torch.dtype:
+    """float32 on the CPU; on a GPU the dtype of the checkpoint's largest tensor, where torch computes in it."""
+    if dtype != "auto":
+        picked: torch.dtype = getattr(torch, dtype)
+        return picked
+    largest = max(source.tensors.values(), key=lambda info: info.nbytes, default=None)
+    if device.type == "cpu" or largest is None or largest.dtype not in (torch.bfloat16, torch.float16):
+        return torch.float32
+    return largest.dtype
+
+
+def pick_baselines(recipe: Recipe) -> tuple[str, ...]:
+    """Names of the baseline lanes: `auto`, `none` or a comma-separated list."""
+    if recipe.baselines == "auto":
+        return default_baselines(recipe.bits)
+    names = () if recipe.baselines == "none" else tuple(name.strip() for name in recipe.baselines.split(","))
+    if unknown := [name for name in names if name not in BASELINES]:
+        raise RecipeError("--baselines", repr(unknown[0]), expected=f"auto, none or some of {', '.join(BASELINES)}")
+    return tuple(dict.fromkeys(names))

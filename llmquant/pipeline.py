@@ -1,0 +1,204 @@
+"""The way through the program: prepare -> one block at a time -> verified output -> report."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llmquant.baselines import BASELINES
+from llmquant.blocks import Solved, forward_of, get_weight, quantize_block, set_weight
+from llmquant.card import make_card
+from llmquant.evaluation import Lanes, figures
+from llmquant.formats import FORMATS, LinearSpec
+from llmquant.job import ORIGINAL, OURS, Job, Log, prepare, refuse_damaged_weights
+from llmquant.recipe import Recipe, make_recipe, parse_size
+from llmquant.report import SCHEMA_VERSION, LaneReport, LayerReport, Report, Stopwatch, evaluation_report, versions
+from llmquant.run_dir import RunDir
+from llmquant.skeleton import Calls
+from llmquant.source import safe_config
+from llmquant.streams import Streams, spilled
+from llmquant.verify import Record, verify_output
+
+Forward = Callable[[Tensor], Tensor]
+
+
+def silent(message: str) -> None:
+    """A log that says nothing."""
+
+
+def quantize(
+    model: str | Path,
+    recipe: Recipe | None = None,
+    out: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    max_ram: str = "4GB",
+    overwrite: bool = False,
+    log: Log = silent,
+) -> Report:
+    """Quantize `model` by `recipe` and write a verified checkpoint to `out` (default ./<name>-<scheme>).
+
+    model     "demo", a local folder, or a Hub id (`revision` names a branch, tag or commit of it)
+    max_ram   what the streams of hidden states may hold before they go to files
+    Returns the report that is also written beside the weights. Raises an LLMQuantError; `out` is then as it was.
+    """
+    watch = Stopwatch()
+    recipe = recipe or make_recipe(str(model))
+    with watch.stage("prepare"):
+        job = prepare(model, revision, recipe, log)
+        sizes, budget = job.stream_sizes(), parse_size("--max-ram", max_ram)
+        target = Path(out) if out is not None else Path(f"{job.source.name.rpartition('/')[2]}-{recipe.scheme_name}")
+        needed = job.plan.output_bytes + job.source.side_bytes + sum(spilled(sizes, budget).values())
+        run = RunDir(target, overwrite=overwrite, needed_bytes=needed)
+        refuse_damaged_weights(job.source)
+    with run:
+        record = Record(recipe.format)
+        run.open_shards(job.plan.layout, parse_size("--max-shard-size", recipe.max_shard_size))
+        layers, lanes = _Pass(job, run, Streams(sizes, budget, run.scratch), record, watch, log).go()
+        run.close_shards()
+        with watch.stage("verify"):
+            _write_side_files(job, run)
+            verify_output(run.path, job.plan, record)
+        log(f"verified: {len(job.plan.layout)} tensors re-read from disk, equal to what was computed")
+        report = Report(_report(job, layers, lanes), watch.cost(), run.out)
+        run.write_json("report.json", report.data)
+        run.write_json("cost.json", report.cost)
+        run.write_bytes("README.md", make_card(run.out.name, job.source.name, report.data).encode())
+        run.commit()
+    return report
+
+
+class _Pass:
+    """THE loop: one pass over the weights, one block in memory."""
+
+    def __init__(self, job: Job, run: RunDir, streams: Streams, record: Record, watch: Stopwatch, log: Log) -> None:
+        self.job, self.run, self.record, self.watch, self.log = job, run, record, watch, log
+        self.skeleton, self.format = job.skeleton, FORMATS[job.recipe.format]
+        self.stream = streams.new("calibration") if job.calibration is not None else None
+        self.lanes = Lanes(job.lanes, job.evaluation, streams) if job.evaluation is not None else None
+        for name in streams.spilled:
+            log(f"--max-ram: the {name} stream is kept in a file")
+
+    def go(self) -> tuple[list[LayerReport], dict[str, LaneReport]]:
+        job, n_blocks = self.job, len(self.skeleton.blocks)
+        calls = self._embed()
+        self._copy(None)
+        layers: list[LayerReport] = []
+        for index in range(n_blocks):
+            begin = time.perf_counter()
+            job.source.prefetch(row.name for i in (index, index + 1) for row in job.plan.block(i))
+            with self.skeleton.loaded(self.skeleton.block_params(index), job.read):
+                solved = self._block(index, calls)
+            self._copy(index)
+            layers += [item.report for item in solved]
+            self._say(index, n_blocks, solved, time.perf_counter() - begin)
+        return layers, self._score()
+
+    def _embed(self) -> Calls:
+        """Hidden states before the first block for all windows, and every block's arguments."""
+        with self.watch.stage("embed"):
+            calls: Calls = {}
+            if self.job.calibration is not None and self.stream is not None:
+                calls |= self.skeleton.record(self.job.calibration.batches(), self.job.read, self.stream.append)
+            if self.job.evaluation is not None and self.lanes is not None:
+                calls |= self.skeleton.record(self.job.evaluation.batches(), self.job.read, self.lanes.start)
+        return calls
+
+    def _block(self, index: int, calls: Calls) -> list[Solved]:
+        specs = [row.spec for row in self.job.plan.block(index) if row.spec is not None]
+        forward = forward_of(self.skeleton, index, calls)
+        with self.watch.stage("evaluate"):
+            self._advance(ORIGINAL, forward)
+            self._advance_baselines(specs, forward)
+        with self.watch.stage("quantize"):
+            solved = quantize_block(self.skeleton, index, specs, self.job.recipe, calls, self.stream)
+        with self.watch.stage("forward"):
+            if self.stream is not None and index + 1 < len(self.skeleton.blocks):
+                self.stream.update(forward)
+        with self.watch.stage("evaluate"):
+            self._advance(OURS, forward)
+        with self.watch.stage("write"):
+            for item in solved:
+                self.record.quantized(item.spec, item.weight)
+                for name, tensor in self.format.tensors(item.spec, item.weight).items():
+                    self.run.write_tensor(name, tensor)
+        return solved
+
+    def _advance(self, lane: str, forward: Forward) -> None:
+        if self.lanes is not None:
+            self.lanes.advance(lane, forward)
+
+    def _advance_baselines(self, specs: Sequence[LinearSpec], forward: Forward) -> None:
+        """Each baseline in turn replaces the block's weights, one dense working copy at a time."""
+        originals = {spec.module: get_weight(self.skeleton, spec) for spec in specs}
+        for lane in self.job.lanes[2:]:
+            for spec in specs:
+                set_weight(self.skeleton, spec, BASELINES[lane].apply(originals[spec.module], spec.scheme))
+            self._advance(lane, forward)
+        for spec in specs:
+            set_weight(self.skeleton, spec, originals[spec.module])
+
+    def _copy(self, block: int | None) -> None:
+        """Write the tensors of a block (None: outside the blocks) that stay as they are."""
+        with self.watch.stage("write"):
+            for row in self.job.plan.block(block):
+                if row.spec is None:
+                    tensor = self.job.source.read_finite(row.name)
+                    self.record.copied(row.name, tensor)
+                    self.run.write_tensor(row.name, tensor)
+
+    def _score(self) -> dict[str, LaneReport]:
+        if self.lanes is None:
+            return {}
+        with self.watch.stage("evaluate"), self.skeleton.head(self.job.read) as logits_of:
+            scores = self.lanes.score(logits_of)
+        return {
+            lane: LaneReport(figures(score, scores[ORIGINAL]), *_size(self.job, lane)) for lane, score in scores.items()
+        }
+
+    def _say(self, index: int, n_blocks: int, solved: Sequence[Solved], seconds: float) -> None:
+        errors = [item.report.relative_error for item in solved if item.report.relative_error is not None]
+        worst = f", largest relative error {max(errors):.2e}" if errors else ""
+        self.log(f"block {index + 1}/{n_blocks}: {len(solved)} linears, {seconds:.1f} s{worst}")
+        for item in solved:
+            for note in item.report.notes:
+                self.log(f"  {item.report.name}: {note}")
+
+
+def _size(job: Job, lane: str) -> tuple[float, int]:
+    """Bits per weight of the quantized linears, and bytes of all tensors, of a lane."""
+    specs, total = job.plan.specs, job.source.weight_bytes
+    dense = sum(job.source.tensors[spec.key].nbytes for spec in specs)
+    weights = sum(spec.shape[0] * spec.shape[1] for spec in specs)
+    if lane == ORIGINAL:
+        return 8 * dense / weights, total
+    if lane == OURS:
+        return job.plan.bits_per_weight(job.recipe.format), job.plan.output_bytes
+    bits = sum(spec.shape[0] * BASELINES[lane].row_bits(spec.shape[1], spec.scheme) for spec in specs)
+    return bits / weights, total - dense + int(bits / 8)
+
+
+def _report(job: Job, layers: Sequence[LayerReport], lanes: dict[str, LaneReport]) -> dict[str, Any]:
+    """report.json: nothing in it differs between two runs of the same job on one machine."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": {"id": job.source.name, "revision": job.source.revision},
+        "versions": versions(),
+        "recipe": job.recipe.as_dict(),
+        "compute": {"device": job.skeleton.device.type, "dtype": str(job.skeleton.dtype).removeprefix("torch.")},
+        "bits_per_weight": job.plan.bits_per_weight(job.recipe.format),
+        "calibration": None if job.calibration is None else job.calibration.as_dict(),
+        "evaluation": None if job.evaluation is None else evaluation_report(job.evaluation, lanes),
+        "layers": [layer.as_dict() for layer in layers],
+        "tensors": [row.as_dict() for row in job.plan.rows],
+    }
+
+
+def _write_side_files(job: Job, run: RunDir) -> None:
+    """config.json with the format's entries, and the source's tokenizer, generation config, template and licence."""
+    config = safe_config(job.source.config)
+    run.write_json("config.json", config | FORMATS[job.recipe.format].config(job.plan.specs, job.plan.dense_linears))
+    for file in job.source.side_files():
+        run.write_bytes(file, job.source.local(file).read_bytes())

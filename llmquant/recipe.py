@@ -1,0 +1,171 @@
+"""Everything that decides the output: defaults < recipe file < flags, frozen into a Recipe."""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from llmquant.errors import RecipeError
+
+# What the small built-in model changes: its context is short and its text fits in seconds.
+DEMO_DEFAULTS: dict[str, Any] = {"seq_len": 512, "eval_seq_len": 512, "eval_tokens": 32768}
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "method": ("gptq", "rtn"),
+    "bits": (2, 3, 4, 8),
+    "group_size": (32, 64, 128, -1),
+    "format": ("compressed-tensors", "fake"),
+    "grid": ("hessian", "absmax"),
+    "order": ("descending", "natural"),
+    "passes": ("step", "block"),
+    "on_bad_layer": ("fail", "rtn"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A quantization job. TOML files hold the same names; `llmquant run --help` says what each means."""
+
+    method: str = "gptq"
+    bits: int = 4
+    group_size: int = 128  # -1: one group per row
+    symmetric: bool = True
+    ignore: tuple[str, ...] = ()
+    format: str = "compressed-tensors"
+    # solver
+    grid: str = "hessian"
+    order: str = "descending"
+    damp: float | None = None  # share of mean(diag H); None: 0.003 from 8 tokens per input dimension on, else 0.01
+    passes: str = "step"  # Hessians after each step of a block, or all in one pass per block
+    on_bad_layer: str = "fail"
+    # calibration text
+    calibration: str = "builtin"
+    samples: int = 128
+    seq_len: int = 2048
+    seed: int = 0
+    # evaluation text
+    eval_data: str = "builtin"
+    eval_tokens: int | str = 65536  # or "full"
+    eval_seq_len: int = 2048
+    baselines: str = "auto"  # auto | none | a comma-separated list
+    # numerics and files
+    device: str = "auto"
+    dtype: str = "auto"
+    max_shard_size: str = "5GB"
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if (value := getattr(self, name)) not in allowed or isinstance(value, bool):
+                raise RecipeError(_flag(name), f"{value!r}", expected=f"one of {', '.join(map(str, allowed))}")
+        if not self.symmetric:
+            raise RecipeError("--asymmetric", "no format written by this version can hold zero points", remedy="use a symmetric grid")
+        for name in ("samples", "seq_len", "eval_seq_len"):
+            if (value := getattr(self, name)) < 1 + (name != "samples"):
+                raise RecipeError(_flag(name), str(value), expected="a positive number (2 or more tokens in a window)")
+        if self.eval_tokens != "full" and (not isinstance(self.eval_tokens, int) or self.eval_tokens < self.eval_seq_len):
+            raise RecipeError("--eval-tokens", f"{self.eval_tokens}", expected=f"'full' or at least one window of {self.eval_seq_len}")
+        if self.damp is not None and not 0 < self.damp < 1:
+            raise RecipeError("--damp", f"{self.damp}", expected="a share between 0 and 1")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise RecipeError("--device", repr(self.device), expected="auto, cpu, cuda or cuda:N")
+        for pattern in self.ignore:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise RecipeError("--ignore", f"{pattern!r} ({error})", expected="a regular expression") from None
+        parse_size("--max-shard-size", self.max_shard_size)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for reports, in the order of the fields."""
+        return asdict(self) | {"ignore": list(self.ignore)}
+
+    @property
+    def scheme_name(self) -> str:
+        """As in the names of published checkpoints: W4A16-G128, W8A16-channel."""
+        group = "channel" if self.group_size == -1 else f"G{self.group_size}"
+        return f"W{self.bits}A16-{group}"
+
+
+def make_recipe(model: str, file: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe for `model`: defaults, then the recipe `file` (a path or a name in pipelines/), then `flags`."""
+    values: dict[str, Any] = dict(DEMO_DEFAULTS) if model == "demo" else {}
+    if file is not None:
+        values |= load_recipe(file)
+    values |= flags or {}
+    return from_mapping(values)
+
+
+def from_mapping(values: Mapping[str, Any]) -> Recipe:
+    """A Recipe from plain data; unknown names and wrong types are refused."""
+    known = {field.name: field for field in fields(Recipe)}
+    for name, value in values.items():
+        if name not in known:
+            raise RecipeError(f"recipe: {name}", "unknown key", remedy=did_you_mean(name, known))
+        _check_type(name, value)
+    values = {name: tuple(value) if name == "ignore" else value for name, value in values.items()}
+    return Recipe(**values)
+
+
+def load_recipe(file: str | Path) -> dict[str, Any]:
+    """The keys of a TOML recipe, by path or by the name of a built-in one."""
+    path = Path(file)
+    if path.suffix != ".toml":
+        path = recipe_folder() / f"{file}.toml"
+    if not path.is_file():
+        names = sorted(p.stem for p in recipe_folder().glob("*.toml"))
+        raise RecipeError("--recipe", f"no recipe {str(file)!r}", expected=f"a .toml file or one of {', '.join(names)}")
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(str(file), f"not valid TOML ({error})") from None
+
+
+def recipe_folder() -> Path:
+    """pipelines/: package data when installed, the top-level folder in a checkout."""
+    installed = Path(__file__).parent / "pipelines"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "pipelines"
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "symmetric": (bool,),
+    "damp": (float, int, type(None)),
+    "ignore": (list, tuple),
+    "eval_tokens": (int, str),
+} | {name: (int,) for name in ("bits", "group_size", "samples", "seq_len", "seed", "eval_seq_len")}
+
+
+def _check_type(name: str, value: Any) -> None:
+    wanted = _TYPES.get(name, (str,))
+    if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
+        raise RecipeError(f"recipe: {name}", f"{value!r}", expected=" or ".join(t.__name__ for t in wanted))
+    if name == "ignore" and not all(isinstance(item, str) for item in value):
+        raise RecipeError("recipe: ignore", f"{value!r}", expected="a list of regular expressions")
+
+
+def did_you_mean(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse_size(where: str, text: str) -> int:
+    """Bytes of a size such as 5GB, 512MB or 4GiB (decimal units unless written with an i).
+
+    >>> parse_size("--max-ram", "5GB"), parse_size("--max-ram", "1.5MiB")
+    (5000000000, 1572864)
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise RecipeError(where, repr(text), expected="a size such as 512MB, 5GB or 4GiB")
+    number, unit, binary = match.groups()
+    size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+    if size < 1:
+        raise RecipeError(where, repr(text), expected="a size above zero")
+    return size

@@ -1,0 +1,154 @@
+"""report.json, cost.json and the card: what a run leaves beside the weights."""
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmquant.calibration import Windows
+from llmquant.evaluation import Figures
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """How well one linear was quantized.
+
+    loss and rtn_loss are mean squared output errors per token, tr(E H E^T), of ours and of plain rounding;
+    relative_error is loss / tr(W H W^T). All None without calibration.
+    """
+
+    name: str
+    loss: float | None
+    rtn_loss: float | None
+    relative_error: float | None
+    weight_error: float  # ||E||^2 / ||W||^2
+    bits_per_weight: float
+    n_tokens: int
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"notes": list(self.notes)}
+
+
+@dataclass(frozen=True)
+class LaneReport:
+    """A lane's figures with its size."""
+
+    figures: Figures
+    bits_per_weight: float
+    bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.figures.as_dict() | {"bits_per_weight": self.bits_per_weight, "bytes": self.bytes}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `quantize` and `evaluate` return. `data` is report.json, `cost` is cost.json."""
+
+    data: dict[str, Any]
+    cost: dict[str, Any]
+    out: Path | None = None
+
+    @property
+    def lanes(self) -> dict[str, dict[str, Any]]:
+        """Figures by lane; empty where evaluation was switched off."""
+        evaluation = self.data["evaluation"]
+        return {} if evaluation is None else evaluation["lanes"]
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    start: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def cost(self) -> dict[str, Any]:
+        """Times, memory and machine: all that may differ between two runs of the same job."""
+        import torch
+
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            "total_seconds": round(time.perf_counter() - self.start, 3),
+            "peak_rss_bytes": peak_rss(),
+            "threads": torch.get_num_threads(),
+            "machine": f"{platform.system()} {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+
+
+def peak_rss() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed the output."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "safetensors")} | {"llmquant": own_version()}
+
+
+def own_version() -> str:
+    from llmquant import __version__
+
+    return __version__
+
+
+def lanes_table(lanes: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Rows of text, the header first: the same table for the console and the card."""
+    rows = [["lane", "bits/weight", "MB", "perplexity", "KL (nats)", "KL 99%", "same top"]]
+    for name, lane in lanes.items():
+        first = name == "original"
+        rows.append(
+            [
+                name,
+                f"{lane['bits_per_weight']:.3f}",
+                f"{lane['bytes'] / 1e6:.1f}",
+                f"{lane['perplexity']:.3f}" + _plus_minus(lane["perplexity_se"], 3),
+                "0" if first else f"{lane['kl_mean']:.5f}" + _plus_minus(lane["kl_se"], 5),
+                "0" if first else f"{lane['kl_p99']:.4f}",
+                f"{100 * lane['same_top']:.1f}%",
+            ]
+        )
+    return rows
+
+
+def _plus_minus(se: float | None, digits: int) -> str:
+    return "" if se is None else f" ± {se:.{digits}f}"
+
+
+def evaluation_report(windows: Windows, lanes: dict[str, LaneReport]) -> dict[str, Any]:
+    """The `evaluation` part of report.json."""
+    return {
+        "protocol": "texts joined by blank lines, windows without overlap, every token but the first of a window scored",
+        **windows.as_dict(),
+        "lanes": {name: lane.as_dict() for name, lane in lanes.items()},
+    }
+
+
+def describe_evaluation(evaluation: dict[str, Any]) -> str:
+    """One line that must stand beside every figure."""
+    revision = f"@{evaluation['revision'][:8]}" if evaluation["revision"] else ""
+    return (
+        f"{evaluation['dataset']}{revision}, {evaluation['n_tokens']} tokens, windows of {evaluation['seq_len']}, "
+        f"BOS in {evaluation['bos']}, {evaluation['protocol']}"
+    )

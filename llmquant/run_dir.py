@@ -1,0 +1,195 @@
+"""The only module that writes. Everything goes to `<out>.partial` and becomes `<out>` by one rename at the end."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from llmquant.errors import OutputError, VerifyError
+from llmquant.formats.base import Layout
+from llmquant.safetensors_header import TensorInfo, build_header
+
+MANIFEST, COST = "manifest.json", "cost.json"
+
+
+class RunDir:
+    """The output folder of one run, used as a context: what is not committed is removed again.
+
+    `out` must not exist or be empty, or, with `overwrite`, be a folder that llmquant wrote.
+    """
+
+    def __init__(self, out: Path, *, overwrite: bool = False, needed_bytes: int = 0) -> None:
+        self.out = out.expanduser().absolute()
+        self.path = self.out.with_name(self.out.name + ".partial")
+        self._places: dict[str, TensorInfo] = {}
+        self._files: dict[str, BinaryIO] = {}
+        self._unwritten: set[str] = set()
+        self._check_target(overwrite)
+        self._check_space(needed_bytes)
+
+    def _check_target(self, overwrite: bool) -> None:
+        if self.out.exists() and not self.out.is_dir():
+            raise OutputError(str(self.out), "is a file", expected="a folder that does not exist yet")
+        if self.out.is_dir() and any(self.out.iterdir()):
+            ours = (self.out / MANIFEST).is_file() and (self.out / "report.json").is_file()
+            if not ours:
+                raise OutputError(str(self.out), "is not empty and not written by llmquant", remedy="choose another --out")
+            if not overwrite:
+                raise OutputError(str(self.out), "already holds a checkpoint", remedy="choose another --out, or pass --overwrite")
+        if self.path.exists():
+            raise OutputError(str(self.path), "exists", remedy="another run is writing it, or one was killed: then delete it")
+
+    def _check_space(self, needed: int) -> None:
+        folder = next(parent for parent in self.out.parents if parent.is_dir())
+        if not os.access(folder, os.W_OK):
+            raise OutputError(str(folder), "is not writable", remedy="choose another --out")
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise OutputError(str(folder), f"{free} bytes free", expected=f"{needed} for the output and its scratch files")
+
+    def __enter__(self) -> "RunDir":
+        try:
+            self.path.mkdir(parents=True)
+        except OSError as error:
+            raise _disk_error(self.path, error) from None
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for file in self._files.values():
+            with contextlib.suppress(OSError):
+                file.close()
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise _disk_error(self.path, error) from error
+
+    # -- weights ---------------------------------------------------------------------------------------
+    def open_shards(self, layout: Layout, max_shard_bytes: int) -> None:
+        """Create the safetensors files for `layout`, filled shard by shard in its order, with all headers and the index."""
+        shards = split_shards(layout, max_shard_bytes)
+        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        if len(shards) == 1:
+            names = ["model.safetensors"]
+        weight_map, total = {}, 0
+        for file_name, shard in zip(names, shards, strict=True):
+            head, places = build_header({name: layout[name] for name in shard})
+            file = (self.path / file_name).open("w+b", buffering=0)
+            self._files[file_name] = file
+            _write_all(file, head, 0)
+            size = max(place.end for place in places.values())
+            os.posix_fallocate(file.fileno(), 0, size)  # the space is ours before hours are spent
+            total += sum(place.nbytes for place in places.values())
+            for name, place in places.items():
+                self._places[name] = TensorInfo(name, file_name, place.dtype, place.shape, place.start, place.end)
+                weight_map[name] = file_name
+        self._unwritten = set(self._places)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            self.write_json("model.safetensors.index.json", index)
+
+    def write_tensor(self, name: str, tensor: Tensor) -> None:
+        """Write one planned tensor to its place; dtype and shape must be the planned ones."""
+        place = self._places[name]
+        if tensor.dtype != place.dtype or tuple(tensor.shape) != place.shape or name not in self._unwritten:
+            raise VerifyError(name, f"{tensor.dtype} {tuple(tensor.shape)}", expected=f"{place.dtype} {place.shape}, once")
+        if place.nbytes:
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            _write_all(self._files[place.file], memoryview(data), place.start)
+        self._unwritten.discard(name)
+
+    def close_shards(self) -> None:
+        """Flush all shards to disk; every planned tensor must have been written."""
+        if self._unwritten:
+            raise VerifyError(sorted(self._unwritten)[0], "was planned but never written")
+        for file in self._files.values():
+            os.fsync(file.fileno())
+            file.close()
+
+    # -- other files -----------------------------------------------------------------------------------
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_bytes(name, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def scratch(self, name: str) -> BinaryIO:
+        """A file for this run only; it has no name in the folder once it is open."""
+        path = self.path / f"scratch-{name}"
+        file = path.open("w+b", buffering=0)
+        path.unlink()
+        return file
+
+    def files(self) -> list[str]:
+        return sorted(str(path.relative_to(self.path)) for path in self.path.rglob("*") if path.is_file())
+
+    def commit(self) -> None:
+        """Write the manifest, then make the folder visible under its own name."""
+        table = {
+            name: {"bytes": (self.path / name).stat().st_size, "sha256": sha256(self.path / name)} if name != COST else {"sha256": None}
+            for name in self.files()
+        }
+        self.write_json(MANIFEST, {"schema_version": 1, "files": table})
+        _fsync_folder(self.path)
+        if self.out.is_dir() and any(self.out.iterdir()):
+            old = self.out.with_name(self.out.name + ".old")
+            os.rename(self.out, old)
+            os.rename(self.path, self.out)
+            shutil.rmtree(old)
+        else:
+            os.rename(self.path, self.out)
+        _fsync_folder(self.out.parent)
+
+
+def split_shards(layout: Layout, max_bytes: int) -> list[list[str]]:
+    """Tensor names shard by shard, in order; a tensor larger than `max_bytes` gets a shard of its own.
+
+    >>> split_shards({"a": (torch.int8, (6,)), "b": (torch.int8, (6,)), "c": (torch.int8, (4,))}, 10)
+    [['a'], ['b', 'c']]
+    """
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, (dtype, shape) in layout.items():
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        if shards[-1] and size + nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += nbytes
+    return shards
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_all(file: BinaryIO, data: bytes | memoryview, at: int) -> None:
+    rest = memoryview(data)
+    while rest:
+        count = os.pwrite(file.fileno(), rest, at)
+        rest, at = rest[count:], at + count
+
+
+def _fsync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _disk_error(path: Path, error: OSError) -> OutputError:
+    return OutputError(str(path), error.strerror or str(error), remedy="nothing was kept; free space or choose another --out")

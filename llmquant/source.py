@@ -1,0 +1,292 @@
+"""Where a checkpoint comes from: the built-in demo, a local folder, or the Hub with its revision pinned.
+
+Headers are read and checked first; weights are read tensor by tensor, with plain reads. Only safetensors:
+there is no pickle path.
+"""
+
+import re
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from llmquant.errors import LLMQuantError, SourceError
+from llmquant.safetensors_header import TensorInfo, header_length, parse_header, parse_json
+
+T = TypeVar("T")
+
+DEMO = Path(__file__).parent / "demo"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+# Copied into the output as they are, besides tokenizer files.
+_SIDE_FILES = re.compile(
+    r"(tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|.*\.model|.*\.tiktoken"
+    r"|generation_config\.json|chat_template\.(jinja|json)|additional_chat_templates/.*\.jinja"
+    r"|(preprocessor|processor)_config\.json|(LICENSE|LICENCE|NOTICE|USE_POLICY|COPYING)[^/]*)"
+)
+# Keys that would make a reader run foreign code or choose kernels for the user, at any depth of a config.
+_UNSAFE_KEYS = re.compile(r"auto_map|trust_remote_code|_attn_implementation.*|_experts_implementation.*|.*kernel_config")
+
+
+class Source:
+    """A checked checkpoint: `config`, `tensors` by name, and `read`. Use `open_source` to make one."""
+
+    def __init__(self, name: str, folder: Path, revision: str | None = None) -> None:
+        self.name = name
+        self.revision = revision
+        self.folder = folder
+        self.config = self._config()
+        self.tensors = self._tensors()
+
+    # -- what a Hub source overrides -------------------------------------------------------------------
+    def files(self) -> list[str]:
+        """Names of all files, relative to the checkpoint's root."""
+        return sorted(
+            str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file() and ".cache" not in path.parts
+        )
+
+    def local(self, file: str) -> Path:
+        """A path at which `file` can be read now."""
+        path = self.folder / _relative(file)
+        if not path.is_file():
+            raise SourceError(self.name, f"{file} is missing", remedy="download the checkpoint again")
+        return path
+
+    def is_local(self, name: str) -> bool:
+        """Whether the tensor can be read without a download."""
+        return True
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Say which tensors will be read next; a Hub source fetches their files meanwhile."""
+
+    def _header(self, file: str) -> tuple[bytes, int]:
+        path = self.local(file)
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            length = header_length(file, stream.read(8), size)
+            return stream.read(length), size
+
+    def _json(self, file: str) -> dict[str, Any]:
+        return parse_json(self.local(file).read_bytes(), file)
+
+    # -- common ----------------------------------------------------------------------------------------
+    @property
+    def weight_bytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, bit for bit, in its own dtype. Plain reads: a mapped file that shrinks kills the process."""
+        info = self.tensors[name]
+        buffer = bytearray(info.nbytes)
+        view, done = memoryview(buffer), 0
+        with self.local(info.file).open("rb", buffering=0) as stream:
+            stream.seek(info.start)
+            while done < info.nbytes:
+                count = stream.readinto(view[done:])
+                if not count:
+                    raise SourceError(f"{info.file}: {name}", "the file ended early", remedy="it changed during the run")
+                done += count
+        if not buffer:
+            return torch.empty(info.shape, dtype=info.dtype)
+        return torch.frombuffer(buffer, dtype=info.dtype).view(info.shape)
+
+    def read_finite(self, name: str) -> Tensor:
+        """`read`, refusing NaN and Inf by the tensor's name."""
+        tensor = self.read(name)
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise SourceError(name, f"{count} NaN or Inf values", expected="finite weights", remedy="the checkpoint is damaged")
+        return tensor
+
+    @property
+    def side_bytes(self) -> int:
+        """Bytes of the side files, and a megabyte for our own."""
+        return 2**20 + sum(self.local(file).stat().st_size for file in self.side_files())
+
+    def side_files(self) -> list[str]:
+        """Files that go into the output as they are: tokenizer, chat template, generation config, licence."""
+        return [file for file in self.files() if _SIDE_FILES.fullmatch(file)]
+
+    def _config(self) -> dict[str, Any]:
+        if "config.json" not in self.files():
+            raise SourceError(self.name, "no config.json", expected="a Hugging Face checkpoint")
+        return self._json("config.json")
+
+    def _tensors(self) -> dict[str, TensorInfo]:
+        files = set(self.files())
+        if INDEX in files:
+            weight_map = self._json(INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise SourceError(INDEX, "no weight_map", expected="tensor name -> file")
+            shards = sorted({self._shard(name, file, files) for name, file in weight_map.items()})
+        elif SINGLE in files:
+            weight_map, shards = None, [SINGLE]
+        else:
+            pickles = sorted(f for f in files if f.endswith((".bin", ".pt", ".pth", ".ckpt")))
+            got = f"only pickle weights ({pickles[0]})" if pickles else "no safetensors weights"
+            raise SourceError(
+                self.name, got, expected=f"{SINGLE} or {INDEX}", remedy="use a revision with safetensors; pickles are never loaded"
+            )
+        tensors: dict[str, TensorInfo] = {}
+        for shard in shards:
+            for name, info in parse_header(shard, *self._header(shard)).items():
+                if name in tensors or (weight_map is not None and weight_map.get(name) != shard):
+                    raise SourceError(f"{shard}: {name}", "lies in a file that the index does not name for it")
+                tensors[name] = info
+        if weight_map is not None and (missing := sorted(set(weight_map) - set(tensors))):
+            raise SourceError(INDEX, f"names {missing[0]!r}, which {weight_map[missing[0]]} does not hold")
+        return tensors
+
+    def _shard(self, name: str, file: Any, files: set[str]) -> str:
+        if not isinstance(file, str) or not file.endswith(".safetensors"):
+            raise SourceError(INDEX, f"{name!r} lies in {str(file)[:80]!r}", expected="a .safetensors file")
+        _relative(file)
+        if file not in files:
+            raise SourceError(INDEX, f"{name!r} lies in {file}, which is missing", remedy="download the checkpoint again")
+        return file
+
+
+def _relative(file: str) -> str:
+    """`file`, refused where it would lead out of the checkpoint's folder."""
+    if file.startswith(("/", "~")) or ".." in Path(file).parts or "\0" in file or "\\" in file:
+        raise SourceError(repr(file)[:80], "a path that leads out of the checkpoint")
+    return file
+
+
+class HubSource(Source):
+    """A repository on the Hub at one pinned commit. Headers come by range requests; each shard is fetched whole
+    when its first tensor is read, and the next one while that one is used."""
+
+    def __init__(self, repo: str, revision: str | None) -> None:
+        from huggingface_hub import HfApi
+
+        self._api = HfApi()
+        self._repo = repo
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="llmquant-fetch")
+        self._fetched: dict[str, Future[str]] = {}
+        self._lock = threading.Lock()
+        info = _hub(repo, lambda: self._api.model_info(repo, revision=revision))
+        if info.sha is None or info.siblings is None:
+            raise SourceError(repo, "the Hub names no commit for it")
+        self._files = sorted(sibling.rfilename for sibling in info.siblings)
+        self.revision = info.sha
+        super().__init__(repo, Path(), info.sha)
+        wanted = ["config.json", *self.side_files()]
+        self.folder = [self.local(file) for file in wanted][0].parent
+
+    def files(self) -> list[str]:
+        return self._files
+
+    def local(self, file: str) -> Path:
+        return Path(_hub(f"{self._repo}/{file}", self._future(_relative(file)).result))
+
+    def is_local(self, name: str) -> bool:
+        """Whether the tensor can be read without a download."""
+        return True
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        for file in dict.fromkeys(self.tensors[name].file for name in names):
+            self._future(file)
+
+    def is_local(self, name: str) -> bool:
+        from huggingface_hub import try_to_load_from_cache
+
+        return isinstance(try_to_load_from_cache(self._repo, self.tensors[name].file, revision=self.revision), str)
+
+    def _future(self, file: str) -> "Future[str]":
+        from huggingface_hub import hf_hub_download
+
+        with self._lock:
+            if file not in self._fetched:
+                self._fetched[file] = self._pool.submit(hf_hub_download, self._repo, file, revision=self.revision)
+            return self._fetched[file]
+
+    def _header(self, file: str) -> tuple[bytes, int]:
+        from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url, try_to_load_from_cache
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+        if isinstance(try_to_load_from_cache(self._repo, file, revision=self.revision), str):
+            return super()._header(file)
+        url = hf_hub_url(self._repo, file, revision=self.revision)
+
+        def first(count: int) -> bytes:
+            response = get_session().get(url, headers={**build_hf_headers(), "Range": f"bytes=0-{count - 1}"})
+            hf_raise_for_status(response)
+            return bytes(response.content[:count])
+
+        size = _hub(url, lambda: get_hf_file_metadata(url)).size
+        if size is None:
+            raise SourceError(f"{self._repo}/{file}", "the Hub gives no size")
+        start = _hub(url, lambda: first(min(size, 256 * 1024)))
+        length = header_length(file, start, size)
+        if len(start) < 8 + length:
+            start = _hub(url, lambda: first(8 + length))
+        return start[8 : 8 + length], size
+
+
+def _hub(where: str, call: Callable[[], T]) -> T:
+    """`call()`, with every way the Hub can fail told apart in one line."""
+    from huggingface_hub import errors as hub
+
+    try:
+        return call()
+    except hub.GatedRepoError:
+        got, remedy = "access is gated", "accept its terms on the Hub, then `hf auth login` or set HF_TOKEN"
+    except hub.RevisionNotFoundError:
+        got, remedy = "no such revision", "check --revision"
+    except hub.RepositoryNotFoundError:
+        got, remedy = "no such model on the Hub, or it is private", "check the id, or log in with `hf auth login`"
+    except hub.EntryNotFoundError:
+        got, remedy = "no such file in the repository", "check the revision"
+    except (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError) as error:
+        got, remedy = f"not in the local cache and the Hub cannot be reached ({_brief(error)})", "go online once, or name a local folder"
+    except hub.HFValidationError:
+        got, remedy = "neither a local folder nor a Hub id", "check the path, or use owner/name"
+    except hub.HfHubHTTPError as error:
+        got, remedy = f"the Hub answered with an error ({_brief(error)})", "try again later"
+    except OSError as error:
+        got, remedy = f"the Hub cannot be reached ({_brief(error)})", "check the network, or name a local folder"
+    except Exception as error:  # the HTTP client's own connection errors; their class depends on its version
+        if isinstance(error, LLMQuantError) or not type(error).__module__.startswith("httpx"):
+            raise
+        got, remedy = f"the Hub cannot be reached ({_brief(error)})", "check the network, or name a local folder"
+    raise SourceError(where, got, remedy=remedy)
+
+
+def _brief(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
+
+
+def open_source(model: str | Path, revision: str | None = None) -> Source:
+    """`demo`, a local folder, or a Hub id (its revision resolved to a commit once).
+
+    Raises SourceError; nothing but headers and side files has been read on return.
+    """
+    if str(model) == "demo":
+        return Source("llmquant/demo", DEMO)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return Source(path.resolve().name, path)
+    if path.is_absolute() or str(model).startswith((".", "~")) or path.exists():
+        raise SourceError(str(model), "no such folder", expected="a checkpoint folder or a Hub id")
+    return HubSource(str(model), revision)
+
+
+def safe_config(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` without keys that would run foreign code or pick kernels, at every nesting level."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: clean(v) for k, v in value.items() if not _UNSAFE_KEYS.fullmatch(str(k))}
+        return [clean(item) for item in value] if isinstance(value, list) else value
+
+    cleaned: dict[str, Any] = clean(config)
+    return cleaned
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layers.2 before layers.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,0 +1,115 @@
+"""Hidden states of the token batches between two blocks, in memory within a budget, else in files.
+
+Files are read and written plainly, one batch ahead and one behind; mapped pages would count as memory.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+
+def spilled(sizes: Mapping[str, int], max_ram: int) -> dict[str, int]:
+    """Those streams of `sizes` (bytes) that go to files: the first ones that fit `max_ram` together stay in memory.
+
+    >>> spilled({"a": 4, "b": 5, "c": 2}, 7)
+    {'b': 5}
+    """
+    in_memory, files = 0, {}
+    for name, nbytes in sizes.items():
+        if in_memory + nbytes <= max_ram:
+            in_memory += nbytes
+        else:
+            files[name] = nbytes
+    return files
+
+
+class Streams:
+    """Makes the streams of a run, in memory within `max_ram` bytes, the others in files made by `scratch`."""
+
+    def __init__(self, sizes: Mapping[str, int], max_ram: int, scratch: Callable[[str], BinaryIO]) -> None:
+        self.spilled = spilled(sizes, max_ram)
+        self._scratch = scratch
+
+    def new(self, name: str) -> "Stream":
+        return FileStream(self._scratch(name)) if name in self.spilled else Stream()
+
+
+class Stream:
+    """Batches of hidden states [B, T, D] in memory. `update` replaces each by a function of it."""
+
+    def __init__(self) -> None:
+        self._batches: list[Tensor] = []
+
+    def append(self, hidden: Tensor) -> None:
+        # A copy: the model may hand out a view of a buffer that it writes again.
+        self._batches.append(hidden.detach().to("cpu", copy=True))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._batches)
+
+    def update(self, function: Callable[[Tensor], Tensor]) -> None:
+        for index, hidden in enumerate(self._batches):
+            self._batches[index] = function(hidden).detach().cpu()
+
+    def close(self) -> None:
+        self._batches.clear()
+
+
+class FileStream(Stream):
+    """The same in an (anonymous or scratch) file, double-buffered by one thread."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._file = file
+        self._index: list[tuple[int, tuple[int, ...], torch.dtype]] = []  # offset, shape, dtype
+        self._end = 0
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="llmquant-stream")
+
+    def append(self, hidden: Tensor) -> None:
+        hidden = hidden.detach().cpu().contiguous()
+        self._index.append((self._end, tuple(hidden.shape), hidden.dtype))
+        self._write(len(self._index) - 1, hidden)
+        self._end += hidden.numel() * hidden.element_size()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        ahead: Future[Tensor] | None = self._pool.submit(self._read, 0) if self._index else None
+        for index in range(len(self._index)):
+            assert ahead is not None
+            hidden = ahead.result()
+            ahead = self._pool.submit(self._read, index + 1) if index + 1 < len(self._index) else None
+            yield hidden
+
+    def update(self, function: Callable[[Tensor], Tensor]) -> None:
+        behind: Future[None] | None = None
+        for index, hidden in enumerate(self):
+            result = function(hidden).detach().cpu().contiguous()
+            if behind is not None:
+                behind.result()
+            behind = self._pool.submit(self._write, index, result)
+        if behind is not None:
+            behind.result()
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        self._file.close()
+
+    def _write(self, index: int, hidden: Tensor) -> None:
+        data, at = memoryview(hidden.view(torch.uint8).numpy()).cast("B"), self._index[index][0]
+        while data:
+            count = os.pwrite(self._file.fileno(), data, at)
+            data, at = data[count:], at + count
+
+    def _read(self, index: int) -> Tensor:
+        at, shape, dtype = self._index[index]
+        hidden = torch.empty(shape, dtype=dtype)
+        data = memoryview(hidden.view(torch.uint8).numpy()).cast("B")
+        while data:
+            count = os.preadv(self._file.fileno(), [data], at)
+            if count == 0:
+                raise OSError(f"scratch file ended early at byte {at}")
+            data, at = data[count:], at + count
+        return hidden

@@ -1,0 +1,62 @@
+"""Tiny random models of every architecture the tests promise, built from transformers configs."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmquant.source import DEMO
+
+COMMON: dict[str, Any] = {"vocab_size": 512, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+LLAMA: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+GPT2: dict[str, Any] = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128}
+
+# name -> (config class, its arguments beside COMMON)
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", LLAMA),
+    "mistral": ("MistralConfig", LLAMA | {"sliding_window": 16, "head_dim": 16}),
+    "qwen2": ("Qwen2Config", LLAMA),
+    "qwen3": ("Qwen3Config", LLAMA | {"head_dim": 16}),
+    "gemma2": ("Gemma2Config", LLAMA | {"head_dim": 16, "sliding_window": 16}),
+    "gemma3": ("Gemma3TextConfig", LLAMA | {"head_dim": 16, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "phi3": ("Phi3Config", LLAMA),
+    "opt": ("OPTConfig", {"hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "word_embed_proj_dim": 32}),
+    "gpt_neox": ("GPTNeoXConfig", LLAMA),
+    "gptj": ("GPTJConfig", GPT2 | {"rotary_dim": 8}),
+    "bloom": ("BloomConfig", {"hidden_size": 64, "n_layer": 3, "n_head": 4}),
+    "falcon": ("FalconConfig", {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}),
+    "starcoder2": ("Starcoder2Config", LLAMA),
+    "olmo2": ("Olmo2Config", LLAMA),
+    "cohere": ("CohereConfig", LLAMA),
+    "granite": ("GraniteConfig", LLAMA | {"logits_scaling": 4.0, "residual_multiplier": 0.5}),
+    "stablelm": ("StableLmConfig", LLAMA),
+    "smollm3": ("SmolLM3Config", LLAMA),
+    "glm": ("GlmConfig", LLAMA | {"head_dim": 16}),
+    "nemotron": ("NemotronConfig", LLAMA),
+}
+GPT2_ARCHITECTURE = ("GPT2Config", GPT2)
+
+
+def build(folder: Path, architecture: tuple[str, dict[str, Any]], *, dtype: torch.dtype = torch.bfloat16, shard: str = "5GB", **overrides: Any) -> Path:
+    """Write a random model of `architecture`, with the demo's tokenizer, into `folder`."""
+    import transformers
+
+    name, arguments = architecture
+    config = getattr(transformers, name)(**(COMMON | arguments | overrides))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Away from the initial zeros and ones, so that a bias or norm that is lost shows.
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(folder, max_shard_size=shard)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / file, folder / file)
+    return folder
