@@ -1,8 +1,8 @@
 """llmquant: quantize Hugging Face causal LMs block by block, and prove the result.
 
-    import llmquant
-    report = llmquant.quantize("demo", llmquant.make_recipe("demo", flags={"bits": 4}), out="demo-W4")
-    print(report.lanes["llmquant"]["kl_mean"])
+import llmquant
+report = llmquant.quantize("demo", llmquant.make_recipe("demo", flags={"bits": 4}), out="demo-W4")
+print(report.lanes["llmquant"]["kl_mean"])
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,6 +1,13 @@
+"""`python -m llmquant` and the `llmquant` command."""
+
 import sys
 
 from llmquant.cli import main
 
-if __name__ == "__main__":
+
+def run() -> None:
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

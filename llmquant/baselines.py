@@ -32,7 +32,8 @@ def _bnb_nf4(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
     import bitsandbytes.functional as bnb
 
     packed, state = bnb.quantize_4bit(weight_OI.contiguous(), blocksize=64, quant_type="nf4", compress_statistics=False)
-    return bnb.dequantize_4bit(packed, state).view_as(weight_OI)
+    dense: Tensor = bnb.dequantize_4bit(packed, state)
+    return dense.view_as(weight_OI)
 
 
 def _bnb_int8(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
@@ -41,7 +42,8 @@ def _bnb_int8(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
 
     # Its kernel takes float16, and so does load_in_8bit.
     codes, row_scales, _ = bnb.int8_vectorwise_quant(weight_OI.to(torch.float16).contiguous())
-    return (codes.float() * (row_scales.float() / 127)[:, None]).to(weight_OI.dtype)
+    dense: Tensor = codes.float() * (row_scales.float() / 127)[:, None]
+    return dense.to(weight_OI.dtype)
 
 
 BASELINES: dict[str, Baseline] = {

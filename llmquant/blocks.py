@@ -45,13 +45,13 @@ def _call_for(calls: Calls, index: int, hidden: Tensor) -> Call:
 def set_weight(skeleton: Skeleton, spec: LinearSpec, weight_OI: Tensor) -> None:
     """Put a dense weight_OI into the model, in the module's own layout and the compute dtype."""
     dense = weight_OI.to(skeleton.get(f"{spec.module}.weight").dtype)
-    skeleton.set(f"{spec.module}.weight", dense if spec.kind == "Linear" else dense.T.contiguous())
+    skeleton.set(f"{spec.module}.weight", dense.T.contiguous() if spec.transposed else dense)
 
 
 def get_weight(skeleton: Skeleton, spec: LinearSpec) -> Tensor:
     """weight_OI of a loaded linear, float32."""
     weight = skeleton.get(f"{spec.module}.weight").detach().float()
-    return weight if spec.kind == "Linear" else weight.T.contiguous()
+    return weight.T.contiguous() if spec.transposed else weight
 
 
 def quantize_block(
@@ -127,7 +127,9 @@ def _solve(skeleton: Skeleton, step: Sequence[LinearSpec], hessian: Hessian | No
         if hessian.n_excluded:
             notes = (f"{hessian.n_excluded} tokens with non-finite activations left out",)
             if recipe.on_bad_layer == "fail":
-                raise SolveError(name, f"its input has {notes[0]}", remedy="another --dtype, or accept it with --on-bad-layer rtn")
+                raise SolveError(
+                    name, f"its input has {notes[0]}", remedy="another --dtype, or accept it with --on-bad-layer rtn"
+                )
     task = LayerTask(name, torch.cat(weights), H_II, n_tokens, step[0].scheme)
     options = SolveOptions(recipe.grid, recipe.order, recipe.damp, on_bad_layer=recipe.on_bad_layer)
     solution = SOLVERS[recipe.method](task, options)
@@ -151,14 +153,22 @@ def _split(
             solution.weight.codes_OI[rows].contiguous(), solution.weight.scales_OG[rows].contiguous(), spec.scheme
         )
         dense = quantized.dequantize()
-        report = _report(spec, weight_OI, dense, float(solution.loss_O[rows].sum()), task, recipe, notes + solution.notes)
+        report = _report(
+            spec, weight_OI, dense, float(solution.loss_O[rows].sum()), task, recipe, notes + solution.notes
+        )
         set_weight(skeleton, spec, dense)
         done.append(Solved(spec, quantized, report))
     return done
 
 
 def _report(
-    spec: LinearSpec, weight_OI: Tensor, dense_OI: Tensor, loss: float, task: LayerTask, recipe: Recipe, notes: tuple[str, ...]
+    spec: LinearSpec,
+    weight_OI: Tensor,
+    dense_OI: Tensor,
+    loss: float,
+    task: LayerTask,
+    recipe: Recipe,
+    notes: tuple[str, ...],
 ) -> LayerReport:
     power = float(weight_OI.square().sum())
     weight_error = float((weight_OI - dense_OI).square().sum()) / power if power else 0.0

@@ -50,7 +50,7 @@ class Windows:
 
     def batches(self, tokens: int = 2048) -> list[Tensor]:
         """Groups of windows [B, T] of about `tokens` tokens each."""
-        return list(self.ids.split(max(1, tokens // self.ids.shape[1])))
+        return list(torch.split(self.ids, max(1, tokens // self.ids.shape[1])))
 
 
 def _builtin(split: str, limit: int) -> Text:
@@ -59,7 +59,9 @@ def _builtin(split: str, limit: int) -> Text:
 
 
 def _wikitext2(split: str, limit: int) -> Text:
-    return _hub_dataset("Salesforce/wikitext:wikitext-2-raw-v1:" + ("train" if split == "train" else "test"), limit, "wikitext2")
+    return _hub_dataset(
+        "Salesforce/wikitext:wikitext-2-raw-v1:" + ("train" if split == "train" else "test"), limit, "wikitext2"
+    )
 
 
 def _c4(split: str, limit: int) -> Text:
@@ -94,7 +96,9 @@ def _jsonl(path: Path, limit: int) -> Iterator[str]:
         rows = load_dataset("json", data_files=str(path), split="train", streaming=True)
         yield from _column(path.name, rows, None, limit)
     except (DatasetGenerationError, ValueError) as error:
-        raise CalibrationError(str(path), f"cannot be read ({error})", expected="one JSON object with a text per line") from None
+        raise CalibrationError(
+            str(path), f"cannot be read ({error})", expected="one JSON object with a text per line"
+        ) from None
 
 
 def _hub_dataset(spec: str, limit: int, name: str) -> Text:
@@ -130,7 +134,12 @@ def _column(where: str, rows: Any, column: str | None, limit: int) -> Iterator[s
     if column is None:
         column = next((name for name in ("text", "content") if name in texts), texts[0] if len(texts) == 1 else None)
     if column is None or column not in first:
-        raise CalibrationError(where, f"columns {', '.join(first)}", expected="a text column", remedy="name it: DATASET:config:split:column")
+        raise CalibrationError(
+            where,
+            f"columns {', '.join(first)}",
+            expected="a text column",
+            remedy="name it: DATASET:config:split:column",
+        )
     seen = 0
     for row in chain([first], iterator):
         if seen >= limit:
@@ -144,11 +153,18 @@ def load_tokenizer(source: Source) -> Any:
     from transformers import AutoTokenizer
 
     if not any(file.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for file in source.side_files()):
-        raise CalibrationError(source.name, "no tokenizer", expected="tokenizer files beside the weights", remedy="add them, or use --method rtn --eval-data none")
+        raise CalibrationError(
+            source.name,
+            "no tokenizer",
+            expected="tokenizer files beside the weights",
+            remedy="add them, or use --method rtn --eval-data none",
+        )
     try:
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raise bare Exception
-        raise CalibrationError(source.name, f"its tokenizer cannot be loaded ({str(error).splitlines()[0][:160]})") from error
+        raise CalibrationError(
+            source.name, f"its tokenizer cannot be loaded ({str(error).splitlines()[0][:160]})"
+        ) from error
 
 
 def tokenize(tokenizer: Any, text: str, *, special: bool) -> Tensor:
@@ -166,7 +182,12 @@ def leading_bos(tokenizer: Any) -> int | None:
 
 def check_ids(ids: Tensor, vocab_size: int, where: str) -> None:
     if ids.numel() and int(ids.max()) >= vocab_size:
-        raise CalibrationError(where, f"token id {int(ids.max())}", expected=f"ids below the embedding's {vocab_size}", remedy="the tokenizer belongs to another model")
+        raise CalibrationError(
+            where,
+            f"token id {int(ids.max())}",
+            expected=f"ids below the embedding's {vocab_size}",
+            remedy="the tokenizer belongs to another model",
+        )
 
 
 def calibration_windows(tokenizer: Any, spec: str, samples: int, seq_len: int, seed: int) -> Windows:
@@ -203,7 +224,7 @@ def calibration_windows(tokenizer: Any, spec: str, samples: int, seq_len: int, s
 
 
 def evaluation_windows(tokenizer: Any, spec: str, max_tokens: int | None, seq_len: int) -> Windows:
-    """The GPTQ-style protocol: all texts joined by blank lines, one tokenizer call, windows without overlap, tail dropped.
+    """The GPTQ-style protocol: texts joined by blank lines, one tokenizer call, windows without overlap, no tail.
 
     At most `max_tokens` tokens (None: the whole text).
     """
@@ -213,6 +234,10 @@ def evaluation_windows(tokenizer: Any, spec: str, max_tokens: int | None, seq_le
     if max_tokens is not None:
         count = min(count, max_tokens // seq_len)
     if count == 0:
-        raise CalibrationError(spec, f"{ids.numel()} tokens", expected=f"at least one window of {seq_len}", remedy="more evaluation text")
+        raise CalibrationError(
+            spec, f"{ids.numel()} tokens", expected=f"at least one window of {seq_len}", remedy="more evaluation text"
+        )
     bos = leading_bos(tokenizer)
-    return Windows(ids[: count * seq_len].view(count, seq_len), text.name, text.revision, "none" if bos is None else "first")
+    return Windows(
+        ids[: count * seq_len].view(count, seq_len), text.name, text.revision, "none" if bos is None else "first"
+    )

@@ -14,24 +14,42 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 def make_card(name: str, base_model: str, report: dict[str, Any]) -> str:
     """Markdown with the Hub's YAML head. All figures come from `report`."""
     recipe = report["recipe"]
-    head = [f"base_model: {base_model}", "base_model_relation: quantized", "library_name: transformers", "pipeline_tag: text-generation"]
+    head = [
+        f"base_model: {base_model}",
+        "base_model_relation: quantized",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+    ]
     tags = ["llmquant", f"{recipe['bits']}-bit", recipe["format"]]
     lines = ["---", *head, "tags:", *[f"- {tag}" for tag in tags], "---", "", f"# {name}", ""]
     rows, bits = report["tensors"], report["bits_per_weight"]
     quantized = sum(row["action"] == "quantized" for row in rows)
     lines += [
-        f"`{base_model}` with its {quantized} linear layers quantized to {recipe['bits']} bits ({bits:.3f} bits per weight "
-        f"with scales) by llmquant {report['versions']['llmquant']}; {len(rows) - quantized} other tensors are unchanged.",
+        f"`{base_model}` with its {quantized} linear layers quantized to {recipe['bits']} bits ({bits:.3f} bits per "
+        f"weight with scales) by llmquant {report['versions']['llmquant']}; {len(rows) - quantized} other tensors are "
+        "unchanged.",
         "",
     ]
     if recipe["format"] == "compressed-tensors":
-        lines += ["```python", _LOAD.format(name=name).rstrip(), "```", "", "Needs `pip install compressed-tensors`.", ""]
+        lines += [
+            "```python",
+            _LOAD.format(name=name).rstrip(),
+            "```",
+            "",
+            "Needs `pip install compressed-tensors`.",
+            "",
+        ]
     if evaluation := report["evaluation"]:
         table = lanes_table(evaluation["lanes"])
         lines += [f"Measured on {describe_evaluation(evaluation)}:", "", *_markdown(table), ""]
         lines += ["KL is the divergence from the original per token; ± is one standard error over windows.", ""]
     settings = ", ".join(f"{key} {value}" for key, value in recipe.items() if value not in (None, [], ""))
-    lines += [f"Recipe: {settings}.", "", "Every tensor is listed in `report.json`, every file with its hash in `manifest.json`.", ""]
+    lines += [
+        f"Recipe: {settings}.",
+        "",
+        "Every tensor is listed in `report.json`, every file with its hash in `manifest.json`.",
+        "",
+    ]
     return "\n".join(lines)
 
 

@@ -52,38 +52,75 @@ def _root() -> None:
 )
 def run(
     model: Annotated[str, typer.Option(help="demo, a local folder, or a Hub id", rich_help_panel=_JOB)],
-    out: Annotated[Optional[Path], typer.Option(help="Folder to write [dim]\\[default: ./<name>-W4A16-G128]", rich_help_panel=_JOB)] = None,
-    recipe: Annotated[Optional[str], typer.Option(help="A recipe: a .toml file or a name in pipelines/; flags override it", rich_help_panel=_JOB)] = None,
+    out: Annotated[
+        Optional[Path], typer.Option(help="Folder to write [dim]\\[default: ./<name>-W4A16-G128]", rich_help_panel=_JOB)
+    ] = None,
+    recipe: Annotated[
+        Optional[str],
+        typer.Option(help="A recipe: a .toml file or a name in pipelines/; flags override it", rich_help_panel=_JOB),
+    ] = None,
     method: Annotated[Optional[str], _option("How codes are chosen", "method", _JOB)] = None,
     bits: Annotated[Optional[int], _option("Bits per code", "bits", _JOB)] = None,
-    group_size: Annotated[Optional[int], _option("Weights that share a scale; -1 is a whole row", "group_size", _JOB)] = None,
-    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="Refused: no format written yet holds zero points", rich_help_panel=_JOB)] = False,
-    ignore: Annotated[Optional[list[str]], typer.Option(help="Keep tensors whose name matches this regular expression in 16 bit; may be repeated", rich_help_panel=_JOB)] = None,
+    group_size: Annotated[
+        Optional[int], _option("Weights that share a scale; -1 is a whole row", "group_size", _JOB)
+    ] = None,
+    asymmetric: Annotated[
+        bool,
+        typer.Option("--asymmetric", help="Refused: no format written yet holds zero points", rich_help_panel=_JOB),
+    ] = False,
+    ignore: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="Keep tensors whose name matches this regular expression in 16 bit; may be repeated",
+            rich_help_panel=_JOB,
+        ),
+    ] = None,
     format: Annotated[Optional[str], _option("Output format", "format", _JOB)] = None,
     calibration: Annotated[Optional[str], _option(f"Text: {_DATA}", "calibration", _CALIB)] = None,
     samples: Annotated[Optional[int], _option("Windows", "samples", _CALIB)] = None,
-    seq_len: Annotated[Optional[int], _option("Tokens in a window, at most the model's context", "seq_len", _CALIB)] = None,
+    seq_len: Annotated[
+        Optional[int], _option("Tokens in a window, at most the model's context", "seq_len", _CALIB)
+    ] = None,
     seed: Annotated[Optional[int], _option("Chooses the windows", "seed", _CALIB)] = None,
     eval_data: Annotated[Optional[str], _option(f"Held-out text: {_DATA}, or none", "eval_data", _EVAL)] = None,
     eval_tokens: Annotated[Optional[str], _option("Tokens to score, or full", "eval_tokens", _EVAL)] = None,
     eval_seq_len: Annotated[Optional[int], _option("Tokens in a window", "eval_seq_len", _EVAL)] = None,
-    baselines: Annotated[Optional[str], _option("Lanes beside ours: auto, none, or some of rtn,bnb-nf4,bnb-int8", "baselines", _EVAL)] = None,
+    baselines: Annotated[
+        Optional[str], _option("Lanes beside ours: auto, none, or some of rtn,bnb-nf4,bnb-int8", "baselines", _EVAL)
+    ] = None,
     grid: Annotated[Optional[str], _option("Fit of the scales", "grid", _SOLVER)] = None,
     order: Annotated[Optional[str], _option("Order of the columns", "order", _SOLVER)] = None,
-    damp: Annotated[Optional[float], _option("Damping, a share of mean(diag H) (default: by tokens per input)", "damp", _SOLVER)] = None,
-    passes: Annotated[Optional[str], _option("Hessians after each step of a block, or in one pass per block", "passes", _SOLVER)] = None,
-    on_bad_layer: Annotated[Optional[str], _option("What to do where a layer cannot be solved", "on_bad_layer", _SOLVER)] = None,
+    damp: Annotated[
+        Optional[float], _option("Damping, a share of mean(diag H) (default: by tokens per input)", "damp", _SOLVER)
+    ] = None,
+    passes: Annotated[
+        Optional[str], _option("Hessians after each step of a block, or in one pass per block", "passes", _SOLVER)
+    ] = None,
+    on_bad_layer: Annotated[
+        Optional[str], _option("What to do where a layer cannot be solved", "on_bad_layer", _SOLVER)
+    ] = None,
     device: Annotated[Optional[str], _option("auto, cpu or cuda\\[:n]", "device", _RUN)] = None,
     dtype: Annotated[Optional[str], _option("Compute dtype", "dtype", _RUN)] = None,
-    max_ram: Annotated[str, typer.Option(help="What the streams of hidden states may hold before they go to files", rich_help_panel=_RUN)] = "4GB",
+    max_ram: Annotated[
+        str,
+        typer.Option(help="What the streams of hidden states may hold before they go to files", rich_help_panel=_RUN),
+    ] = "4GB",
     max_shard_size: Annotated[Optional[str], _option("Largest output file", "max_shard_size", _RUN)] = None,
-    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit on the Hub", rich_help_panel=_RUN)] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that llmquant wrote", rich_help_panel=_RUN)] = False,
+    revision: Annotated[
+        Optional[str], typer.Option(help="Branch, tag or commit on the Hub", rich_help_panel=_RUN)
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an output folder that llmquant wrote", rich_help_panel=_RUN)
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr", rich_help_panel=_RUN)] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error", rich_help_panel=_RUN)] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error", rich_help_panel=_RUN)
+    ] = False,
 ) -> None:
     """Quantize a model and write a verified checkpoint with its report."""
-    flags = {name: value for name, value in locals().items() if name in Recipe.__dataclass_fields__ and value is not None}
+    flags = {
+        name: value for name, value in locals().items() if name in Recipe.__dataclass_fields__ and value is not None
+    }
     if asymmetric:
         flags["symmetric"] = False
     if eval_tokens is not None and eval_tokens != "full":
@@ -112,9 +149,14 @@ def _show(report: "Report") -> None:
         for row in rows:
             table.add_row(*row, style="bold" if row[0] == "llmquant" else None)
         console.print(table)
-        console.print(f"[dim]on {describe_evaluation(report.data['evaluation'])}; KL is from the original, ± one standard error")
+        console.print(
+            f"[dim]on {describe_evaluation(report.data['evaluation'])}; KL is from the original, ± one standard error"
+        )
     cost = report.cost
-    console.print(f"wrote {report.out} in {cost['total_seconds']:.0f} s, peak memory {cost['peak_rss_bytes'] / 1e6:.0f} MB", soft_wrap=True)
+    console.print(
+        f"wrote {report.out} in {cost['total_seconds']:.0f} s, peak memory {cost['peak_rss_bytes'] / 1e6:.0f} MB",
+        soft_wrap=True,
+    )
 
 
 def _calm_libraries() -> None:

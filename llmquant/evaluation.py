@@ -91,7 +91,9 @@ class Lanes:
         return scores
 
 
-def _score_window(hidden: dict[str, Tensor], ids_T: Tensor, logits_of: Callable[[Tensor], Tensor]) -> dict[str, list[Tensor]]:
+def _score_window(
+    hidden: dict[str, Tensor], ids_T: Tensor, logits_of: Callable[[Tensor], Tensor]
+) -> dict[str, list[Tensor]]:
     """[nll, kl, same_top, dp, finite] of each lane, each [T - 1]."""
     columns: dict[str, list[list[Tensor]]] = {name: [] for name in hidden}
     start, chunk, last = 0, 16, ids_T.numel() - 1

@@ -26,11 +26,11 @@ class QuantScheme:
 
     @property
     def code_min(self) -> int:
-        return -(2 ** (self.bits - 1))
+        return -(1 << (self.bits - 1))
 
     @property
     def code_max(self) -> int:
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     def group(self, in_features: int) -> int:
         """Length of a group in a row of `in_features`."""
@@ -58,6 +58,8 @@ class QuantizedWeight:
 
     def __post_init__(self) -> None:
         out_features, in_features = self.codes_OI.shape
+        if not self.scheme.divides(in_features):
+            raise ValueError(f"group size {self.scheme.group_size} does not divide {in_features}")
         want = (out_features, self.scheme.groups(in_features))
         if tuple(self.scales_OG.shape) != want:
             raise ValueError(f"scales {tuple(self.scales_OG.shape)} do not fit codes: expected {want}")
@@ -126,7 +128,7 @@ def search_scales(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme, 
     GPTQ's and llama.cpp's reference implementations; the two signs are ours.
     """
     chunk = max(1, 2**21 // weight_OI.shape[1])
-    parts = [_search_rows(rows, importance_I, scheme, exponent) for rows in weight_OI.split(chunk)]
+    parts = [_search_rows(rows, importance_I, scheme, exponent) for rows in torch.split(weight_OI, chunk)]
     return torch.cat(parts)
 
 

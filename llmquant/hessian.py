@@ -42,8 +42,13 @@ def default_damp(n_tokens: int, in_features: int) -> float:
     return _DAMP_MANY if n_tokens >= _MANY * in_features else _DAMP_FEW
 
 
+def ridge(mean: float, damp: float) -> float:
+    """lambda, what damping adds to the diagonal of an H whose diagonal has this mean; 1 for an H of zeros."""
+    return damp * mean if mean > 0 else 1.0
+
+
 def factor(H_II: Tensor, damp: float) -> tuple[Tensor, float, int] | None:
-    """Upper U with H + lambda I = U U^T, lambda = damp * mean(diag H); the ordinary Cholesky of H reversed.
+    """Upper U with H + lambda I = U U^T, lambda = ridge(mean(diag H), damp); the ordinary Cholesky of H reversed.
 
     Returns (U_II, the damp that worked, failed tries), or None where five tries, each with three times the
     damping, all failed. A dead input (H_jj = 0) gets lambda on its diagonal and nothing beside it, so its
@@ -54,7 +59,7 @@ def factor(H_II: Tensor, damp: float) -> tuple[Tensor, float, int] | None:
         return None
     for tries in range(_DAMP_TRIES):
         reversed_II = H_II.flip(0, 1)
-        reversed_II.diagonal().add_(damp * mean if mean > 0 else 1.0)
+        reversed_II.diagonal().add_(ridge(mean, damp))
         lower, info = torch.linalg.cholesky_ex(reversed_II)
         # Some builds return NaN without saying so in `info`.
         if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):

@@ -44,7 +44,7 @@ class Job:
         if self.calibration is not None:
             sizes["calibration"] = self.calibration.n_tokens * hidden_bytes
         if self.evaluation is not None:
-            sizes |= {lane: self.evaluation.n_tokens * hidden_bytes for lane in self.lanes}
+            sizes |= dict.fromkeys(self.lanes, self.evaluation.n_tokens * hidden_bytes)
         return sizes
 
 
@@ -64,7 +64,9 @@ def prepare(model: str | Path, revision: str | None, recipe: Recipe, log: Log) -
             calibration = text.calibration_windows(tokenizer, recipe.calibration, recipe.samples, seq_len, recipe.seed)
             text.check_ids(calibration.ids, skeleton.vocab_size, source.name)
         if lanes:
-            evaluation = prepare_evaluation(skeleton, tokenizer, recipe.eval_data, recipe.eval_tokens, recipe.eval_seq_len, log)
+            evaluation = prepare_evaluation(
+                skeleton, tokenizer, recipe.eval_data, recipe.eval_tokens, recipe.eval_seq_len, log
+            )
     key_of = {param: key for key, param in skeleton.param_of.items()}
     return Job(source, recipe, skeleton, plan, calibration, evaluation, lanes, key_of)
 
@@ -89,7 +91,9 @@ def clip_to_context(skeleton: Skeleton, what: str, seq_len: int, log: Log) -> in
 
 def refuse_quantized(source: Source) -> None:
     if quantization := source.config.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else "unknown method"
+        method = (
+            quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else "unknown method"
+        )
         raise SourceError(source.name, f"is quantized already ({method})", remedy="name the 16-bit checkpoint")
 
 
@@ -106,9 +110,15 @@ def pick_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
-            raise RecipeError("--device", f"{device}, but this torch sees no GPU", remedy="use --device cpu or a CUDA build of torch")
+            raise RecipeError(
+                "--device", f"{device}, but this torch sees no GPU", remedy="use --device cpu or a CUDA build of torch"
+            )
         if (index := torch.device(device).index or 0) >= torch.cuda.device_count():
-            raise RecipeError("--device", f"{device}, but there are {torch.cuda.device_count()} GPUs", expected=f"an index below {index}")
+            raise RecipeError(
+                "--device",
+                f"{device}, but there are {torch.cuda.device_count()} GPUs",
+                expected=f"an index below {index}",
+            )
     return torch.device(device)
 
 

@@ -53,10 +53,10 @@ def quantize(
         needed = job.plan.output_bytes + job.source.side_bytes + sum(spilled(sizes, budget).values())
         run = RunDir(target, overwrite=overwrite, needed_bytes=needed)
         refuse_damaged_weights(job.source)
-    with run:
+    with run, Streams(sizes, budget, run.scratch) as streams:
         record = Record(recipe.format)
         run.open_shards(job.plan.layout, parse_size("--max-shard-size", recipe.max_shard_size))
-        layers, lanes = _Pass(job, run, Streams(sizes, budget, run.scratch), record, watch, log).go()
+        layers, lanes = _Pass(job, run, streams, record, watch, log).go()
         run.close_shards()
         with watch.stage("verify"):
             _write_side_files(job, run)

@@ -30,7 +30,13 @@ class Row:
     spec: LinearSpec | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        row = {"name": self.name, "action": self.action, "reason": self.reason, "dtype": self.dtype, "shape": list(self.shape)}
+        row = {
+            "name": self.name,
+            "action": self.action,
+            "reason": self.reason,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+        }
         if self.spec is not None:
             row |= asdict(self.spec.scheme)
         return row
@@ -72,11 +78,15 @@ def make_plan(source: Source, skeleton: Skeleton, recipe: Recipe) -> Plan:
     unused = set(patterns)
     rows = []
     for key in sorted(source.tensors, key=natural_key):
-        ignored_by = [p for p, compiled in patterns.items() if compiled.search(key) or compiled.fullmatch(_module(skeleton, key))]
+        ignored_by = [
+            p for p, compiled in patterns.items() if compiled.search(key) or compiled.fullmatch(_module(skeleton, key))
+        ]
         unused.difference_update(ignored_by)
         rows.append(_row(source, skeleton, recipe, key, ignored_by))
     if unused:
-        raise RecipeError("--ignore", f"{sorted(unused)[0]!r} matches no tensor", expected="a regular expression that does")
+        raise RecipeError(
+            "--ignore", f"{sorted(unused)[0]!r} matches no tensor", expected="a regular expression that does"
+        )
     specs = [row.spec for row in rows if row.spec is not None]
     if not specs:
         raise RecipeError(source.name, "no linear is left to quantize", remedy="check --ignore")
@@ -122,13 +132,24 @@ def _row(source: Source, skeleton: Skeleton, recipe: Recipe, key: str, ignored_b
         return copied(f"--ignore {ignored_by[0]}")
     if info.dtype not in _STORABLE:
         raise SourceError(
-            key, f"weights in {str(info.dtype).removeprefix('torch.')}", expected="bfloat16, float16 or float32", remedy="use a 16-bit checkpoint"
+            key,
+            f"weights in {str(info.dtype).removeprefix('torch.')}",
+            expected="bfloat16, float16 or float32",
+            remedy="use a 16-bit checkpoint",
         )
     conv = is_conv1d(module)
     shape = (info.shape[1], info.shape[0]) if conv else (info.shape[0], info.shape[1])
     scheme = QuantScheme(recipe.bits, recipe.group_size, recipe.symmetric)
-    spec = LinearSpec(key, module_name, "Conv1D" if conv else "Linear", shape, info.dtype, scheme)
-    return Row(key, "quantized", "linear layer of a decoder block", str(info.dtype).removeprefix("torch."), info.shape, block, spec)
+    spec = LinearSpec(key, module_name, "Conv1D" if conv else type(module).__name__, shape, info.dtype, scheme)
+    return Row(
+        key,
+        "quantized",
+        "linear layer of a decoder block",
+        str(info.dtype).removeprefix("torch."),
+        info.shape,
+        block,
+        spec,
+    )
 
 
 def _check_groups(specs: list[LinearSpec], recipe: Recipe) -> None:

@@ -3,7 +3,7 @@
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -62,12 +62,18 @@ class Recipe:
             if (value := getattr(self, name)) not in allowed or isinstance(value, bool):
                 raise RecipeError(_flag(name), f"{value!r}", expected=f"one of {', '.join(map(str, allowed))}")
         if not self.symmetric:
-            raise RecipeError("--asymmetric", "no format written by this version can hold zero points", remedy="use a symmetric grid")
+            raise RecipeError(
+                "--asymmetric", "no format written by this version can hold zero points", remedy="use a symmetric grid"
+            )
         for name in ("samples", "seq_len", "eval_seq_len"):
             if (value := getattr(self, name)) < 1 + (name != "samples"):
                 raise RecipeError(_flag(name), str(value), expected="a positive number (2 or more tokens in a window)")
-        if self.eval_tokens != "full" and (not isinstance(self.eval_tokens, int) or self.eval_tokens < self.eval_seq_len):
-            raise RecipeError("--eval-tokens", f"{self.eval_tokens}", expected=f"'full' or at least one window of {self.eval_seq_len}")
+        if self.eval_tokens != "full" and (
+            not isinstance(self.eval_tokens, int) or self.eval_tokens < self.eval_seq_len
+        ):
+            raise RecipeError(
+                "--eval-tokens", f"{self.eval_tokens}", expected=f"'full' or at least one window of {self.eval_seq_len}"
+            )
         if self.damp is not None and not 0 < self.damp < 1:
             raise RecipeError("--damp", f"{self.damp}", expected="a share between 0 and 1")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
@@ -135,19 +141,22 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "damp": (float, int, type(None)),
     "ignore": (list, tuple),
     "eval_tokens": (int, str),
-} | {name: (int,) for name in ("bits", "group_size", "samples", "seq_len", "seed", "eval_seq_len")}
+}
+_INTEGERS = ("bits", "group_size", "samples", "seq_len", "seed", "eval_seq_len")
 
 
 def _check_type(name: str, value: Any) -> None:
-    wanted = _TYPES.get(name, (str,))
+    wanted = (int,) if name in _INTEGERS else _TYPES.get(name, (str,))
     if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
         raise RecipeError(f"recipe: {name}", f"{value!r}", expected=" or ".join(t.__name__ for t in wanted))
     if name == "ignore" and not all(isinstance(item, str) for item in value):
         raise RecipeError("recipe: ignore", f"{value!r}", expected="a list of regular expressions")
 
 
-def did_you_mean(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The remedy for a name that is not among `known`."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
 
 

@@ -139,7 +139,7 @@ def _plus_minus(se: float | None, digits: int) -> str:
 def evaluation_report(windows: Windows, lanes: dict[str, LaneReport]) -> dict[str, Any]:
     """The `evaluation` part of report.json."""
     return {
-        "protocol": "texts joined by blank lines, windows without overlap, every token but the first of a window scored",
+        "protocol": "texts joined by blank lines, windows without overlap, all tokens but a window's first scored",
         **windows.as_dict(),
         "lanes": {name: lane.as_dict() for name, lane in lanes.items()},
     }

@@ -41,11 +41,17 @@ class RunDir:
         if self.out.is_dir() and any(self.out.iterdir()):
             ours = (self.out / MANIFEST).is_file() and (self.out / "report.json").is_file()
             if not ours:
-                raise OutputError(str(self.out), "is not empty and not written by llmquant", remedy="choose another --out")
+                raise OutputError(
+                    str(self.out), "is not empty and not written by llmquant", remedy="choose another --out"
+                )
             if not overwrite:
-                raise OutputError(str(self.out), "already holds a checkpoint", remedy="choose another --out, or pass --overwrite")
+                raise OutputError(
+                    str(self.out), "already holds a checkpoint", remedy="choose another --out, or pass --overwrite"
+                )
         if self.path.exists():
-            raise OutputError(str(self.path), "exists", remedy="another run is writing it, or one was killed: then delete it")
+            raise OutputError(
+                str(self.path), "exists", remedy="another run is writing it, or one was killed: then delete it"
+            )
 
     def _check_space(self, needed: int) -> None:
         folder = next(parent for parent in self.out.parents if parent.is_dir())
@@ -53,7 +59,9 @@ class RunDir:
             raise OutputError(str(folder), "is not writable", remedy="choose another --out")
         free = shutil.disk_usage(folder).free
         if free < needed:
-            raise OutputError(str(folder), f"{free} bytes free", expected=f"{needed} for the output and its scratch files")
+            raise OutputError(
+                str(folder), f"{free} bytes free", expected=f"{needed} for the output and its scratch files"
+            )
 
     def __enter__(self) -> "RunDir":
         try:
@@ -62,7 +70,9 @@ class RunDir:
             raise _disk_error(self.path, error) from None
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for file in self._files.values():
             with contextlib.suppress(OSError):
                 file.close()
@@ -73,7 +83,7 @@ class RunDir:
 
     # -- weights ---------------------------------------------------------------------------------------
     def open_shards(self, layout: Layout, max_shard_bytes: int) -> None:
-        """Create the safetensors files for `layout`, filled shard by shard in its order, with all headers and the index."""
+        """Create the safetensors files for `layout`, filled shard by shard in its order, with headers and index."""
         shards = split_shards(layout, max_shard_bytes)
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
         if len(shards) == 1:
@@ -99,10 +109,12 @@ class RunDir:
         """Write one planned tensor to its place; dtype and shape must be the planned ones."""
         place = self._places[name]
         if tensor.dtype != place.dtype or tuple(tensor.shape) != place.shape or name not in self._unwritten:
-            raise VerifyError(name, f"{tensor.dtype} {tuple(tensor.shape)}", expected=f"{place.dtype} {place.shape}, once")
+            raise VerifyError(
+                name, f"{tensor.dtype} {tuple(tensor.shape)}", expected=f"{place.dtype} {place.shape}, once"
+            )
         if place.nbytes:
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            _write_all(self._files[place.file], memoryview(data), place.start)
+            _write_all(self._files[place.file], data.data, place.start)
         self._unwritten.discard(name)
 
     def close_shards(self) -> None:
@@ -138,7 +150,9 @@ class RunDir:
     def commit(self) -> None:
         """Write the manifest, then make the folder visible under its own name."""
         table = {
-            name: {"bytes": (self.path / name).stat().st_size, "sha256": sha256(self.path / name)} if name != COST else {"sha256": None}
+            name: {"bytes": (self.path / name).stat().st_size, "sha256": sha256(self.path / name)}
+            if name != COST
+            else {"sha256": None}
             for name in self.files()
         }
         self.write_json(MANIFEST, {"schema_version": 1, "files": table})
@@ -192,4 +206,6 @@ def _fsync_folder(path: Path) -> None:
 
 
 def _disk_error(path: Path, error: OSError) -> OutputError:
-    return OutputError(str(path), error.strerror or str(error), remedy="nothing was kept; free space or choose another --out")
+    return OutputError(
+        str(path), error.strerror or str(error), remedy="nothing was kept; free space or choose another --out"
+    )

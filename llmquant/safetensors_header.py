@@ -86,25 +86,28 @@ def parse_header(file: str, header: bytes, file_size: int) -> dict[str, TensorIn
     for info in infos:
         if info.start != at:
             raise SourceError(
-                f"{file}: {info.name}", f"bytes start at {info.start}", expected=f"{at}: no gap, no overlap"
+                f"{file}: {info.name[:200]}", f"bytes start at {info.start}", expected=f"{at}: no gap, no overlap"
             )
         at = info.end
     if at != file_size:
         raise SourceError(
-            file, f"{file_size} bytes", expected=f"{at} by its header", remedy="download it again: it is truncated or damaged"
+            file,
+            f"{file_size} bytes",
+            expected=f"{at} by its header",
+            remedy="download it again: it is truncated or damaged",
         )
     return {info.name: info for info in infos}
 
 
 def _tensor(file: str, name: str, entry: Any, base: int) -> TensorInfo:
-    where = f"{file}: {name!r}"
+    where = f"{file}: {name[:200]!r}"
     if not name.isprintable() or not name:
         raise SourceError(where, "a tensor name that is empty or holds control characters")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise SourceError(where, "a malformed header entry", expected="dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise SourceError(where, f"dtype {dtype!r}", expected=f"one of {', '.join(DTYPES)}")
+        raise SourceError(where, f"dtype {str(dtype)[:80]!r}", expected=f"one of {', '.join(DTYPES)}")
     if not _naturals(shape) or len(shape) > 8:
         raise SourceError(where, f"shape {str(shape)[:80]}", expected="a short list of sizes")
     if not _naturals(offsets) or len(offsets) != 2:

@@ -10,7 +10,7 @@ them. A model whose blocks share more than hidden states is refused by name.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -45,7 +45,8 @@ Calls = dict[tuple[int, ...], list[Call]]  # arguments of every block, by the sh
 
 
 def _hidden(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 class Skeleton:
@@ -254,7 +255,9 @@ class Skeleton:
 
 
 @contextmanager
-def hooked(notes: dict[str, Callable[[tuple[Tensor, ...]], None]], modules: dict[str, nn.Module]) -> Iterator[None]:
+def hooked(
+    notes: Mapping[str, Callable[[tuple[Tensor, ...]], None]], modules: Mapping[str, nn.Module]
+) -> Iterator[None]:
     """While the `with` lasts, `notes[name]` is called with the inputs of `modules[name]` before it runs."""
 
     def hook(note: Callable[[tuple[Tensor, ...]], None]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -269,7 +272,7 @@ def hooked(notes: dict[str, Callable[[tuple[Tensor, ...]], None]], modules: dict
             handle.remove()
 
 
-class Stop(Exception):
+class Stop(Exception):  # noqa: N818 (not an error)
     """Ends the model's forward where nothing more is wanted from it."""
 
 

@@ -21,14 +21,17 @@ T = TypeVar("T")
 
 DEMO = Path(__file__).parent / "demo"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-# Copied into the output as they are, besides tokenizer files.
+# Copied into the output as they are: data of the tokenizer, never code, and nothing from other folders.
 _SIDE_FILES = re.compile(
-    r"(tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|.*\.model|.*\.tiktoken"
-    r"|generation_config\.json|chat_template\.(jinja|json)|additional_chat_templates/.*\.jinja"
+    r"(tokenizer[^/]*\.(json|model[^/]*)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
+    r"|[^/]*\.(model|tiktoken)|generation_config\.json|chat_template\.(jinja|json)"
+    r"|additional_chat_templates/[^/]*\.jinja"
     r"|(preprocessor|processor)_config\.json|(LICENSE|LICENCE|NOTICE|USE_POLICY|COPYING)[^/]*)"
 )
 # Keys that would make a reader run foreign code or choose kernels for the user, at any depth of a config.
-_UNSAFE_KEYS = re.compile(r"auto_map|trust_remote_code|_attn_implementation.*|_experts_implementation.*|.*kernel_config")
+_UNSAFE_KEYS = re.compile(
+    r"auto_map|trust_remote_code|_attn_implementation.*|_experts_implementation.*|.*kernel_config"
+)
 
 
 class Source:
@@ -45,7 +48,9 @@ class Source:
     def files(self) -> list[str]:
         """Names of all files, relative to the checkpoint's root."""
         return sorted(
-            str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if path.is_file() and ".cache" not in path.parts
+            str(path.relative_to(self.folder))
+            for path in self.folder.rglob("*")
+            if path.is_file() and ".cache" not in path.relative_to(self.folder).parts
         )
 
     def local(self, file: str) -> Path:
@@ -78,7 +83,7 @@ class Source:
         return sum(info.nbytes for info in self.tensors.values())
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name`, bit for bit, in its own dtype. Plain reads: a mapped file that shrinks kills the process."""
+        """The tensor `name`, bit for bit, in its own dtype. Plain reads: a mapped file that shrinks kills us."""
         info = self.tensors[name]
         buffer = bytearray(info.nbytes)
         view, done = memoryview(buffer), 0
@@ -87,7 +92,9 @@ class Source:
             while done < info.nbytes:
                 count = stream.readinto(view[done:])
                 if not count:
-                    raise SourceError(f"{info.file}: {name}", "the file ended early", remedy="it changed during the run")
+                    raise SourceError(
+                        f"{info.file}: {name}", "the file ended early", remedy="it changed during the run"
+                    )
                 done += count
         if not buffer:
             return torch.empty(info.shape, dtype=info.dtype)
@@ -98,7 +105,9 @@ class Source:
         tensor = self.read(name)
         if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not bool(torch.isfinite(tensor).all()):
             count = int((~torch.isfinite(tensor)).sum())
-            raise SourceError(name, f"{count} NaN or Inf values", expected="finite weights", remedy="the checkpoint is damaged")
+            raise SourceError(
+                name, f"{count} NaN or Inf values", expected="finite weights", remedy="the checkpoint is damaged"
+            )
         return tensor
 
     @property
@@ -126,9 +135,12 @@ class Source:
             weight_map, shards = None, [SINGLE]
         else:
             pickles = sorted(f for f in files if f.endswith((".bin", ".pt", ".pth", ".ckpt")))
-            got = f"only pickle weights ({pickles[0]})" if pickles else "no safetensors weights"
+            got = f"only pickle weights ({pickles[0]!r})" if pickles else "no safetensors weights"
             raise SourceError(
-                self.name, got, expected=f"{SINGLE} or {INDEX}", remedy="use a revision with safetensors; pickles are never loaded"
+                self.name,
+                got,
+                expected=f"{SINGLE} or {INDEX}",
+                remedy="use a revision with safetensors; pickles are never loaded",
             )
         tensors: dict[str, TensorInfo] = {}
         for shard in shards:
@@ -145,7 +157,9 @@ class Source:
             raise SourceError(INDEX, f"{name!r} lies in {str(file)[:80]!r}", expected="a .safetensors file")
         _relative(file)
         if file not in files:
-            raise SourceError(INDEX, f"{name!r} lies in {file}, which is missing", remedy="download the checkpoint again")
+            raise SourceError(
+                INDEX, f"{name!r} lies in {file!r}, which is missing", remedy="download the checkpoint again"
+            )
         return file
 
 
@@ -174,18 +188,15 @@ class HubSource(Source):
         self._files = sorted(sibling.rfilename for sibling in info.siblings)
         self.revision = info.sha
         super().__init__(repo, Path(), info.sha)
-        wanted = ["config.json", *self.side_files()]
-        self.folder = [self.local(file) for file in wanted][0].parent
+        for file in self.side_files():
+            self.local(file)
+        self.folder = self.local("config.json").parent
 
     def files(self) -> list[str]:
         return self._files
 
     def local(self, file: str) -> Path:
         return Path(_hub(f"{self._repo}/{file}", self._future(_relative(file)).result))
-
-    def is_local(self, name: str) -> bool:
-        """Whether the tensor can be read without a download."""
-        return True
 
     def prefetch(self, names: Iterable[str]) -> None:
         for file in dict.fromkeys(self.tensors[name].file for name in names):
@@ -206,7 +217,8 @@ class HubSource(Source):
 
     def _header(self, file: str) -> tuple[bytes, int]:
         from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url, try_to_load_from_cache
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+        from huggingface_hub.utils._headers import build_hf_headers
+        from huggingface_hub.utils._http import hf_raise_for_status
 
         if isinstance(try_to_load_from_cache(self._repo, file, revision=self.revision), str):
             return super()._header(file)
@@ -242,7 +254,10 @@ def _hub(where: str, call: Callable[[], T]) -> T:
     except hub.EntryNotFoundError:
         got, remedy = "no such file in the repository", "check the revision"
     except (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError) as error:
-        got, remedy = f"not in the local cache and the Hub cannot be reached ({_brief(error)})", "go online once, or name a local folder"
+        got, remedy = (
+            f"not in the local cache and the Hub cannot be reached ({_brief(error)})",
+            "go online once, or name a local folder",
+        )
     except hub.HFValidationError:
         got, remedy = "neither a local folder nor a Hub id", "check the path, or use owner/name"
     except hub.HfHubHTTPError as error:

@@ -33,9 +33,19 @@ class Streams:
     def __init__(self, sizes: Mapping[str, int], max_ram: int, scratch: Callable[[str], BinaryIO]) -> None:
         self.spilled = spilled(sizes, max_ram)
         self._scratch = scratch
+        self._made: list[Stream] = []
 
     def new(self, name: str) -> "Stream":
-        return FileStream(self._scratch(name)) if name in self.spilled else Stream()
+        stream = FileStream(self._scratch(name)) if name in self.spilled else Stream()
+        self._made.append(stream)
+        return stream
+
+    def __enter__(self) -> "Streams":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for stream in self._made:
+            stream.close()
 
 
 class Stream:
@@ -98,7 +108,7 @@ class FileStream(Stream):
         self._file.close()
 
     def _write(self, index: int, hidden: Tensor) -> None:
-        data, at = memoryview(hidden.view(torch.uint8).numpy()).cast("B"), self._index[index][0]
+        data, at = hidden.view(torch.uint8).numpy().data.cast("B"), self._index[index][0]
         while data:
             count = os.pwrite(self._file.fileno(), data, at)
             data, at = data[count:], at + count
@@ -106,7 +116,7 @@ class FileStream(Stream):
     def _read(self, index: int) -> Tensor:
         at, shape, dtype = self._index[index]
         hidden = torch.empty(shape, dtype=dtype)
-        data = memoryview(hidden.view(torch.uint8).numpy()).cast("B")
+        data = hidden.view(torch.uint8).numpy().data.cast("B")
         while data:
             count = os.preadv(self._file.fileno(), [data], at)
             if count == 0:

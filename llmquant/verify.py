@@ -21,7 +21,20 @@ from llmquant.formats import LinearSpec
 from llmquant.grid import QuantizedWeight
 from llmquant.plan import Plan
 
-_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+_SIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
 
 
 @dataclass
@@ -38,7 +51,7 @@ class Record:
     def quantized(self, spec: LinearSpec, weight: QuantizedWeight) -> None:
         if self.format_name == "fake":  # holds no codes; its dense weights are what can be compared
             dense = weight.dequantize(spec.dtype)
-            self.copied(spec.key, dense if spec.kind == "Linear" else dense.T)
+            self.copied(spec.key, dense.T if spec.transposed else dense)
         else:
             codes, scales = weight.codes_OI.cpu().contiguous().numpy(), weight.scales_OG.cpu().contiguous().numpy()
             self.digests[spec.key] = _digest(codes, scales)
@@ -60,7 +73,9 @@ def verify_output(folder: Path, plan: Plan, record: Record) -> None:
                 raise VerifyError(row.name, "a scale that is zero or not finite was written")
             found = _digest(codes, scales)
         if found != record.digests[row.name]:
-            raise VerifyError(row.name, "the bytes on disk do not decode to what was computed", remedy="do not use this output")
+            raise VerifyError(
+                row.name, "the bytes on disk do not decode to what was computed", remedy="do not use this output"
+            )
 
 
 @dataclass(frozen=True)
@@ -120,7 +135,9 @@ def _decode_compressed_tensors(spec: LinearSpec, places: dict[str, Place]) -> De
 
 
 # Formats that hold codes; the others are compared as dense weights.
-DECODERS: dict[str, Callable[[LinearSpec, dict[str, Place]], Decoded]] = {"compressed-tensors": _decode_compressed_tensors}
+DECODERS: dict[str, Callable[[LinearSpec, dict[str, Place]], Decoded]] = {
+    "compressed-tensors": _decode_compressed_tensors
+}
 
 
 def _digest(*arrays: NDArray[Any]) -> str:

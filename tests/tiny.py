@@ -8,7 +8,13 @@ import torch
 
 from llmquant.source import DEMO
 
-COMMON: dict[str, Any] = {"vocab_size": 512, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+COMMON: dict[str, Any] = {
+    "vocab_size": 4096,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
 LLAMA: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -25,9 +31,20 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2Config", LLAMA),
     "qwen3": ("Qwen3Config", LLAMA | {"head_dim": 16}),
     "gemma2": ("Gemma2Config", LLAMA | {"head_dim": 16, "sliding_window": 16}),
-    "gemma3": ("Gemma3TextConfig", LLAMA | {"head_dim": 16, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        LLAMA
+        | {
+            "head_dim": 16,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "phi3": ("Phi3Config", LLAMA),
-    "opt": ("OPTConfig", {"hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "word_embed_proj_dim": 32}),
+    "opt": (
+        "OPTConfig",
+        {"hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "word_embed_proj_dim": 32},
+    ),
     "gpt_neox": ("GPTNeoXConfig", LLAMA),
     "gptj": ("GPTJConfig", GPT2 | {"rotary_dim": 8}),
     "bloom": ("BloomConfig", {"hidden_size": 64, "n_layer": 3, "n_head": 4}),
@@ -44,7 +61,14 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 GPT2_ARCHITECTURE = ("GPT2Config", GPT2)
 
 
-def build(folder: Path, architecture: tuple[str, dict[str, Any]], *, dtype: torch.dtype = torch.bfloat16, shard: str = "5GB", **overrides: Any) -> Path:
+def build(
+    folder: Path,
+    architecture: tuple[str, dict[str, Any]],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    shard: str = "5GB",
+    **overrides: Any,
+) -> Path:
     """Write a random model of `architecture`, with the demo's tokenizer, into `folder`."""
     import transformers
 

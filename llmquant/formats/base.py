@@ -18,7 +18,7 @@ class LinearSpec:
 
     key        its weight's name in the checkpoint, ending in `.weight`
     module     its name in the model
-    kind       class of the module: Linear or Conv1D
+    kind       class of the module: Linear, a subclass of it, or Conv1D
     shape      (out_features, in_features), whatever the checkpoint's own layout
     dtype      of the weight in the checkpoint; scales are stored in it
     """
@@ -29,6 +29,11 @@ class LinearSpec:
     shape: tuple[int, int]
     dtype: torch.dtype
     scheme: QuantScheme
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the checkpoint holds the weight as [in_features, out_features]."""
+        return self.kind == "Conv1D"
 
     @property
     def prefix(self) -> str:

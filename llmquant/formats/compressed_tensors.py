@@ -19,7 +19,7 @@ from llmquant.packing import pack_rows, unpack_rows
 
 class CompressedTensors:
     def check(self, specs: Sequence[LinearSpec]) -> None:
-        if odd := [spec for spec in specs if spec.kind != "Linear"]:
+        if odd := [spec for spec in specs if spec.transposed]:
             raise FormatError(
                 odd[0].module,
                 f"compressed-tensors cannot hold {odd[0].kind} layers ({len(odd)} of them)",
@@ -28,7 +28,9 @@ class CompressedTensors:
             )
         if any(not spec.scheme.symmetric for spec in specs):
             raise FormatError(
-                "compressed-tensors", "an asymmetric grid, which its loader cannot open by default", expected="a symmetric grid"
+                "compressed-tensors",
+                "an asymmetric grid, which its loader cannot open by default",
+                expected="a symmetric grid",
             )
 
     def layout(self, spec: LinearSpec) -> Layout:
@@ -54,8 +56,11 @@ class CompressedTensors:
     def config(self, specs: Sequence[LinearSpec], dense_linears: Sequence[str]) -> dict[str, Any]:
         schemes = list(dict.fromkeys(spec.scheme for spec in specs))
         groups = {f"group_{i}": self._group(scheme, specs, len(schemes) == 1) for i, scheme in enumerate(schemes)}
+        # A subclass of nn.Linear may look at its dense weight while it is loaded (Falcon does): unpack at loading.
+        at_load = {"dequantize": True} if any(spec.kind != "Linear" for spec in specs) else {}
         return {
             "quantization_config": {
+                **at_load,
                 "quant_method": "compressed-tensors",
                 "format": "pack-quantized",
                 # Without this, transformers fills the weights with random numbers and only lists them as missing.

@@ -14,11 +14,11 @@ class Fake:
         """Holds anything."""
 
     def layout(self, spec: LinearSpec) -> Layout:
-        return {spec.key: (spec.dtype, spec.shape if spec.kind == "Linear" else spec.shape[::-1])}
+        return {spec.key: (spec.dtype, spec.shape[::-1] if spec.transposed else spec.shape)}
 
     def tensors(self, spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
         dense = weight.dequantize(spec.dtype)
-        return {spec.key: dense if spec.kind == "Linear" else dense.T.contiguous()}
+        return {spec.key: dense.T.contiguous() if spec.transposed else dense}
 
     def weight_bits(self, spec: LinearSpec) -> int:
         return spec.shape[0] * spec.shape[1] * 8 * spec.dtype.itemsize
@@ -28,4 +28,4 @@ class Fake:
 
     def read(self, spec: LinearSpec, read: Callable[[str], Tensor]) -> Tensor:
         dense = read(spec.key)
-        return dense if spec.kind == "Linear" else dense.T
+        return dense.T if spec.transposed else dense

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmquant.errors import SolveError
 from llmquant.grid import QuantizedWeight, QuantScheme, absmax_scales, search_scales
-from llmquant.hessian import default_damp, factor
+from llmquant.hessian import default_damp, factor, ridge
 from llmquant.solvers.base import LayerTask, Solution, SolveOptions
 from llmquant.solvers.rtn import solve_rtn
 
@@ -47,7 +47,7 @@ def solve_gptq(task: LayerTask, options: SolveOptions) -> Solution:
     if factored is None:
         return _bad_layer(task, options)
     U_II, damp, tries = factored
-    lam = damp * float(diagonal.mean())
+    lam = ridge(float(diagonal.mean()), damp)
     scales_OG = _SCALES[options.grid](weight_OI, diagonal + lam, scheme)
     codes_OI, damped_loss_O = ldlq(weight_OI, U_II, scales_OG, scheme, order, options.block_size)
 

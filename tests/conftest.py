@@ -1,0 +1,35 @@
+"""Fixtures: tiny models built once per session, and the one door to ../shared."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network; the fake Hub's run in a child process
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Path of a tiny random checkpoint by architecture name, built on first use."""
+    built: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in built:
+            architecture = tiny.GPT2_ARCHITECTURE if name == "gpt2" else tiny.ARCHITECTURES[name]
+            built[name] = tiny.build(tmp_path_factory.mktemp("models") / name, architecture)
+        return built[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder ../shared beside the project; tests that want it are skipped where it is not."""
+    folder = Path(__file__).parents[2] / "shared" / "assets"
+    if not folder.is_dir():
+        pytest.skip("needs the assets in ../shared, which are not part of the project")
+    return folder

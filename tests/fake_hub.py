@@ -1,0 +1,175 @@
+"""A fake Hub on 127.0.0.1, enough for the real huggingface_hub client: it serves folders and logs every request.
+
+As the real one does, it answers requests for weights by a redirect to another host (here `localhost`), and that
+host ignores ranges where the client would accept a compressed answer.
+"""
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+# What a repository can be made to answer: (request it hits, status, X-Error-Code).
+FAILURES = {
+    "gated": ("resolve", 403, "GatedRepo"),
+    "busy": ("api", 429, ""),
+    "broken": ("api", 500, ""),
+    "html": ("api", 200, ""),  # a proxy's login page
+    "silent": ("api", 0, ""),  # never answers
+    "foreign": ("resolve", 0, ""),  # answers without X-Repo-Commit
+}
+_API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/]+))?")
+_RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+_CDN = re.compile(r"/cdn/(?P<repo>[^/]+/[^/]+)/(?P<file>.+)")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One line of the log; `sent` counts the bytes of the body."""
+
+    method: str
+    path: str
+    range: str | None
+    authorized: bool
+    status: int
+    sent: int
+
+
+class FakeHub(ThreadingHTTPServer):
+    """`repos` names the folder of each repository, `failures` (keys of FAILURES) what some do instead."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.repos: dict[str, Path] = {}
+        self.failures: dict[str, str] = {}
+        self.log: list[Request] = []
+        self.stopped = threading.Event()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def requests(self, repo: str) -> list[Request]:
+        """The requests that concern `repo`."""
+        return [request for request in self.log if f"/{repo}" in request.path]
+
+
+def commit_of(repo: str) -> str:
+    """The only commit of a repository."""
+    return hashlib.sha1(repo.encode()).hexdigest()
+
+
+@contextmanager
+def fake_hub() -> Iterator[FakeHub]:
+    """A running FakeHub."""
+    hub = FakeHub()
+    thread = threading.Thread(target=hub.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        hub.stopped.set()
+        hub.shutdown()
+        hub.server_close()
+        thread.join()
+
+
+@cache
+def _etag(path: Path) -> str:
+    return f'"{hashlib.sha256(path.read_bytes()).hexdigest()}"'
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FakeHub
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        for pattern, answer in ((_API, self._api), (_RESOLVE, self._resolve), (_CDN, self._cdn)):
+            if match := pattern.fullmatch(path):
+                return answer(**match.groupdict())
+        self._error(404, "")
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing on stderr; see `FakeHub.log`."""
+
+    def _api(self, repo: str, revision: str | None) -> None:
+        if self._refused(repo, revision, "api"):
+            return
+        folder = self.server.repos[repo]
+        files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        siblings = [{"rfilename": file} for file in files]
+        info = {"id": repo, "sha": commit_of(repo), "siblings": siblings, "tags": [], "private": False}
+        self._send(200, {"Content-Type": "application/json"}, json.dumps(info).encode())
+
+    def _resolve(self, repo: str, revision: str, file: str) -> None:
+        if self._refused(repo, revision, "resolve"):
+            return
+        path = self.server.repos[repo] / file
+        headers = {} if self.server.failures.get(repo) == "foreign" else {"X-Repo-Commit": commit_of(repo)}
+        if not path.is_file():
+            self._error(404, "EntryNotFound")
+        elif path.suffix == ".safetensors":
+            headers |= {"X-Linked-Size": str(path.stat().st_size), "X-Linked-ETag": _etag(path)}
+            location = f"http://localhost:{self.server.server_port}/cdn/{repo}/{file}"
+            self._send(302, headers | {"Location": location}, b"")
+        else:
+            self._send(200, headers | {"ETag": _etag(path)}, path.read_bytes())
+
+    def _cdn(self, repo: str, file: str) -> None:
+        data = (self.server.repos[repo] / file).read_bytes()
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if match is None or self.headers.get("Accept-Encoding") != "identity":
+            return self._send(200, {}, data)
+        start, end = int(match[1]), min(int(match[2] or len(data)), len(data) - 1)
+        if start > end:
+            return self._send(416, {"Content-Range": f"bytes */{len(data)}"}, b"")
+        self._send(206, {"Content-Range": f"bytes {start}-{end}/{len(data)}"}, data[start : end + 1])
+
+    def _refused(self, repo: str, revision: str | None, kind: str) -> bool:
+        if repo not in self.server.repos:
+            self._error(404, "RepoNotFound")
+            return True
+        if revision not in (None, "main", commit_of(repo)):
+            self._error(404, "RevisionNotFound")
+            return True
+        failure = self.server.failures.get(repo, "")
+        hits, status, code = FAILURES.get(failure, ("", 0, ""))
+        if hits != kind or failure == "foreign":
+            return False
+        if failure == "silent":
+            self.server.stopped.wait()
+            self.close_connection = True
+        elif status == 200:
+            self._send(200, {"Content-Type": "text/html"}, b"<html>please log in</html>")
+        else:
+            self._error(status, code)
+        return True
+
+    def _error(self, status: int, code: str) -> None:
+        self._send(status, {"X-Error-Code": code} if code else {}, b"")
+
+    def _send(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        sent = 0
+        try:
+            while self.command != "HEAD" and sent < len(body):
+                sent += self.connection.send(body[sent : sent + 65536])
+        except OSError:  # the client has read enough
+            self.close_connection = True
+        authorized = "Authorization" in self.headers
+        self.server.log.append(Request(self.command, self.path, self.headers.get("Range"), authorized, status, sent))
