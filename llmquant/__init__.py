@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from llmquant.comparison import compare, evaluate
     from llmquant.errors import LLMQuantError
     from llmquant.pipeline import quantize
     from llmquant.recipe import Recipe, make_recipe
     from llmquant.report import Report
 
-__all__ = ["LLMQuantError", "Recipe", "Report", "make_recipe", "quantize"]
+__all__ = ["LLMQuantError", "Recipe", "Report", "compare", "evaluate", "make_recipe", "quantize"]
 
 _HOME = {
     "LLMQuantError": "errors",
+    "compare": "comparison",
+    "evaluate": "comparison",
     "Recipe": "recipe",
     "make_recipe": "recipe",
     "quantize": "pipeline",

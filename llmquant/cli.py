@@ -3,6 +3,7 @@
 import logging
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -123,14 +124,92 @@ def run(
     }
     if asymmetric:
         flags["symmetric"] = False
-    if eval_tokens is not None and eval_tokens != "full":
-        flags["eval_tokens"] = int(eval_tokens) if eval_tokens.isdecimal() else eval_tokens
+    if eval_tokens is not None:
+        flags["eval_tokens"] = _count(eval_tokens)
     settings = make_recipe(model, recipe, flags)
-    from llmquant.pipeline import quantize, silent
+    from llmquant.pipeline import quantize
 
     _calm_libraries()
-    log = silent if quiet else lambda message: print(message, file=sys.stderr, flush=True)
-    _show(quantize(model, settings, out, revision=revision, max_ram=max_ram, overwrite=overwrite, log=log))
+    report = quantize(model, settings, out, revision=revision, max_ram=max_ram, overwrite=overwrite, log=_logger(quiet))
+    _show(report)
+
+
+_Data = Annotated[Optional[str], typer.Option("--data", help=f"Text: {_DATA} [dim]\\[default: {_DEFAULTS.eval_data}]")]
+_Tokens = Annotated[
+    Optional[str], typer.Option("--tokens", help=f"Tokens to score, or full [dim]\\[default: {_DEFAULTS.eval_tokens}]")
+]
+_SeqLen = Annotated[
+    Optional[int], typer.Option("--seq-len", help=f"Tokens in a window [dim]\\[default: {_DEFAULTS.eval_seq_len}]")
+]
+_Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file")]
+
+
+@app.command(name="eval", epilog="Example:  llmquant eval --model ./demo-W4A16-G128 --reference demo")
+def evaluate(
+    model: Annotated[str, typer.Option(help="demo, a local folder, or a Hub id: 16 bit or compressed-tensors")],
+    reference: Annotated[Optional[str], typer.Option(help="The original, for divergences")] = None,
+    data: _Data = None,
+    tokens: _Tokens = None,
+    seq_len: _SeqLen = None,
+    device: Annotated[Optional[str], typer.Option(help="auto, cpu or cuda\\[:n]")] = None,
+    dtype: Annotated[Optional[str], typer.Option(help="Compute dtype")] = None,
+    max_ram: Annotated[str, typer.Option(help="What the streams may hold before they go to files")] = "4GB",
+    json: _Json = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")] = False,
+) -> None:
+    """Perplexity of a checkpoint and its divergence from a reference, streamed block by block."""
+    _compare([model], reference, _eval_flags(data, tokens, seq_len, device, dtype), max_ram, json, quiet)
+
+
+@app.command(epilog="Example:  llmquant compare ./a-W4A16-G128 ./b-W4A16-G128 --reference ./a")
+def compare(
+    models: Annotated[list[str], typer.Argument(help="Checkpoints: local folders or Hub ids")],
+    reference: Annotated[Optional[str], typer.Option(help="The original, for divergences")] = None,
+    data: _Data = None,
+    tokens: _Tokens = None,
+    seq_len: _SeqLen = None,
+    device: Annotated[Optional[str], typer.Option(help="auto, cpu or cuda\\[:n]")] = None,
+    dtype: Annotated[Optional[str], typer.Option(help="Compute dtype")] = None,
+    max_ram: Annotated[str, typer.Option(help="What the streams may hold before they go to files")] = "4GB",
+    json: _Json = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")] = False,
+) -> None:
+    """Several checkpoints in one table, with paired differences."""
+    _compare(models, reference, _eval_flags(data, tokens, seq_len, device, dtype), max_ram, json, quiet)
+
+
+def _eval_flags(
+    data: str | None, tokens: str | None, seq_len: int | None, device: str | None, dtype: str | None
+) -> dict[str, Any]:
+    flags = {
+        "eval_data": data,
+        "eval_tokens": _count(tokens),
+        "eval_seq_len": seq_len,
+        "device": device,
+        "dtype": dtype,
+    }
+    return {name: value for name, value in flags.items() if value is not None}
+
+
+def _count(text: str | None) -> int | str | None:
+    """A number of tokens, or the word `full`; the recipe refuses other words."""
+    return int(text) if text is not None and text.isdecimal() else text
+
+
+def _compare(
+    models: list[str], reference: str | None, flags: dict[str, Any], max_ram: str, json: Path | None, quiet: bool
+) -> None:
+    settings = make_recipe(reference or models[0], None, flags)
+    from llmquant.comparison import compare as score
+    from llmquant.run_dir import write_json_file
+
+    _calm_libraries()
+    report = score(models, reference=reference, recipe=settings, max_ram=max_ram, log=_logger(quiet))
+    _show(report)
+    if json is not None:
+        write_json_file(json, report.data)
 
 
 def _show(report: "Report") -> None:
@@ -138,25 +217,28 @@ def _show(report: "Report") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from llmquant.report import describe_evaluation, lanes_table
+    from llmquant.report import describe_evaluation, differences_table, lanes_table
 
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    for rows in (lanes_table(report.lanes), differences_table(report.data.get("differences", []))):
+        if len(rows) > 1:
+            table = Table(*rows[0], box=None, pad_edge=False)
+            for column in table.columns[1:]:
+                column.justify = "right"
+            for row in rows[1:]:
+                table.add_row(*row, style="bold" if row[0] == "llmquant" else None)
+            console.print(table)
     if report.lanes:
-        header, *rows = lanes_table(report.lanes)
-        table = Table(*header, box=None, pad_edge=False)
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for row in rows:
-            table.add_row(*row, style="bold" if row[0] == "llmquant" else None)
-        console.print(table)
-        console.print(
-            f"[dim]on {describe_evaluation(report.data['evaluation'])}; KL is from the original, ± one standard error"
-        )
+        console.print(f"[dim]on {describe_evaluation(report.data['evaluation'])}; ± is one standard error")
     cost = report.cost
-    console.print(
-        f"wrote {report.out} in {cost['total_seconds']:.0f} s, peak memory {cost['peak_rss_bytes'] / 1e6:.0f} MB",
-        soft_wrap=True,
-    )
+    done = f"wrote {report.out}" if report.out is not None else "done"
+    memory = f"peak memory {cost['peak_rss_bytes'] / 1e6:.0f} MB"
+    console.print(f"{done} in {cost['total_seconds']:.0f} s, {memory}", soft_wrap=True)
+
+
+def _logger(quiet: bool) -> Callable[[str], None]:
+    """Progress goes to stderr, so that stdout holds results only."""
+    return (lambda message: None) if quiet else (lambda message: print(message, file=sys.stderr, flush=True))
 
 
 def _calm_libraries() -> None:

@@ -19,14 +19,16 @@ from llmquant.calibration import Windows
 from llmquant.streams import Stream, Streams
 
 Array = NDArray[np.float64]
-ORIGINAL = "original"
 _LOGITS_AT_ONCE = 2**23  # numbers in one chunk of logits: 32 MB
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Per predicted token, [windows, T - 1]: loss in nats, KL(original || lane) in nats, whether both have the same top
-    token, and the change of the true token's probability. `finite` is False where either had NaN or Inf logits."""
+    """Scores of every predicted token, each [windows, T - 1].
+
+    nll and kl = KL(reference || lane) in nats; same_top: whether both have the same top token; dp: change of the
+    true token's probability; finite: False where the lane or the reference had NaN or Inf logits.
+    """
 
     nll: Array
     kl: Array
@@ -75,8 +77,11 @@ class Lanes:
     def advance(self, name: str, block: Callable[[Tensor], Tensor]) -> None:
         self.streams[name].update(block)
 
-    def score(self, logits_of: Callable[[Tensor], Tensor]) -> dict[str, TokenScores]:
-        """Walk all windows once through `logits_of` ([N, D] -> [N, V]); logits live one chunk of tokens at a time."""
+    def score(self, logits_of: Callable[[str, Tensor], Tensor]) -> dict[str, TokenScores]:
+        """Walk all windows once through `logits_of` (lane, [N, D]) -> [N, V]; only one chunk of logits is alive.
+
+        The first lane is the reference of all divergences.
+        """
         rows: dict[str, list[list[Tensor]]] = {name: [] for name in self.streams}
         ids = iter(self.windows.ids)
         for batches in zip(*self.streams.values(), strict=True):
@@ -92,20 +97,21 @@ class Lanes:
 
 
 def _score_window(
-    hidden: dict[str, Tensor], ids_T: Tensor, logits_of: Callable[[Tensor], Tensor]
+    hidden: dict[str, Tensor], ids_T: Tensor, logits_of: Callable[[str, Tensor], Tensor]
 ) -> dict[str, list[Tensor]]:
     """[nll, kl, same_top, dp, finite] of each lane, each [T - 1]."""
     columns: dict[str, list[list[Tensor]]] = {name: [] for name in hidden}
     start, chunk, last = 0, 16, ids_T.numel() - 1
+    first = next(iter(hidden))
     while start < last:
         stop = min(start + chunk, last)
         target = ids_T[start + 1 : stop + 1, None]
-        reference = _log_probabilities(logits_of, hidden[ORIGINAL][start:stop])
+        reference = torch.log_softmax(logits_of(first, hidden[first][start:stop]), dim=-1)
         chunk = max(1, _LOGITS_AT_ONCE // reference.shape[1])
         p = reference.exp()
         target = target.to(reference.device)
         for name, lane_hidden in hidden.items():
-            lane = reference if name == ORIGINAL else _log_probabilities(logits_of, lane_hidden[start:stop])
+            lane = reference if name == first else torch.log_softmax(logits_of(name, lane_hidden[start:stop]), dim=-1)
             nll = -lane.gather(1, target)[:, 0]
             kl = (p * (reference - lane)).sum(1)
             top = (lane.argmax(1) == reference.argmax(1)).float()
@@ -114,10 +120,6 @@ def _score_window(
             columns[name].append([column.cpu() for column in (nll, kl, top, dp, finite)])
         start = stop
     return {name: [torch.cat(column) for column in zip(*chunks, strict=True)] for name, chunks in columns.items()}
-
-
-def _log_probabilities(logits_of: Callable[[Tensor], Tensor], hidden_ND: Tensor) -> Tensor:
-    return torch.log_softmax(logits_of(hidden_ND), dim=-1)
 
 
 def figures(scores: TokenScores, original: TokenScores, seed: int = 0) -> Figures:

@@ -20,6 +20,10 @@ ORIGINAL, OURS = "original", "llmquant"
 Log = Callable[[str], None]
 
 
+def silent(message: str) -> None:
+    """A log that says nothing."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One quantization, ready to start. `lanes` is empty where evaluation is switched off."""

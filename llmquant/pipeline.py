@@ -12,7 +12,7 @@ from llmquant.blocks import Solved, forward_of, get_weight, quantize_block, set_
 from llmquant.card import make_card
 from llmquant.evaluation import Lanes, figures
 from llmquant.formats import FORMATS, LinearSpec
-from llmquant.job import ORIGINAL, OURS, Job, Log, prepare, refuse_damaged_weights
+from llmquant.job import ORIGINAL, OURS, Job, Log, prepare, refuse_damaged_weights, silent
 from llmquant.recipe import Recipe, make_recipe, parse_size
 from llmquant.report import SCHEMA_VERSION, LaneReport, LayerReport, Report, Stopwatch, evaluation_report, versions
 from llmquant.run_dir import RunDir
@@ -22,10 +22,6 @@ from llmquant.streams import Streams, spilled
 from llmquant.verify import Record, verify_output
 
 Forward = Callable[[Tensor], Tensor]
-
-
-def silent(message: str) -> None:
-    """A log that says nothing."""
 
 
 def quantize(
@@ -153,7 +149,7 @@ class _Pass:
         if self.lanes is None:
             return {}
         with self.watch.stage("evaluate"), self.skeleton.head(self.job.read) as logits_of:
-            scores = self.lanes.score(logits_of)
+            scores = self.lanes.score(lambda lane, hidden: logits_of(hidden))
         return {
             lane: LaneReport(figures(score, scores[ORIGINAL]), *_size(self.job, lane)) for lane, score in scores.items()
         }

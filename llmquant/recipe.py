@@ -146,7 +146,7 @@ _INTEGERS = ("bits", "group_size", "samples", "seq_len", "seed", "eval_seq_len")
 
 
 def _check_type(name: str, value: Any) -> None:
-    wanted = (int,) if name in _INTEGERS else _TYPES.get(name, (str,))
+    wanted: tuple[type, ...] = (int,) if name in _INTEGERS else _TYPES.get(name, (str,))
     if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
         raise RecipeError(f"recipe: {name}", f"{value!r}", expected=" or ".join(t.__name__ for t in wanted))
     if name == "ignore" and not all(isinstance(item, str) for item in value):

@@ -116,8 +116,8 @@ def own_version() -> str:
 def lanes_table(lanes: dict[str, dict[str, Any]]) -> list[list[str]]:
     """Rows of text, the header first: the same table for the console and the card."""
     rows = [["lane", "bits/weight", "MB", "perplexity", "KL (nats)", "KL 99%", "same top"]]
-    for name, lane in lanes.items():
-        first = name == "original"
+    for position, (name, lane) in enumerate(lanes.items()):
+        first = position == 0
         rows.append(
             [
                 name,
@@ -127,6 +127,21 @@ def lanes_table(lanes: dict[str, dict[str, Any]]) -> list[list[str]]:
                 "0" if first else f"{lane['kl_mean']:.5f}" + _plus_minus(lane["kl_se"], 5),
                 "0" if first else f"{lane['kl_p99']:.4f}",
                 f"{100 * lane['same_top']:.1f}%",
+            ]
+        )
+    return rows
+
+
+def differences_table(differences: list[dict[str, Any]]) -> list[list[str]]:
+    """Rows of text for the paired differences of `compare`, the header first."""
+    rows = [["b - a", "KL difference", "perplexity ratio (95%)"]]
+    for row in differences:
+        ratio, interval = f"{row['perplexity_ratio']:.4f}", row["perplexity_ratio_ci"]
+        rows.append(
+            [
+                f"{row['b']} - {row['a']}",
+                f"{row['kl_difference']:+.5f}" + _plus_minus(row["kl_difference_se"], 5),
+                ratio if interval is None else f"{ratio} ({interval[0]:.4f} to {interval[1]:.4f})",
             ]
         )
     return rows

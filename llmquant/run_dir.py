@@ -27,15 +27,22 @@ class RunDir:
     """
 
     def __init__(self, out: Path, *, overwrite: bool = False, needed_bytes: int = 0) -> None:
-        self.out = out.expanduser().absolute()
-        self.path = self.out.with_name(self.out.name + ".partial")
+        # Links are followed: a rename would replace the link, not the folder on the disk it points to.
+        self.out = out.expanduser().resolve()
+        self.path, self._old = Path(f"{self.out}.partial"), Path(f"{self.out}.old")
+        self._overwrite = overwrite
         self._places: dict[str, TensorInfo] = {}
         self._files: dict[str, BinaryIO] = {}
         self._unwritten: set[str] = set()
-        self._check_target(overwrite)
+        self._check_target()
+        if self.path.exists():
+            raise OutputError(
+                str(self.path), "exists", remedy="another run is writing it, or one was killed: then delete it"
+            )
         self._check_space(needed_bytes)
 
-    def _check_target(self, overwrite: bool) -> None:
+    def _check_target(self) -> None:
+        """Asked before the work and again at the commit: others may have used the folder in between."""
         if self.out.exists() and not self.out.is_dir():
             raise OutputError(str(self.out), "is a file", expected="a folder that does not exist yet")
         if self.out.is_dir() and any(self.out.iterdir()):
@@ -44,14 +51,12 @@ class RunDir:
                 raise OutputError(
                     str(self.out), "is not empty and not written by llmquant", remedy="choose another --out"
                 )
-            if not overwrite:
+            if not self._overwrite:
                 raise OutputError(
                     str(self.out), "already holds a checkpoint", remedy="choose another --out, or pass --overwrite"
                 )
-        if self.path.exists():
-            raise OutputError(
-                str(self.path), "exists", remedy="another run is writing it, or one was killed: then delete it"
-            )
+            if self._old.exists():
+                raise OutputError(str(self._old), "exists", remedy="a run was killed while it replaced it: delete it")
 
     def _check_space(self, needed: int) -> None:
         folder = next(parent for parent in self.out.parents if parent.is_dir())
@@ -127,7 +132,7 @@ class RunDir:
 
     # -- other files -----------------------------------------------------------------------------------
     def write_json(self, name: str, value: Any) -> None:
-        self.write_bytes(name, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        self.write_bytes(name, _json_bytes(value))
 
     def write_bytes(self, name: str, data: bytes) -> None:
         target = self.path / name
@@ -149,6 +154,7 @@ class RunDir:
 
     def commit(self) -> None:
         """Write the manifest, then make the folder visible under its own name."""
+        self._check_target()
         table = {
             name: {"bytes": (self.path / name).stat().st_size, "sha256": sha256(self.path / name)}
             if name != COST
@@ -158,10 +164,9 @@ class RunDir:
         self.write_json(MANIFEST, {"schema_version": 1, "files": table})
         _fsync_folder(self.path)
         if self.out.is_dir() and any(self.out.iterdir()):
-            old = self.out.with_name(self.out.name + ".old")
-            os.rename(self.out, old)
+            os.rename(self.out, self._old)
             os.rename(self.path, self.out)
-            shutil.rmtree(old)
+            shutil.rmtree(self._old)
         else:
             os.rename(self.path, self.out)
         _fsync_folder(self.out.parent)
@@ -183,6 +188,20 @@ def split_shards(layout: Layout, max_bytes: int) -> list[list[str]]:
         shards[-1].append(name)
         size += nbytes
     return shards
+
+
+def write_json_file(path: Path, value: Any) -> None:
+    """Write a report outside of any run, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(_json_bytes(value))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise _disk_error(path, error) from None
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def sha256(path: Path) -> str:

@@ -20,6 +20,7 @@ from llmquant.safetensors_header import TensorInfo, header_length, parse_header,
 T = TypeVar("T")
 
 DEMO = Path(__file__).parent / "demo"
+TIMEOUT = 30.0  # seconds without a byte from the Hub
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Copied into the output as they are: data of the tokenizer, never code, and nothing from other folders.
 _SIDE_FILES = re.compile(
@@ -182,7 +183,7 @@ class HubSource(Source):
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="llmquant-fetch")
         self._fetched: dict[str, Future[str]] = {}
         self._lock = threading.Lock()
-        info = _hub(repo, lambda: self._api.model_info(repo, revision=revision))
+        info = _hub(repo, lambda: self._api.model_info(repo, revision=revision, timeout=TIMEOUT))
         if info.sha is None or info.siblings is None:
             raise SourceError(repo, "the Hub names no commit for it")
         self._files = sorted(sibling.rfilename for sibling in info.siblings)
@@ -225,14 +226,21 @@ class HubSource(Source):
         url = hf_hub_url(self._repo, file, revision=self.revision)
 
         def first(count: int) -> bytes:
-            response = get_session().get(url, headers={**build_hf_headers(), "Range": f"bytes=0-{count - 1}"})
-            hf_raise_for_status(response)
-            return bytes(response.content[:count])
+            # The Hub's file servers ignore ranges of answers that may be compressed; others ignore them always.
+            headers = {**build_hf_headers(), "Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"}
+            data = bytearray()
+            with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT) as response:
+                hf_raise_for_status(response)
+                for chunk in response.iter_bytes():
+                    data += chunk
+                    if len(data) >= count:
+                        break
+            return bytes(data[:count])
 
         size = _hub(url, lambda: get_hf_file_metadata(url)).size
         if size is None:
             raise SourceError(f"{self._repo}/{file}", "the Hub gives no size")
-        start = _hub(url, lambda: first(min(size, 256 * 1024)))
+        start = _hub(url, lambda: first(min(size, 256 * 1024))) if size else b""
         length = header_length(file, start, size)
         if len(start) < 8 + length:
             start = _hub(url, lambda: first(8 + length))
@@ -251,19 +259,21 @@ def _hub(where: str, call: Callable[[], T]) -> T:
         got, remedy = "no such revision", "check --revision"
     except hub.RepositoryNotFoundError:
         got, remedy = "no such model on the Hub, or it is private", "check the id, or log in with `hf auth login`"
-    except hub.EntryNotFoundError:
-        got, remedy = "no such file in the repository", "check the revision"
     except (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError) as error:
         got, remedy = (
-            f"not in the local cache and the Hub cannot be reached ({_brief(error)})",
-            "go online once, or name a local folder",
+            f"not in the local cache, and the Hub cannot be reached ({_brief(error)})",
+            "check HF_HUB_OFFLINE and the network, or name a local folder",
         )
+    except hub.EntryNotFoundError:
+        got, remedy = "no such file in the repository", "check the revision"
     except hub.HFValidationError:
         got, remedy = "neither a local folder nor a Hub id", "check the path, or use owner/name"
     except hub.HfHubHTTPError as error:
         got, remedy = f"the Hub answered with an error ({_brief(error)})", "try again later"
-    except OSError as error:
-        got, remedy = f"the Hub cannot be reached ({_brief(error)})", "check the network, or name a local folder"
+    except ValueError as error:
+        got, remedy = f"not an answer of a Hub ({_brief(error)})", "check the network and HF_ENDPOINT"
+    except OSError as error:  # the connection, or the disk of the cache
+        got, remedy = f"cannot be fetched ({_brief(error)})", "check the network and the disk, or name a local folder"
     except Exception as error:  # the HTTP client's own connection errors; their class depends on its version
         if isinstance(error, LLMQuantError) or not type(error).__module__.startswith("httpx"):
             raise
@@ -287,7 +297,17 @@ def open_source(model: str | Path, revision: str | None = None) -> Source:
         return Source(path.resolve().name, path)
     if path.is_absolute() or str(model).startswith((".", "~")) or path.exists():
         raise SourceError(str(model), "no such folder", expected="a checkpoint folder or a Hub id")
-    return HubSource(str(model), revision)
+    return _from_hub(str(model), revision)
+
+
+def _from_hub(repo: str, revision: str | None) -> Source:
+    """The repository at its commit; offline, what an earlier download left in the local cache."""
+    from huggingface_hub import is_offline_mode, snapshot_download
+
+    if not is_offline_mode():
+        return HubSource(repo, revision)
+    folder = Path(_hub(repo, lambda: snapshot_download(repo, revision=revision, local_files_only=True)))
+    return Source(repo, folder, folder.name)
 
 
 def safe_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ class Stream:
 
 
 class FileStream(Stream):
-    """The same in an (anonymous or scratch) file, double-buffered by one thread."""
+    """The same in an (anonymous or scratch) file, double-buffered by one thread; `update` keeps shapes and dtypes."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__()
@@ -97,6 +97,10 @@ class FileStream(Stream):
         behind: Future[None] | None = None
         for index, hidden in enumerate(self):
             result = function(hidden).detach().cpu().contiguous()
+            _, shape, dtype = self._index[index]
+            if (tuple(result.shape), result.dtype) != (shape, dtype):  # it would run into the next batch
+                got = f"{result.dtype} {tuple(result.shape)}"
+                raise ValueError(f"batch {index} of a stream: {got}; expected {dtype} {shape}")
             if behind is not None:
                 behind.result()
             behind = self._pool.submit(self._write, index, result)

@@ -24,6 +24,7 @@ FAILURES = {
     "html": ("api", 200, ""),  # a proxy's login page
     "silent": ("api", 0, ""),  # never answers
     "foreign": ("resolve", 0, ""),  # answers without X-Repo-Commit
+    "rangeless": ("cdn", 0, ""),  # ignores ranges
 }
 _API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/]+))?")
 _RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
@@ -129,10 +130,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _cdn(self, repo: str, file: str) -> None:
         data = (self.server.repos[repo] / file).read_bytes()
-        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if match is None or self.headers.get("Accept-Encoding") != "identity":
+        wanted = self.headers.get("Range")
+        rangeless = self.server.failures.get(repo) == "rangeless" or self.headers.get("Accept-Encoding") != "identity"
+        if wanted is None or rangeless:
             return self._send(200, {}, data)
-        start, end = int(match[1]), min(int(match[2] or len(data)), len(data) - 1)
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted)
+        start, end = (int(match[1]), min(int(match[2] or len(data)), len(data) - 1)) if match else (0, -1)
         if start > end:
             return self._send(416, {"Content-Range": f"bytes */{len(data)}"}, b"")
         self._send(206, {"Content-Range": f"bytes {start}-{end}/{len(data)}"}, data[start : end + 1])

@@ -276,7 +276,9 @@ def test_dequantize_is_code_times_the_scale_of_its_group(bits: int, group: int, 
 
 
 def test_dequantize_rounds_once_to_the_asked_dtype() -> None:
-    weight = QuantizedWeight(torch.tensor([[7, -7]], dtype=torch.int8), round_scales(torch.tensor([[0.3]])), QuantScheme(4, -1))
+    weight = QuantizedWeight(
+        torch.tensor([[7, -7]], dtype=torch.int8), round_scales(torch.tensor([[0.3]])), QuantScheme(4, -1)
+    )
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         assert torch.equal(weight.dequantize(dtype), weight.dequantize().to(dtype))
         assert weight.dequantize(dtype).dtype == dtype

@@ -22,10 +22,11 @@ from tiny import ARCHITECTURES, build
 
 from llmquant import source as source_module
 from llmquant.errors import SourceError
-from llmquant.source import INDEX, Source, open_source
+from llmquant.safetensors_header import build_header
+from llmquant.source import INDEX, SINGLE, Source, open_source
 
 SHARDS = ("model-1.safetensors", "model-2.safetensors")
-BAD = ("gated", "busy", "broken", "html", "foreign")
+BAD = ("gated", "busy", "broken", "html", "silent", "foreign")
 
 
 # -- what the children do ------------------------------------------------------------------------------
@@ -74,6 +75,7 @@ def child_online(folder: Path) -> dict[str, Any]:
         },
         "read": {"after_first": after_first, "tensors": {name: digest(read.read(name)) for name in read.tensors}},
         "prefetched": local_shards(prefetched),
+        "rangeless": {name: list(info.shape) for name, info in open_source("user/rangeless").tensors.items()},
         "errors": {f"user/{failure}": message_of(f"user/{failure}") for failure in (*BAD, "unknown", "empty-shard")}
         | {"revision": message_of("user/opened", "v9"), "id": message_of("not/a/hub/id")},
         "report": report.data,
@@ -98,7 +100,7 @@ def run_child(what: str, folder: Path, endpoint: str, **env: str) -> dict[str, A
     """What `child_<what>` returned in a fresh process."""
     here = Path(__file__).parent
     clean = {name: value for name, value in os.environ.items() if "proxy" not in name.lower() and name[:3] != "HF_"}
-    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_TOKEN": "hf_fake", "PYTHONPATH": ""}
+    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_TOKEN": "hf_fake"}
     settings["PYTHONPATH"] = os.pathsep.join((str(here.parent), str(here)))
     command = [sys.executable, __file__, what, str(folder)]
     child = subprocess.run(command, env=clean | settings | env, capture_output=True, text=True, timeout=300)
@@ -125,6 +127,16 @@ def write_sharded(folder: Path) -> Path:
     return folder
 
 
+def write_large(folder: Path) -> Path:
+    """A checkpoint of one file of 64 MiB, most of it a hole."""
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    head, _ = build_header({"w": (torch.int8, (2**26,))})
+    (folder / SINGLE).write_bytes(head)
+    os.truncate(folder / SINGLE, len(head) + 2**26)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("hub")
@@ -137,15 +149,16 @@ def hub(folder: Path) -> Iterator[FakeHub]:
         small = folder / "small"
         small.mkdir()
         (small / "config.json").write_text("{}")
-        save_file({"w": torch.ones(1)}, small / "model.safetensors")
+        save_file({"w": torch.ones(1)}, small / SINGLE)
         damaged = folder / "empty-shard"
         damaged.mkdir()
         (damaged / "config.json").write_text("{}")
-        (damaged / "model.safetensors").write_bytes(b"")
+        (damaged / SINGLE).write_bytes(b"")
         hub.repos = dict.fromkeys(("user/opened", "user/read", "user/prefetched"), sharded)
         hub.repos |= {f"user/{failure}": small for failure in BAD} | {"user/empty-shard": damaged}
         hub.repos["user/llama"] = build(folder / "llama", ARCHITECTURES["llama"], shard="100KB")
-        hub.failures = {f"user/{failure}": failure for failure in BAD}
+        hub.repos["user/rangeless"] = write_large(folder / "large")
+        hub.failures = {f"user/{failure}": failure for failure in (*BAD, "rangeless")}
         yield hub
 
 
@@ -183,6 +196,13 @@ def test_opening_reads_headers_by_ranges_and_no_whole_shard(online: dict[str, An
     assert all(r.range is not None and r.status == 206 for r in requests)
     assert all(r.sent < (folder / "sharded" / SHARDS[0]).stat().st_size / 4 for r in requests)
     assert online["opened"]["local_shards"] == []
+
+
+def test_header_is_read_without_the_rest_where_ranges_are_ignored(online: dict[str, Any], hub: FakeHub) -> None:
+    assert online["rangeless"] == {"w": [2**26]}
+    (request,) = weight_requests(hub, "user/rangeless")
+    assert request.status == 200
+    assert request.sent < 2**25
 
 
 def test_token_goes_to_the_hub_but_not_to_the_host_of_the_weights(online: dict[str, Any], hub: FakeHub) -> None:
@@ -248,7 +268,7 @@ def test_model_of_the_hub_is_quantized_like_its_folder(online: dict[str, Any], h
 
 
 def test_only_the_asked_repositories_are_contacted(online: dict[str, Any], hub: FakeHub) -> None:
-    known = [*hub.repos, "user/unknown"]
+    known = [*hub.repos, "user/unknown", "api/agent-harnesses"]  # the last is the client's own
     assert [r.path for r in hub.log if not any(f"/{repo}" in r.path for repo in known)] == []
 
 

@@ -197,7 +197,14 @@ def test_rtn_reads_no_calibration_text_and_runs_no_forward(
 
 
 def test_gptq_beats_rounding_on_the_demo_model(tmp_path: Path) -> None:
-    flags = {"samples": 16, "seq_len": 256, "eval_tokens": 4096, "eval_seq_len": 256, "group_size": 128, "baselines": "rtn"}
+    flags = {
+        "samples": 16,
+        "seq_len": 256,
+        "eval_tokens": 4096,
+        "eval_seq_len": 256,
+        "group_size": 128,
+        "baselines": "rtn",
+    }
     report = run("demo", tmp_path / "out", **flags)
     lanes = report.lanes
     assert 0 < lanes["llmquant"]["kl_mean"] < 0.7 * lanes["rtn"]["kl_mean"]

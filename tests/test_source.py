@@ -181,7 +181,9 @@ def test_index_without_a_weight_map_is_refused(one: Path, index: str) -> None:
 
 
 def test_control_characters_in_an_index_do_not_reach_the_message(tmp_path: Path) -> None:
-    folder = write(tmp_path / "m", {"a.safetensors": {"w": torch.ones(1)}}, {"w\x1b[2J\r": "x\r\x1b[2J\u2028.safetensors"})
+    folder = write(
+        tmp_path / "m", {"a.safetensors": {"w": torch.ones(1)}}, {"w\x1b[2J\r": "x\r\x1b[2J\u2028.safetensors"}
+    )
     assert "missing" in refusal(lambda: open_source(folder))
 
 

@@ -1,0 +1,163 @@
+"""Score finished checkpoints against a reference, all streamed block by block over the same windows."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from llmquant import calibration as text
+from llmquant.blocks import forward_of
+from llmquant.checkpoint import bits_per_weight, open_checkpoint
+from llmquant.errors import SourceError
+from llmquant.evaluation import Lanes, TokenScores, bootstrap_ratio, figures, standard_error
+from llmquant.job import ORIGINAL, Log, pick_device, pick_dtype, prepare_evaluation, silent
+from llmquant.recipe import Recipe, make_recipe, parse_size
+from llmquant.report import SCHEMA_VERSION, LaneReport, Report, Stopwatch, evaluation_report, versions
+from llmquant.skeleton import Calls, Skeleton
+from llmquant.source import Source
+from llmquant.streams import Streams
+
+
+@dataclass
+class Lane:
+    """A checkpoint, its skeleton, and the arguments of its blocks."""
+
+    source: Source
+    skeleton: Skeleton
+    calls: Calls
+
+    def __post_init__(self) -> None:
+        self._key_of = {param: key for key, param in self.skeleton.param_of.items()}
+
+    def read(self, param: str) -> Tensor:
+        return self.source.read_finite(self._key_of[param])
+
+
+def evaluate(model: str | Path, *, reference: str | Path | None = None, **options: Any) -> Report:
+    """Perplexity of one checkpoint and, with a `reference`, its divergence from it. Options as for `compare`."""
+    return compare([model], reference=reference, **options)
+
+
+def compare(
+    models: Sequence[str | Path],
+    *,
+    reference: str | Path | None = None,
+    recipe: Recipe | None = None,
+    max_ram: str = "4GB",
+    log: Log = silent,
+) -> Report:
+    """Score `models` on the evaluation windows of `recipe` (eval_data, eval_tokens, eval_seq_len, device, dtype).
+
+    Every checkpoint may be 16-bit or compressed-tensors; all must share the reference's tokenizer and vocabulary.
+    The first lane is the reference (the first model where none is given). One block of one lane is in memory at a
+    time, and at the end the heads of all lanes. The report's `differences` are paired over windows.
+    """
+    watch = Stopwatch()
+    paths = [*([reference] if reference is not None else []), *models]
+    recipe = recipe or make_recipe(str(paths[0]))
+    with watch.stage("prepare"):
+        lanes = _open(paths, recipe, named_reference=reference is not None)
+        first = next(iter(lanes.values()))
+        tokenizer = text.load_tokenizer(first.source)
+        windows = prepare_evaluation(
+            first.skeleton, tokenizer, recipe.eval_data, recipe.eval_tokens, recipe.eval_seq_len, log
+        )
+    size = windows.n_tokens * first.skeleton.hidden_size * first.skeleton.dtype.itemsize
+    sizes = dict.fromkeys(lanes, size)
+    with Streams(sizes, parse_size("--max-ram", max_ram), lambda name: TemporaryFile()) as streams:
+        scores = _stream(lanes, Lanes(tuple(lanes), windows, streams), watch, log)
+    reference_scores = next(iter(scores.values()))
+    reports = {
+        name: LaneReport(
+            figures(score, reference_scores),
+            bits_per_weight(lanes[name].source),
+            lanes[name].source.weight_bytes,
+        )
+        for name, score in scores.items()
+    }
+    data = {
+        "schema_version": SCHEMA_VERSION,
+        "models": [{"id": lane.source.name, "revision": lane.source.revision} for lane in lanes.values()],
+        "versions": versions(),
+        "evaluation": evaluation_report(windows, reports),
+        "differences": _differences(scores),
+    }
+    return Report(data, watch.cost())
+
+
+def _open(paths: Sequence[str | Path], recipe: Recipe, *, named_reference: bool) -> dict[str, Lane]:
+    device = pick_device(recipe.device)
+    lanes: dict[str, Lane] = {}
+    for position, path in enumerate(paths):
+        source = open_checkpoint(path)
+        name = ORIGINAL if position == 0 and named_reference else _fresh(source.name, lanes)
+        lanes[name] = Lane(source, Skeleton(source, device, pick_dtype(recipe.dtype, device, source)), {})
+    first = next(iter(lanes.values())).skeleton
+    for lane in lanes.values():
+        for what in ("vocab_size", "hidden_size", "context"):
+            mine, theirs = getattr(lane.skeleton, what), getattr(first, what)
+            if mine != theirs:
+                raise SourceError(lane.source.name, f"{what} {mine}", expected=f"{theirs}, as the reference has")
+    return lanes
+
+
+def _fresh(name: str, taken: dict[str, Lane]) -> str:
+    """`name`, numbered where another lane has it already."""
+    number, fresh = 2, name
+    while fresh in taken:
+        fresh, number = f"{name} ({number})", number + 1
+    return fresh
+
+
+def _stream(lanes: dict[str, Lane], streams: Lanes, watch: Stopwatch, log: Log) -> dict[str, TokenScores]:
+    """All lanes through all blocks, then through their heads."""
+    batches = streams.windows.batches()
+    with watch.stage("embed"):
+        for name, lane in lanes.items():
+            lane.calls = lane.skeleton.record(batches, lane.read, streams.streams[name].append)
+    n_blocks = [len(lane.skeleton.blocks) for lane in lanes.values()]
+    for index in range(max(n_blocks)):
+        with watch.stage("evaluate"):
+            for name, lane in lanes.items():
+                if index < len(lane.skeleton.blocks):
+                    _advance(name, lane, index, streams)
+        log(f"block {index + 1}/{max(n_blocks)}")
+    with watch.stage("head"), ExitStack() as heads:
+        logits_of = {name: heads.enter_context(lane.skeleton.head(lane.read)) for name, lane in lanes.items()}
+        return streams.score(lambda name, hidden: logits_of[name](hidden))
+
+
+def _advance(name: str, lane: Lane, index: int, streams: Lanes) -> None:
+    blocks = (index, index + 1)
+    lane.source.prefetch(
+        key for key, param in lane.skeleton.param_of.items() if lane.skeleton.block_of(param) in blocks
+    )
+    with lane.skeleton.loaded(lane.skeleton.block_params(index), lane.read):
+        streams.advance(name, forward_of(lane.skeleton, index, lane.calls))
+
+
+def _differences(scores: dict[str, TokenScores]) -> list[dict[str, Any]]:
+    """For each pair of scored checkpoints (reference left out): b minus a, paired over windows."""
+    rows = []
+    for (a, first), (b, second) in combinations(list(scores.items())[1:], 2):
+        keep = first.finite & second.finite
+        kl = np.array([(y - x)[k].mean() for x, y, k in zip(first.kl, second.kl, keep, strict=True) if k.any()])
+        nll = np.array([(y - x)[k].mean() for x, y, k in zip(first.nll, second.nll, keep, strict=True) if k.any()])
+        interval = bootstrap_ratio(nll, seed=0)
+        rows.append(
+            {
+                "a": a,
+                "b": b,
+                "kl_difference": float(kl.mean()),
+                "kl_difference_se": standard_error(kl),
+                "perplexity_ratio": float(np.exp(nll.mean())),
+                "perplexity_ratio_ci": None if interval is None else list(interval),
+            }
+        )
+    return rows
