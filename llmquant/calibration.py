@@ -1,6 +1,7 @@
 """Text -> fixed token windows, for calibration and for evaluation."""
 
 import hashlib
+import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -81,24 +82,27 @@ def load_text(spec: str, split: str, limit: int) -> Text:
         if not path.is_file():
             raise CalibrationError(spec, "no such file")
         try:
-            text = Text(path.name, [path.read_text("utf-8")] if path.suffix == ".txt" else list(_jsonl(path, limit)))
+            is_text = path.suffix == ".txt"
+            documents = [path.read_text("utf-8")] if is_text else list(_column(spec, _jsonl(path), None, limit))
         except UnicodeDecodeError as error:
             raise CalibrationError(spec, f"not UTF-8 text ({error.reason} at byte {error.start})") from None
-        return text
+        return Text(path.name, documents)
     return _hub_dataset(spec, limit, spec)
 
 
-def _jsonl(path: Path, limit: int) -> Iterator[str]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        rows = load_dataset("json", data_files=str(path), split="train", streaming=True)
-        yield from _column(path.name, rows, None, limit)
-    except (DatasetGenerationError, ValueError) as error:
-        raise CalibrationError(
-            str(path), f"cannot be read ({error})", expected="one JSON object with a text per line"
-        ) from None
+def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict):
+                raise CalibrationError(
+                    f"{path}: line {number}", "not a JSON object", expected="one with a text per line"
+                )
+            if row:
+                yield row
 
 
 def _hub_dataset(spec: str, limit: int, name: str) -> Text:
@@ -136,16 +140,17 @@ def _column(where: str, rows: Any, column: str | None, limit: int) -> Iterator[s
     if column is None or column not in first:
         raise CalibrationError(
             where,
-            f"columns {', '.join(first)}",
+            f"columns {list(first)}"[:200],
             expected="a text column",
-            remedy="name it: DATASET:config:split:column",
+            remedy="call it `text`, or name it: HUB_ID:config:split:column",
         )
     seen = 0
     for row in chain([first], iterator):
         if seen >= limit:
             return
-        seen += len(row[column])
-        yield row[column]
+        if isinstance(document := row.get(column), str):  # some rows of real datasets have none
+            seen += len(document)
+            yield document.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates; tokenizers refuse them
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -162,9 +167,27 @@ def load_tokenizer(source: Source) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raise bare Exception
+        brief = f"{type(error).__name__}: {error}".splitlines()[0][:160]
         raise CalibrationError(
-            source.name, f"its tokenizer cannot be loaded ({str(error).splitlines()[0][:160]})"
+            source.name,
+            f"its tokenizer cannot be loaded ({brief})",
+            remedy="its files are incomplete or damaged, or need a newer transformers",
         ) from error
+
+
+def tokenize_pieces(tokenizer: Any, text: str, size: int = 2**16) -> Tensor:
+    """Token ids [N] of a long text without special tokens, line by line in pieces of about `size` characters.
+
+    A tokenizer keeps hundreds of bytes per token of one call; pieces keep that small.
+    """
+    ids, piece, length = [], [], 0
+    for line in text.splitlines(keepends=True):
+        piece.append(line)
+        length += len(line)
+        if length >= size:
+            ids.append(tokenize(tokenizer, "".join(piece), special=False))
+            piece, length = [], 0
+    return torch.cat([*ids, tokenize(tokenizer, "".join(piece), special=False)])
 
 
 def tokenize(tokenizer: Any, text: str, *, special: bool) -> Tensor:
@@ -202,17 +225,17 @@ def calibration_windows(tokenizer: Any, spec: str, samples: int, seq_len: int, s
     joined = "\n\n".join(text.documents)
     if not joined.strip():
         raise CalibrationError(spec, "no text in it", remedy="choose another --calibration")
-    ids = tokenize(tokenizer, joined, special=False)
-    n_slots = ids.numel() // seq_len
+    ids = tokenize_pieces(tokenizer, joined)
+    n_slots, enough = ids.numel() // seq_len, max(seq_len + 1, samples * seq_len // 2)
     if n_slots >= samples:
         starts = sorted(slot * seq_len for slot in random.Random(seed).sample(range(n_slots), samples))
-    elif ids.numel() >= max(seq_len + 1, samples * seq_len // 2):
+    elif ids.numel() >= enough:
         starts = [int(x) for x in torch.linspace(0, ids.numel() - seq_len, samples, dtype=torch.float64)]
     else:
         raise CalibrationError(
             spec,
             f"{ids.numel()} tokens",
-            expected=f"at least {samples * seq_len // 2} for {samples} windows of {seq_len}",
+            expected=f"at least {enough} for {samples} windows of {seq_len}",
             remedy="use fewer --samples, a shorter --seq-len or more text",
         )
     windows = torch.stack([ids[start : start + seq_len] for start in starts])
@@ -229,7 +252,12 @@ def evaluation_windows(tokenizer: Any, spec: str, max_tokens: int | None, seq_le
     At most `max_tokens` tokens (None: the whole text).
     """
     text = load_text(spec, "test", 10**12 if max_tokens is None else max_tokens * 16)
-    ids = tokenize(tokenizer, "\n\n".join(text.documents), special=True)
+    joined = "\n\n".join(text.documents)
+    # Six characters a token are nearly always enough, and the ids of a text's head are the head of its ids.
+    head = joined if max_tokens is None else joined[: 6 * max_tokens]
+    ids = tokenize(tokenizer, head, special=True)
+    if max_tokens is not None and ids.numel() < max_tokens + seq_len and len(head) < len(joined):
+        ids = tokenize(tokenizer, joined, special=True)
     count = ids.numel() // seq_len
     if max_tokens is not None:
         count = min(count, max_tokens // seq_len)

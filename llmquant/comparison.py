@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from torch import Tensor
@@ -59,26 +59,10 @@ def compare(
     time, and at the end the heads of all lanes. The report's `differences` are paired over windows.
     """
     watch = Stopwatch()
-    paths = [*([reference] if reference is not None else []), *models]
-    recipe = recipe or make_recipe(str(paths[0]))
-    with watch.stage("prepare"):
-        lanes = _open(paths, recipe, named_reference=reference is not None)
-        first = next(iter(lanes.values()))
-        tokenizer = text.load_tokenizer(first.source)
-        windows = prepare_evaluation(
-            first.skeleton, tokenizer, recipe.eval_data, recipe.eval_tokens, recipe.eval_seq_len, log
-        )
-    size = windows.n_tokens * first.skeleton.hidden_size * first.skeleton.dtype.itemsize
-    sizes = dict.fromkeys(lanes, size)
-    with Streams(sizes, parse_size("--max-ram", max_ram), lambda name: TemporaryFile()) as streams:
-        scores = _stream(lanes, Lanes(tuple(lanes), windows, streams), watch, log)
-    reference_scores = next(iter(scores.values()))
+    windows, lanes, scores = score_tokens(models, reference, recipe, max_ram=max_ram, log=log, watch=watch)
+    first = next(iter(scores.values()))
     reports = {
-        name: LaneReport(
-            figures(score, reference_scores),
-            bits_per_weight(lanes[name].source),
-            lanes[name].source.weight_bytes,
-        )
+        name: LaneReport(figures(score, first), bits_per_weight(lanes[name].source), lanes[name].source.weight_bytes)
         for name, score in scores.items()
     }
     data = {
@@ -89,6 +73,36 @@ def compare(
         "differences": _differences(scores),
     }
     return Report(data, watch.cost())
+
+
+def score_tokens(
+    models: Sequence[str | Path],
+    reference: str | Path | None,
+    recipe: Recipe | None = None,
+    *,
+    max_ram: str = "4GB",
+    log: Log = silent,
+    watch: Stopwatch | None = None,
+) -> tuple[text.Windows, dict[str, Lane], dict[str, TokenScores]]:
+    """What `compare` sums up: the windows, the lanes, and every token's scores by lane, the reference first."""
+    watch = watch or Stopwatch()
+    paths = [*([reference] if reference is not None else []), *models]
+    recipe = recipe or make_recipe(str(paths[0]))
+    with watch.stage("prepare"):
+        lanes = _open(paths, recipe, named_reference=reference is not None)
+        first = next(iter(lanes.values()))
+        tokenizer = text.load_tokenizer(first.source)
+        windows = prepare_evaluation(
+            first.skeleton, tokenizer, recipe.eval_data, recipe.eval_tokens, recipe.eval_seq_len, log
+        )
+    size = windows.n_tokens * first.skeleton.hidden_size * first.skeleton.dtype.itemsize
+    with Streams(dict.fromkeys(lanes, size), parse_size("--max-ram", max_ram), _unnamed_file) as streams:
+        return windows, lanes, _stream(lanes, Lanes(tuple(lanes), windows, streams), watch, log)
+
+
+def _unnamed_file(name: str) -> BinaryIO:
+    file: BinaryIO = TemporaryFile()  # noqa: SIM115 (its stream closes it)
+    return file
 
 
 def _open(paths: Sequence[str | Path], recipe: Recipe, *, named_reference: bool) -> dict[str, Lane]:

@@ -20,7 +20,8 @@ class LLMQuantError(Exception):
 
     def __init__(self, where: str, got: str, *, expected: str = "", remedy: str = "") -> None:
         parts = [f"{where}: {got}", f"expected {expected}" if expected else "", remedy]
-        super().__init__("; ".join(part for part in parts if part).replace("\n", " "))
+        text = " ".join("; ".join(part for part in parts if part).split())
+        super().__init__("".join(char if char.isprintable() else "?" for char in text))
 
 
 class RecipeError(LLMQuantError):

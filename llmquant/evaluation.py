@@ -19,7 +19,7 @@ from llmquant.calibration import Windows
 from llmquant.streams import Stream, Streams
 
 Array = NDArray[np.float64]
-_LOGITS_AT_ONCE = 2**23  # numbers in one chunk of logits: 32 MB
+_LOGITS_AT_ONCE = 2**22  # numbers in one chunk of logits: 16 MB
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,15 @@ class TokenScores:
     """Scores of every predicted token, each [windows, T - 1].
 
     nll and kl = KL(reference || lane) in nats; same_top: whether both have the same top token; dp: change of the
-    true token's probability; finite: False where the lane or the reference had NaN or Inf logits.
+    true token's probability; confidence: probability of the lane's own top token; finite: False where the lane or
+    the reference had NaN or Inf logits.
     """
 
     nll: Array
     kl: Array
     same_top: Array
     dp: Array
+    confidence: Array
     finite: NDArray[np.bool_]
 
 
@@ -91,15 +93,17 @@ class Lanes:
                     rows[name].append(part)
         scores = {}
         for name, windows in rows.items():
-            nll, kl, top, dp, finite = (torch.stack(column).double().numpy() for column in zip(*windows, strict=True))
-            scores[name] = TokenScores(nll, kl, top, dp, finite.astype(np.bool_))
+            nll, kl, top, dp, confidence, finite = (
+                torch.stack(column).double().numpy() for column in zip(*windows, strict=True)
+            )
+            scores[name] = TokenScores(nll, kl, top, dp, confidence, finite.astype(np.bool_))
         return scores
 
 
 def _score_window(
     hidden: dict[str, Tensor], ids_T: Tensor, logits_of: Callable[[str, Tensor], Tensor]
 ) -> dict[str, list[Tensor]]:
-    """[nll, kl, same_top, dp, finite] of each lane, each [T - 1]."""
+    """[nll, kl, same_top, dp, confidence, finite] of each lane, each [T - 1]."""
     columns: dict[str, list[list[Tensor]]] = {name: [] for name in hidden}
     start, chunk, last = 0, 16, ids_T.numel() - 1
     first = next(iter(hidden))
@@ -114,10 +118,11 @@ def _score_window(
             lane = reference if name == first else torch.log_softmax(logits_of(name, lane_hidden[start:stop]), dim=-1)
             nll = -lane.gather(1, target)[:, 0]
             kl = (p * (reference - lane)).sum(1)
-            top = (lane.argmax(1) == reference.argmax(1)).float()
+            best = lane.max(1)
+            top = (best.indices == reference.argmax(1)).float()
             dp = (-nll).exp() - p.gather(1, target)[:, 0]
             finite = torch.isfinite(nll) & torch.isfinite(kl)
-            columns[name].append([column.cpu() for column in (nll, kl, top, dp, finite)])
+            columns[name].append([column.cpu() for column in (nll, kl, top, dp, best.values.exp(), finite)])
         start = stop
     return {name: [torch.cat(column) for column in zip(*chunks, strict=True)] for name, chunks in columns.items()}
 

@@ -121,7 +121,7 @@ def pick_device(device: str) -> torch.device:
             raise RecipeError(
                 "--device",
                 f"{device}, but there are {torch.cuda.device_count()} GPUs",
-                expected=f"an index below {index}",
+                expected=f"an index below {torch.cuda.device_count()}",
             )
     return torch.device(device)
 

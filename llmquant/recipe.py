@@ -147,9 +147,10 @@ _INTEGERS = ("bits", "group_size", "samples", "seq_len", "seed", "eval_seq_len")
 
 def _check_type(name: str, value: Any) -> None:
     wanted: tuple[type, ...] = (int,) if name in _INTEGERS else _TYPES.get(name, (str,))
-    if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
-        raise RecipeError(f"recipe: {name}", f"{value!r}", expected=" or ".join(t.__name__ for t in wanted))
-    if name == "ignore" and not all(isinstance(item, str) for item in value):
+    expected = " or ".join(kind.__name__ for kind in wanted)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and "bool" not in expected):
+        raise RecipeError(f"recipe: {name}", f"{value!r}", expected=expected)
+    if isinstance(value, list | tuple) and not all(isinstance(item, str) for item in value):
         raise RecipeError("recipe: ignore", f"{value!r}", expected="a list of regular expressions")
 
 

@@ -397,19 +397,31 @@ def _build(source: Source, dtype: torch.dtype) -> Any:
     config = safe_config(source.config)
     config.pop("quantization_config", None)
     model_type = config.pop("model_type", None)
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        architectures = ", ".join(map(str, config.get("architectures") or [])) or "no architecture named"
+    if not isinstance(model_type, str) or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        architectures = str(config.get("architectures") or "no architecture named")[:80]
         raise SourceError(
             f"{source.name}: config.json",
             f"model_type {model_type!r} ({architectures}) is no causal LM of the installed transformers",
             remedy="remote code is not run; a newer transformers may know it",
         )
+    _refuse_absurd_depth(source, config)
     try:
         with init_empty_weights(include_buffers=False), no_init_weights():
             built = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config), dtype=dtype)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError) as error:
-        raise SourceError(f"{source.name}: config.json", f"transformers cannot build the model ({error})") from error
+    except Exception as error:  # what a wrong config raises depends on the model class
+        brief = f"{type(error).__name__}: {error}"[:200]
+        raise SourceError(f"{source.name}: config.json", f"transformers cannot build the model ({brief})") from error
     return built.eval()
+
+
+def _refuse_absurd_depth(source: Source, config: dict[str, Any]) -> None:
+    """A model of more layers than the checkpoint has tensors would be built for hours before it is refused."""
+    for key in ("num_hidden_layers", "n_layer", "num_layers"):
+        depth = config.get(key)
+        if isinstance(depth, int) and depth > len(source.tensors):
+            raise SourceError(
+                f"{source.name}: config.json", f"{key} {depth}", expected=f"at most its {len(source.tensors)} tensors"
+            )
 
 
 def _names(model: Any, source: Source) -> dict[str, str]:

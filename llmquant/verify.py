@@ -21,19 +21,19 @@ from llmquant.formats import LinearSpec
 from llmquant.grid import QuantizedWeight
 from llmquant.plan import Plan
 
-_SIZES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 
 
@@ -63,16 +63,21 @@ def verify_output(folder: Path, plan: Plan, record: Record) -> None:
     if places.keys() != plan.layout.keys():
         odd = sorted(places.keys() ^ plan.layout.keys())[0]
         raise VerifyError(str(folder), f"tensor {odd} is {'unplanned' if odd in places else 'missing'}")
+    for name, (dtype, shape) in plan.layout.items():
+        if (_DTYPES[places[name].dtype], places[name].shape) != (dtype, shape):
+            raise VerifyError(name, f"{places[name].dtype} {places[name].shape}", expected=f"{dtype} {shape}")
     decode = DECODERS.get(record.format_name)
     for row in plan.rows:
         if row.spec is None or decode is None:
+            if row.spec is not None and not np.isfinite(places[row.name].floats()).all():
+                raise VerifyError(row.name, "a weight that is not finite was written")
             found = _digest(places[row.name].raw())
         else:
             codes, scales = decode(row.spec, places)
             if not np.isfinite(scales).all() or (scales == 0).any():
                 raise VerifyError(row.name, "a scale that is zero or not finite was written")
             found = _digest(codes, scales)
-        if found != record.digests[row.name]:
+        if found != record.digests.get(row.name):
             raise VerifyError(
                 row.name, "the bytes on disk do not decode to what was computed", remedy="do not use this output"
             )
@@ -87,8 +92,12 @@ class Place:
     shape: tuple[int, ...]
     start: int
 
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * _DTYPES[self.dtype].itemsize
+
     def raw(self) -> NDArray[np.uint8]:
-        return np.fromfile(self.file, np.uint8, prod(self.shape) * _SIZES[self.dtype], offset=self.start)
+        return np.fromfile(self.file, np.uint8, self.nbytes, offset=self.start)
 
     def floats(self) -> NDArray[np.float32]:
         raw = self.raw()
@@ -98,25 +107,55 @@ class Place:
 
 
 def read_places(folder: Path) -> dict[str, Place]:
-    """All tensors of a folder's safetensors files, checked against the index where there is one."""
+    """All tensors of a folder's safetensors files, as stock loaders would find them: by the index or the one name."""
     places: dict[str, Place] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        length = int(np.fromfile(file, "<u8", 1)[0])
-        header: dict[str, Any] = json.loads(np.fromfile(file, np.uint8, length, offset=8).tobytes())
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
+        for name, place in _read_header(file).items():
             if name in places:
                 raise VerifyError(f"{file.name}: {name}", "lies in two files")
-            places[name] = Place(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-        end = max((8 + length + entry["data_offsets"][1] for entry in header.values()), default=8 + length)
-        if end != file.stat().st_size:
-            raise VerifyError(file.name, f"{file.stat().st_size} bytes", expected=str(end))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        if weight_map != {name: place.file.name for name, place in places.items()}:
-            raise VerifyError(index.name, "does not name the file of every tensor")
+            places[name] = place
+    _check_index(folder, places)
     return places
+
+
+def _read_header(file: Path) -> dict[str, Place]:
+    """The tensors of one file, which must lie one behind the other up to its end."""
+    size, places = file.stat().st_size, {}
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header: dict[str, Any] = json.loads(stream.read(min(length, size)))
+        header.pop("__metadata__", None)
+        at = 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            place = Place(file, entry["dtype"], tuple(entry["shape"]), 8 + length + at)
+            if entry["data_offsets"] != [at, at + place.nbytes]:
+                got, expected = entry["data_offsets"], [at, at + place.nbytes]
+                raise VerifyError(f"{file.name}: {name}", f"data_offsets {got}", expected=str(expected))
+            places[name] = place
+            at += place.nbytes
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise VerifyError(file.name, f"its header cannot be read ({error})", expected="a safetensors file") from None
+    if 8 + length + at != size:
+        raise VerifyError(file.name, f"{size} bytes", expected=str(8 + length + at))
+    return places
+
+
+def _check_index(folder: Path, places: dict[str, Place]) -> None:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        if odd := {place.file.name for place in places.values()} - {"model.safetensors"}:
+            raise VerifyError(sorted(odd)[0], "no index names it", expected=index.name)
+        return
+    try:
+        table = json.loads(index.read_bytes())
+        weight_map, total = table["weight_map"], table["metadata"]["total_size"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise VerifyError(index.name, f"cannot be read ({error})") from None
+    if weight_map != {name: place.file.name for name, place in places.items()}:
+        raise VerifyError(index.name, "does not name the file of every tensor")
+    if total != (nbytes := sum(place.nbytes for place in places.values())):
+        raise VerifyError(index.name, f"total_size {total}", expected=str(nbytes))
 
 
 Decoded = tuple[NDArray[np.int8], NDArray[np.float32]]

@@ -11,10 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, GPT2_ARCHITECTURE, LLAMA, build
 
+from llmquant.calibration import Text, load_text
 from llmquant.cli import main
-from llmquant.source import INDEX, SINGLE
+from llmquant.source import DEMO, INDEX, SINGLE
 
-SMALL = "--samples 4 --seq-len 32 --eval-tokens 64 --eval-seq-len 32 --group-size 32".split()
+SMALL = [
+    *("--samples", "4", "--seq-len", "32", "--eval-tokens", "64", "--eval-seq-len", "32", "--group-size", "32"),
+    *("--calibration", "some.txt", "--eval-data", "some.txt"),
+]
 RECIPE, SOLVE, SOURCE, TEXT, FORMAT, OUTPUT = 2, 3, 4, 5, 6, 7
 Spoil = Callable[[Path], object]
 
@@ -41,6 +45,7 @@ def refused(
 ) -> Iterator[Callable[..., str]]:
     """Runs the command line and returns its line on stderr; fails where anything is written or said beside it."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "some.txt").write_text((DEMO / "heldout.txt").read_text("utf-8")[:5000], "utf-8")
 
     def run(code: int, model: str | Path, *options: str, out: str = "out") -> str:
         before = tree(tmp_path)
@@ -103,7 +108,7 @@ def first_as(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
         pytest.param(cut(SINGLE, 100), SOURCE, [SINGLE, "truncated"], id="truncated-header"),
         pytest.param(edit_json("config.json", hidden_size=80), SOURCE, ["config.json", "shape"], id="hidden-size"),
         pytest.param(
-            edit_json("config.json", vocab_size=511), SOURCE, ["embed_tokens.weight", "[511, 64]"], id="vocab-size"
+            edit_json("config.json", vocab_size=511), SOURCE, ["expected [511, 64] by config.json"], id="vocab-size"
         ),
         pytest.param(
             edit_json("config.json", num_hidden_layers=4), SOURCE, ["no weights for", "layers.3"], id="layers"
@@ -119,7 +124,7 @@ def first_as(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
             id="remote-code",
         ),
         pytest.param(edit_json("config.json", model_type=None), SOURCE, ["no causal LM"], id="no-model-type"),
-        pytest.param(edit_json("config.json", model_type=["llama"]), SOURCE, ["no causal LM"], id="list-model-type"),
+        pytest.param(edit_json("config.json", model_type=["llama"]), SOURCE, ["config.json"], id="list-model-type"),
         pytest.param(
             edit_json("config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
             SOURCE,
@@ -202,7 +207,7 @@ def test_conv1d_is_refused_by_name_where_the_format_cannot_hold_it(tmp_path: Pat
         pytest.param("--bits 5", RECIPE, ["--bits: 5", "2, 3, 4, 8"], id="bits"),
         pytest.param("--group-size 48", RECIPE, ["--group-size: 48"], id="group-size"),
         pytest.param("--bitz 4", RECIPE, ["--bitz"], id="unknown-option"),
-        pytest.param("--bits four", RECIPE, ["four"], id="bits-as-text"),
+        pytest.param("--bits four", RECIPE, ["--bits", "integer"], id="bits-as-text"),
         pytest.param("--bits", RECIPE, ["--bits"], id="no-value"),
         pytest.param("--asymmetric", RECIPE, ["--asymmetric", "zero points"], id="asymmetric"),
         pytest.param("--method awq", RECIPE, ["--method: 'awq'", "gptq, rtn"], id="method"),
@@ -257,12 +262,18 @@ def test_group_size_that_does_not_divide_names_all_offenders(
         pytest.param("x.txt", b" \n\n ", "no text", id="blank"),
         pytest.param("x.txt", b"just a few words", "tokens; expected at least 64", id="short"),
         pytest.param("x.txt", b"\xff\xfe\x00", "not UTF-8", id="not-utf8"),
-        pytest.param("x.jsonl", b"this is not JSON\n", "cannot be read", id="not-json"),
-        pytest.param("x.jsonl", b'{"text": "a"}\n{"text": \n', "cannot be read", id="cut-json"),
-        pytest.param("x.jsonl", b"", "x.jsonl", id="empty-jsonl"),
+        pytest.param("x.jsonl", b"this is not JSON\n", "line 1: not a JSON object", id="not-json"),
+        pytest.param("x.jsonl", b'{"text": "a"}\n{"text": \n', "line 2: not a JSON object", id="cut-json"),
+        pytest.param("x.jsonl", b'["text"]\n', "line 1: not a JSON object", id="a-list"),
+        pytest.param("x.jsonl", b"[" * 100_000, "line 1: not a JSON object", id="deep-nesting"),
+        pytest.param("x.jsonl", b"9" * 5000, "line 1: not a JSON object", id="huge-number"),
+        pytest.param("x.jsonl", b'{"text": "\\ud800"}\n', "tokens; expected", id="lone-surrogate"),
+        pytest.param("x.jsonl", b"", "no text", id="empty-jsonl"),
+        pytest.param("x.jsonl", b"\n\n", "no text", id="blank-jsonl"),
+        pytest.param("x.jsonl", b'{"text": "a"}\n\xff\n', "not UTF-8", id="jsonl-not-utf8"),
         pytest.param("x.jsonl", b'{"n": 1}\n', "text column", id="no-text-column"),
         pytest.param("x.jsonl", b'{"a": "x", "b": "y"}\n', "text column", id="two-text-columns"),
-        pytest.param("x.jsonl", b'{"text": "a"}\n{"text": null}\n', "tokens; expected", id="null-text"),
+        pytest.param("x.jsonl", b'{"text": "a"}\n{"text": null}\n{"n": 1}\n', "tokens; expected", id="null-text"),
     ],
 )
 @pytest.mark.parametrize("option", ["--calibration", "--eval-data"])
@@ -272,7 +283,33 @@ def test_bad_text_is_refused(
     (tmp_path / name).write_bytes(content)
     message = refused(TEXT, model, option, name)
     assert name in message
-    assert said in message or option == "--eval-data"
+    assert said in message or (option == "--eval-data" and "tokens; expected at least one window" in message)
+
+
+def test_text_that_is_too_short_for_one_window_says_how_much_is_enough(
+    model: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    (tmp_path / "x.txt").write_text("a few words " * 5)
+    assert "tokens; expected at least 33 for 1 windows" in refused(
+        TEXT, model, "--calibration", "x.txt", "--samples", "1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "limit", "documents"),
+    [
+        ([{"id": 1, "text": "a\u2028b", "title": "t"}, {"text": "c"}], 100, ["a\u2028b", "c"]),
+        ([{"title": "t", "content": "a"}], 100, ["a"]),
+        ([{"n": 1, "body": "a"}], 100, ["a"]),
+        ([{"text": "abc"}, {"text": None}, {}, {"text": 7}, {"text": "d"}], 100, ["abc", "d"]),
+        ([{"text": "abc"}, {"text": "d"}], 3, ["abc"]),
+    ],
+)
+def test_sound_jsonl_gives_the_strings_of_its_text_column_up_to_the_limit(
+    tmp_path: Path, rows: list[dict[str, Any]], limit: int, documents: list[str]
+) -> None:
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
+    assert load_text(str(tmp_path / "x.jsonl"), "train", limit) == Text("x.jsonl", documents)
 
 
 def test_unknown_key_of_a_recipe_is_refused_with_a_suggestion(

@@ -23,7 +23,7 @@ W4 = QuantScheme(4, 32)
 def scores(nll: Any, kl: Any, finite: Any = None) -> TokenScores:
     nll, kl = np.asarray(nll, float), np.asarray(kl, float)
     finite = np.ones(nll.shape, bool) if finite is None else np.asarray(finite)
-    return TokenScores(nll, kl, np.ones_like(nll), np.zeros_like(nll), finite)
+    return TokenScores(nll, kl, np.ones_like(nll), np.zeros_like(nll), np.ones_like(nll), finite)
 
 
 def score_lanes(logits: dict[str, torch.Tensor], ids: torch.Tensor) -> dict[str, TokenScores]:
@@ -47,6 +47,7 @@ def test_scores_equal_a_direct_computation() -> None:
     np.testing.assert_allclose(found["lane"].nll, -q.gather(2, target)[..., 0].log(), rtol=1e-5)
     np.testing.assert_array_equal(found["lane"].same_top, p.argmax(-1) == q.argmax(-1))
     np.testing.assert_allclose(found["lane"].dp, (q - p).gather(2, target)[..., 0], atol=1e-6)
+    np.testing.assert_allclose(found["lane"].confidence, q.max(-1).values, rtol=1e-5)
     assert not found["original"].kl.any()
     assert found["original"].same_top.all()
 

@@ -71,10 +71,12 @@ def test_reading_inverts_writing(name: str) -> None:
         weight = weight_of(spec)
         found = FORMATS[name].read(spec, FORMATS[name].tensors(spec, weight).__getitem__)
         if isinstance(found, QuantizedWeight):
-            assert torch.equal(found.codes_OI, weight.codes_OI) and torch.equal(found.scales_OG, weight.scales_OG)
+            assert torch.equal(found.codes_OI, weight.codes_OI)
+            assert torch.equal(found.scales_OG, weight.scales_OG)
             assert found.scheme == weight.scheme
         else:
-            assert found.shape == spec.shape and torch.equal(found, weight.dequantize(spec.dtype))
+            assert found.shape == spec.shape
+            assert torch.equal(found, weight.dequantize(spec.dtype))
 
 
 @every_format
@@ -82,7 +84,8 @@ def test_writing_leaves_the_weight_alone(name: str) -> None:
     spec = specs_for(name)[0]
     weight, untouched = weight_of(spec), weight_of(spec)
     FORMATS[name].tensors(spec, weight)
-    assert torch.equal(weight.codes_OI, untouched.codes_OI) and torch.equal(weight.scales_OG, untouched.scales_OG)
+    assert torch.equal(weight.codes_OI, untouched.codes_OI)
+    assert torch.equal(weight.scales_OG, untouched.scales_OG)
 
 
 @every_format
@@ -162,13 +165,15 @@ def test_compressed_tensors_config_of_two_schemes_names_the_modules_of_each() ->
     specs = [spec_of(4, 32, module="a"), spec_of(8, -1, module="b"), spec_of(4, 32, module="c")]
     groups = CT.config(specs, [])["quantization_config"]["config_groups"]
     assert {name: group["targets"] for name, group in groups.items()} == {"group_0": ["a", "c"], "group_1": ["b"]}
-    assert groups["group_1"]["weights"]["strategy"] == "channel" and "group_size" not in groups["group_1"]["weights"]
+    assert groups["group_1"]["weights"]["strategy"] == "channel"
+    assert "group_size" not in groups["group_1"]["weights"]
 
 
 def peer_scheme(spec: LinearSpec) -> Any:
     """compressed-tensors' own reading of our config, which refuses unknown keys."""
     config = QuantizationConfig.model_validate(CT.config([spec], ["lm_head"])["quantization_config"])
-    assert config.format == "pack-quantized" and config.ignore == ["lm_head"]
+    assert config.format == "pack-quantized"
+    assert config.ignore == ["lm_head"]
     return config.config_groups["group_0"]
 
 
@@ -216,7 +221,8 @@ def test_scales_are_exact_in_every_stored_dtype() -> None:
         spec = spec_of(4, 32, dtype=dtype)
         weight = weight_of(spec)
         stored = CT.tensors(spec, weight)[f"{spec.prefix}weight_scale"]
-        assert stored.dtype == dtype and torch.equal(stored.float(), weight.scales_OG)
+        assert stored.dtype == dtype
+        assert torch.equal(stored.float(), weight.scales_OG)
 
 
 # -- fake ----------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 def with_eigenvalues(values: Tensor) -> Tensor:
     """A dense symmetric matrix with these eigenvalues, float64."""
     basis = torch.linalg.qr(randn(len(values), len(values), dtype=torch.float64)).Q
-    matrix = basis @ torch.diag(values.double()) @ basis.T
+    matrix: Tensor = basis @ torch.diag(values.double()) @ basis.T
     return (matrix + matrix.T) / 2
 
 
@@ -83,7 +83,8 @@ def test_factor_is_upper_and_its_square_is_the_damped_matrix(size: int, damp: fl
     assert factored is not None
     upper, used, tries = factored
     assert (used, tries) == (damp, 0)
-    assert torch.equal(upper, upper.triu()) and bool((upper.diagonal() > 0).all())
+    assert torch.equal(upper, upper.triu())
+    assert bool((upper.diagonal() > 0).all())
     damped = H + damp * H.diagonal().mean() * torch.eye(size, dtype=H.dtype)
     assert torch.allclose(upper @ upper.T, damped, rtol=1e-12, atol=1e-12 * float(H.abs().max()))
     assert torch.equal(H, before)
@@ -99,7 +100,8 @@ def test_damping_triples_until_an_indefinite_matrix_is_positive(lowest: float, t
     factored = factor(H, 0.01)
     assert factored is not None
     upper, damp, tried = factored
-    assert tried == tries and damp == pytest.approx(0.01 * 3**tries)
+    assert tried == tries
+    assert damp == pytest.approx(0.01 * 3**tries)
     assert torch.allclose(upper @ upper.T, H + damp * torch.eye(size), atol=1e-12)
     assert torch.equal(H, before)
 
@@ -131,6 +133,8 @@ def hopeless(name: str) -> Tensor:
         H[5, 5] = -torch.inf
     elif name == "strongly indefinite":
         H = with_eigenvalues(torch.tensor([-3.0, 1, 1, 1, 1, 5]))
+    elif name == "just beyond five tries":  # the last one adds 0.81 of the mean
+        H = with_eigenvalues(torch.tensor([-0.9, 1, 1, 1, 1, 2.9]))
     elif name == "negative":
         H = -H
     return H
@@ -146,6 +150,7 @@ def hopeless(name: str) -> Tensor:
         "infinity beside it",
         "minus infinity",
         "strongly indefinite",
+        "just beyond five tries",
         "negative",
     ],
 )
@@ -155,9 +160,18 @@ def test_a_hopeless_matrix_gives_none(name: str) -> None:
     assert factor(hopeless(name).float(), 0.01) is None
 
 
+def test_a_nan_that_the_cholesky_does_not_report_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.full_like(matrix, torch.nan), torch.tensor(0)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", silent)
+    assert factor(spd(6), 0.01) is None
+
+
 def test_an_all_zero_matrix_gives_the_identity() -> None:
     factored = factor(torch.zeros(5, 5), 0.01)
-    assert factored is not None and torch.equal(factored[0], torch.eye(5))
+    assert factored is not None
+    assert torch.equal(factored[0], torch.eye(5))
 
 
 @pytest.mark.parametrize("dead", [0, 3, 7])
@@ -169,4 +183,5 @@ def test_a_dead_input_gets_only_its_diagonal(dead: int) -> None:
     upper = factored[0]
     assert float(upper[dead, dead]) == pytest.approx(float(0.01 * H.diagonal().mean()) ** 0.5)
     others = torch.arange(8) != dead
-    assert not upper[dead, others].any() and not upper[others, dead].any()
+    assert not upper[dead, others].any()
+    assert not upper[others, dead].any()

@@ -26,7 +26,7 @@ from llmquant.safetensors_header import build_header
 from llmquant.source import INDEX, SINGLE, Source, open_source
 
 SHARDS = ("model-1.safetensors", "model-2.safetensors")
-BAD = ("gated", "busy", "broken", "html", "silent", "foreign")
+BAD = ("gated", "busy", "broken", "html", "foreign")
 
 
 # -- what the children do ------------------------------------------------------------------------------
@@ -62,9 +62,13 @@ def child_online(folder: Path) -> dict[str, Any]:
     deadline = time.monotonic() + 30
     while not local_shards(prefetched) and time.monotonic() < deadline:
         time.sleep(0.02)
-    source_module.TIMEOUT = 0.3  # how long the silent repository is waited for
     flags = {"bits": 4, "group_size": 32, "samples": 4, "seq_len": 32, "eval_tokens": 64, "eval_seq_len": 32}
     report = llmquant.quantize("user/llama", llmquant.make_recipe("user/llama", flags=flags), folder / "out")
+    rangeless = open_source("user/rangeless")
+    errors = {f"user/{name}": message_of(f"user/{name}") for name in (*BAD, "unknown", "empty-shard")}
+    errors |= {"revision": message_of("user/opened", "v9"), "id": message_of("not/a/hub/id")}
+    source_module.TIMEOUT = 0.3
+    errors["user/silent"] = message_of("user/silent")
     return {
         "opened": {
             "name": opened.name,
@@ -75,9 +79,8 @@ def child_online(folder: Path) -> dict[str, Any]:
         },
         "read": {"after_first": after_first, "tensors": {name: digest(read.read(name)) for name in read.tensors}},
         "prefetched": local_shards(prefetched),
-        "rangeless": {name: list(info.shape) for name, info in open_source("user/rangeless").tensors.items()},
-        "errors": {f"user/{failure}": message_of(f"user/{failure}") for failure in (*BAD, "unknown", "empty-shard")}
-        | {"revision": message_of("user/opened", "v9"), "id": message_of("not/a/hub/id")},
+        "rangeless": {name: list(info.shape) for name, info in rangeless.tensors.items()},
+        "errors": errors,
         "report": report.data,
     }
 
@@ -155,10 +158,10 @@ def hub(folder: Path) -> Iterator[FakeHub]:
         (damaged / "config.json").write_text("{}")
         (damaged / SINGLE).write_bytes(b"")
         hub.repos = dict.fromkeys(("user/opened", "user/read", "user/prefetched"), sharded)
-        hub.repos |= {f"user/{failure}": small for failure in BAD} | {"user/empty-shard": damaged}
+        hub.repos |= {f"user/{failure}": small for failure in (*BAD, "silent")} | {"user/empty-shard": damaged}
         hub.repos["user/llama"] = build(folder / "llama", ARCHITECTURES["llama"], shard="100KB")
         hub.repos["user/rangeless"] = write_large(folder / "large")
-        hub.failures = {f"user/{failure}": failure for failure in (*BAD, "rangeless")}
+        hub.failures = {f"user/{failure}": failure for failure in (*BAD, "silent", "rangeless")}
         yield hub
 
 

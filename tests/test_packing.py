@@ -28,7 +28,8 @@ def words_of(codes: list[int], bits: int) -> list[int]:
 def test_unpacking_inverts_packing_for_every_width_and_odd_sizes(size: tuple[int, int], bits: int, seed: int) -> None:
     codes = random_codes(size, bits, seed)
     words = pack_rows(codes, bits)
-    assert words.dtype == torch.int32 and words.shape == (size[0], -(-size[1] * bits // 32))
+    assert words.dtype == torch.int32
+    assert words.shape == (size[0], -(-size[1] * bits // 32))
     assert words.is_contiguous()
     assert torch.equal(unpack_rows(words, bits, size[1]), codes)
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llmquant.errors import OutputError, VerifyError
+from llmquant.formats.base import Layout
 from llmquant.run_dir import RunDir, split_shards
 
 TENSORS: dict[str, Tensor] = {
@@ -64,28 +65,32 @@ layouts = st.lists(
 ).map(lambda entries: {f"t{i}": (dtype, tuple(shape)) for i, (dtype, shape) in enumerate(entries)})
 
 
-def sizes(layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, int]:
+def sizes(layout: Layout) -> dict[str, int]:
     return {name: dtype.itemsize * prod(shape) for name, (dtype, shape) in layout.items()}
 
 
 @settings(deadline=None)
 @given(layouts, st.integers(1, 300))
-def test_shards_keep_the_order_and_are_as_full_as_they_may_be(
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]], limit: int
-) -> None:
+def test_shards_keep_the_order_and_are_as_full_as_they_may_be(layout: Layout, limit: int) -> None:
     shards, nbytes = split_shards(layout, limit), sizes(layout)
     assert [name for shard in shards for name in shard] == list(layout)
     assert all(shards)
     for shard in shards:
         assert sum(nbytes[name] for name in shard) <= limit or len(shard) == 1
-    for shard, following in zip(shards, shards[1:], strict=False):
+    for shard, following in pairwise(shards):
         assert sum(nbytes[name] for name in shard) + nbytes[following[0]] > limit
+
+
+def test_a_shard_may_be_full_to_the_last_byte() -> None:
+    layout: Layout = dict.fromkeys("abc", (torch.int8, (5,)))
+    assert split_shards(layout, 10) == [["a", "b"], ["c"]]
+    assert split_shards(layout, 9) == [["a"], ["b"], ["c"]]
 
 
 # -- weights -------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("max_shard", [1, 40, 100, 10**9])
 def test_tensors_come_back_bit_for_bit_through_safetensors(tmp_path: Path, max_shard: int) -> None:
-    found = {}
+    found: dict[str, Tensor] = {}
     for file in write(tmp_path / "out", max_shard).glob("*.safetensors"):
         with safe_open(file, "pt") as reader:
             assert reader.metadata() == {"format": "pt"}
@@ -101,7 +106,7 @@ def test_the_index_names_the_file_of_every_tensor_and_the_total_size(tmp_path: P
     out = write(tmp_path / "out", max_shard)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     files = sorted(file.name for file in out.glob("*.safetensors"))
-    expected = {}
+    expected: dict[str, str] = {}
     for file in files:
         with safe_open(out / file, "pt") as reader:
             expected |= dict.fromkeys(reader.keys(), file)
@@ -119,7 +124,8 @@ def test_files_have_their_full_size_from_the_start(tmp_path: Path) -> None:
     with RunDir(tmp_path / "out") as run:
         run.open_shards({"a": (torch.float32, (1000, 50))}, 10**9)
         status = (run.path / "model.safetensors").stat()
-        assert status.st_size > 200_000 and status.st_blocks * 512 >= 200_000
+        assert status.st_size > 200_000
+        assert status.st_blocks * 512 >= 200_000
 
 
 WRONG = {
@@ -135,7 +141,7 @@ WRONG = {
 def test_a_tensor_of_another_dtype_or_shape_is_refused(tmp_path: Path, name: str) -> None:
     with RunDir(tmp_path / "out") as run:
         run.open_shards(LAYOUT, 10**9)
-        with pytest.raises(VerifyError, match=r"^a.weight: .*; expected torch.bfloat16 \(5, 7\), once$"):
+        with pytest.raises(VerifyError, match=r"^a\.weight: .*; expected torch.bfloat16 \(5, 7\), once$"):
             run.write_tensor("a.weight", WRONG[name])
 
 
@@ -143,7 +149,7 @@ def test_a_tensor_is_written_once(tmp_path: Path) -> None:
     with RunDir(tmp_path / "out") as run:
         run.open_shards(LAYOUT, 10**9)
         run.write_tensor("a.weight", TENSORS["a.weight"])
-        with pytest.raises(VerifyError, match="^a.weight: .*once$"):
+        with pytest.raises(VerifyError, match=r"^a\.weight: .*once$"):
             run.write_tensor("a.weight", TENSORS["a.weight"])
 
 
@@ -152,7 +158,7 @@ def test_shards_with_a_missing_tensor_cannot_be_closed(tmp_path: Path) -> None:
         run.open_shards(LAYOUT, 10**9)
         for name in TENSORS.keys() - {"c.packed"}:
             run.write_tensor(name, TENSORS[name])
-        with pytest.raises(VerifyError, match=r"^c.packed: was planned but never written"):
+        with pytest.raises(VerifyError, match=r"^c\.packed: was planned but never written"):
             run.close_shards()
 
 
@@ -168,9 +174,11 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_the_manifest_holds_size_and_hash_of_every_file_but_no_hash_of_the_cost(tmp_path: Path) -> None:
     files = tree(write(tmp_path / "out", 100))
     manifest = json.loads(files.pop("manifest.json"))
-    assert manifest["schema_version"] == 1 and manifest["files"].pop("cost.json") == {"sha256": None}
+    assert manifest["schema_version"] == 1
+    assert manifest["files"].pop("cost.json") == {"sha256": None}
     del files["cost.json"]
-    assert "sub/notes.txt" in files and "model.safetensors.index.json" in files
+    assert "sub/notes.txt" in files
+    assert "model.safetensors.index.json" in files
     assert manifest["files"] == {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
     }
@@ -184,7 +192,8 @@ def test_the_folder_appears_only_at_the_commit(tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
     with RunDir(out) as run:
         run.write_json("report.json", {})
-        assert not out.exists() and run.path == tmp_path / "new" / "out.partial"
+        assert not out.exists()
+        assert run.path == tmp_path / "new" / "out.partial"
         run.commit()
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
     assert sorted(tree(out)) == ["manifest.json", "report.json"]
@@ -237,12 +246,13 @@ def test_a_foreign_folder_is_refused_and_unchanged(tmp_path: Path, file: str, ov
 def test_our_own_folder_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     out = write(tmp_path / "out", 100)
     before = tree(out)
-    with pytest.raises(OutputError, match="already holds a checkpoint.*--overwrite"):
+    with pytest.raises(OutputError, match=r"already holds a checkpoint.*--overwrite"):
         RunDir(out)
     assert tree(tmp_path) == {f"out/{name}": data for name, data in before.items()}
     write(out, 10**9, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    assert "model.safetensors" in tree(out) and "model.safetensors.index.json" not in tree(out)
+    assert "model.safetensors" in tree(out)
+    assert "model.safetensors.index.json" not in tree(out)
 
 
 def test_our_own_folder_is_unchanged_when_the_run_that_would_replace_it_fails(tmp_path: Path) -> None:
@@ -318,7 +328,8 @@ def test_a_link_to_a_folder_is_followed(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "disk" / "big")
     write(tmp_path / "out")
     write(tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out").is_symlink() and "manifest.json" in tree(tmp_path / "disk" / "big")
+    assert (tmp_path / "out").is_symlink()
+    assert "manifest.json" in tree(tmp_path / "disk" / "big")
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["big"]
 
 
