@@ -17,6 +17,7 @@ from llmquant.checkpoint import bits_per_weight, open_checkpoint
 from llmquant.errors import SourceError
 from llmquant.evaluation import Lanes, TokenScores, bootstrap_ratio, figures, standard_error
 from llmquant.job import ORIGINAL, Log, pick_device, pick_dtype, prepare_evaluation, silent
+from llmquant.memory import trim
 from llmquant.recipe import Recipe, make_recipe, parse_size
 from llmquant.report import SCHEMA_VERSION, LaneReport, Report, Stopwatch, evaluation_report, versions
 from llmquant.skeleton import Calls, Skeleton
@@ -141,6 +142,7 @@ def _stream(lanes: dict[str, Lane], streams: Lanes, watch: Stopwatch, log: Log) 
             for name, lane in lanes.items():
                 if index < len(lane.skeleton.blocks):
                     _advance(name, lane, index, streams)
+        trim()
         log(f"block {index + 1}/{max(n_blocks)}")
     with watch.stage("head"), ExitStack() as heads:
         logits_of = {name: heads.enter_context(lane.skeleton.head(lane.read)) for name, lane in lanes.items()}

@@ -69,6 +69,7 @@ class Lanes:
 
     def __init__(self, names: Sequence[str], windows: Windows, streams: Streams) -> None:
         self.windows = windows
+        self._chunk = 16  # tokens whose logits are computed at once; set by the vocabulary once that is seen
         self.streams: dict[str, Stream] = {name: streams.new(name) for name in names}
 
     def start(self, hidden_BTD: Tensor) -> None:
@@ -84,47 +85,54 @@ class Lanes:
 
         The first lane is the reference of all divergences.
         """
-        rows: dict[str, list[list[Tensor]]] = {name: [] for name in self.streams}
-        ids = iter(self.windows.ids)
+        count, seq_len = self.windows.ids.shape
+        # Made beforehand: small results kept between large temporaries would fragment the heap.
+        table = {name: torch.empty(6, count, seq_len - 1, dtype=torch.float64) for name in self.streams}
+        position = 0
         for batches in zip(*self.streams.values(), strict=True):
             for window in zip(*batches, strict=True):
-                parts = _score_window(dict(zip(self.streams, window, strict=True)), next(ids), logits_of)
-                for name, part in parts.items():
-                    rows[name].append(part)
+                hidden = dict(zip(self.streams, window, strict=True))
+                self._score_window(hidden, self.windows.ids[position], logits_of, table, position)
+                position += 1
         scores = {}
-        for name, windows in rows.items():
-            nll, kl, top, dp, confidence, finite = (
-                torch.stack(column).double().numpy() for column in zip(*windows, strict=True)
-            )
+        for name, rows in table.items():
+            nll, kl, top, dp, confidence, finite = rows.numpy()
             scores[name] = TokenScores(nll, kl, top, dp, confidence, finite.astype(np.bool_))
         return scores
 
+    def _score_window(
+        self,
+        hidden: dict[str, Tensor],
+        ids_T: Tensor,
+        logits_of: Callable[[str, Tensor], Tensor],
+        table: dict[str, Tensor],
+        position: int,
+    ) -> None:
+        """Fill `table`[lane][:, position]: nll, kl, same_top, dp, confidence and finite of each token but the first."""
+        start, last = 0, ids_T.numel() - 1
+        first = next(iter(hidden))
+        while start < last:
+            stop = min(start + self._chunk, last)
+            reference = _log_probabilities(logits_of(first, hidden[first][start:stop]))
+            target = ids_T[start + 1 : stop + 1, None].to(reference.device)
+            p = reference.exp()
+            p_target, top = p.gather(1, target)[:, 0], reference.argmax(1)
+            for name, lane_hidden in hidden.items():
+                lane = reference if name == first else _log_probabilities(logits_of(name, lane_hidden[start:stop]))
+                nll = -lane.gather(1, target)[:, 0]
+                best = lane.max(1)
+                kl = torch.sub(reference, lane).mul_(p).sum(1)
+                finite = torch.isfinite(nll) & torch.isfinite(kl)
+                part = (nll, kl, best.indices == top, (-nll).exp() - p_target, best.values.exp(), finite)
+                for row, column in zip(table[name], part, strict=True):
+                    row[position, start:stop] = column
+            self._chunk = max(1, _LOGITS_AT_ONCE // reference.shape[1])
+            start = stop
 
-def _score_window(
-    hidden: dict[str, Tensor], ids_T: Tensor, logits_of: Callable[[str, Tensor], Tensor]
-) -> dict[str, list[Tensor]]:
-    """[nll, kl, same_top, dp, confidence, finite] of each lane, each [T - 1]."""
-    columns: dict[str, list[list[Tensor]]] = {name: [] for name in hidden}
-    start, chunk, last = 0, 16, ids_T.numel() - 1
-    first = next(iter(hidden))
-    while start < last:
-        stop = min(start + chunk, last)
-        target = ids_T[start + 1 : stop + 1, None]
-        reference = torch.log_softmax(logits_of(first, hidden[first][start:stop]), dim=-1)
-        chunk = max(1, _LOGITS_AT_ONCE // reference.shape[1])
-        p = reference.exp()
-        target = target.to(reference.device)
-        for name, lane_hidden in hidden.items():
-            lane = reference if name == first else torch.log_softmax(logits_of(name, lane_hidden[start:stop]), dim=-1)
-            nll = -lane.gather(1, target)[:, 0]
-            kl = (p * (reference - lane)).sum(1)
-            best = lane.max(1)
-            top = (best.indices == reference.argmax(1)).float()
-            dp = (-nll).exp() - p.gather(1, target)[:, 0]
-            finite = torch.isfinite(nll) & torch.isfinite(kl)
-            columns[name].append([column.cpu() for column in (nll, kl, top, dp, best.values.exp(), finite)])
-        start = stop
-    return {name: [torch.cat(column) for column in zip(*chunks, strict=True)] for name, chunks in columns.items()}
+
+def _log_probabilities(logits_NV: Tensor) -> Tensor:
+    """log softmax, in place."""
+    return logits_NV.sub_(torch.logsumexp(logits_NV, dim=1, keepdim=True))
 
 
 def figures(scores: TokenScores, original: TokenScores, seed: int = 0) -> Figures:

@@ -123,8 +123,8 @@ def search_scales(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme, 
     """scales_OG minimising sum_j h_j |s q_j - w_j|^exponent over each group, q_j the nearest code.
 
     importance_I is h, the diagonal of the damped Hessian. Both signs of s are tried over
-    s = r * absmax / 2^(bits-1), r from 0.40 to 1.10, coarse and then fine; candidates are rounded to bf16
-    before they are judged. The exponent above 2 and the weighting by h follow the range searches of
+    s = r * absmax / 2^(bits-1), r from 0.40 to 1.10 and the absmax grid's, coarse and then fine; candidates are
+    rounded to bf16 before they are judged. The exponent above 2 and the weighting by h follow the range searches of
     GPTQ's and llama.cpp's reference implementations; the two signs are ours.
     """
     chunk = max(1, 2**21 // weight_OI.shape[1])
@@ -153,7 +153,8 @@ def _search_rows(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme, e
         best_scale[better] = scale[better]
         best_ratio.copy_(torch.where(better, ratio, best_ratio))
 
-    for ratio in _COARSE:
+    plain = 2 ** (scheme.bits - 1) / (2 ** (scheme.bits - 1) - 0.5)  # the absmax grid: never do worse than it
+    for ratio in (*_COARSE, plain):
         for sign in (1.0, -1.0):
             try_ratio(torch.full_like(full, sign * ratio))
     centre = best_ratio.clone()

@@ -117,7 +117,7 @@ def pick_device(device: str) -> torch.device:
             raise RecipeError(
                 "--device", f"{device}, but this torch sees no GPU", remedy="use --device cpu or a CUDA build of torch"
             )
-        if (index := torch.device(device).index or 0) >= torch.cuda.device_count():
+        if (torch.device(device).index or 0) >= torch.cuda.device_count():
             raise RecipeError(
                 "--device",
                 f"{device}, but there are {torch.cuda.device_count()} GPUs",

@@ -13,6 +13,7 @@ from llmquant.card import make_card
 from llmquant.evaluation import Lanes, figures
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.job import ORIGINAL, OURS, Job, Log, prepare, refuse_damaged_weights, silent
+from llmquant.memory import trim
 from llmquant.recipe import Recipe, make_recipe, parse_size
 from llmquant.report import SCHEMA_VERSION, LaneReport, LayerReport, Report, Stopwatch, evaluation_report, versions
 from llmquant.run_dir import RunDir
@@ -79,7 +80,9 @@ class _Pass:
 
     def go(self) -> tuple[list[LayerReport], dict[str, LaneReport]]:
         job, n_blocks = self.job, len(self.skeleton.blocks)
+        trim()
         calls = self._embed()
+        trim()
         self._copy(None)
         layers: list[LayerReport] = []
         for index in range(n_blocks):
@@ -88,6 +91,7 @@ class _Pass:
             with self.skeleton.loaded(self.skeleton.block_params(index), job.read):
                 solved = self._block(index, calls)
             self._copy(index)
+            trim()
             layers += [item.report for item in solved]
             self._say(index, n_blocks, solved, time.perf_counter() - begin)
         return layers, self._score()

@@ -1,8 +1,6 @@
 """report.json, cost.json and the card: what a run leaves beside the weights."""
 
 import platform
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +10,7 @@ from typing import Any
 
 from llmquant.calibration import Windows
 from llmquant.evaluation import Figures
+from llmquant.memory import peak_rss
 
 SCHEMA_VERSION = 1
 
@@ -92,12 +91,6 @@ class Stopwatch:
             "machine": f"{platform.system()} {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-
-
-def peak_rss() -> int:
-    """Largest resident memory of this process so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def versions() -> dict[str, str]:

@@ -62,8 +62,8 @@ class Stream:
         return iter(self._batches)
 
     def update(self, function: Callable[[Tensor], Tensor]) -> None:
-        for index, hidden in enumerate(self._batches):
-            self._batches[index] = function(hidden).detach().cpu()
+        for hidden in self._batches:
+            hidden.copy_(function(hidden).detach())  # in place: no fragmentation
 
     def close(self) -> None:
         self._batches.clear()
@@ -86,12 +86,17 @@ class FileStream(Stream):
         self._end += hidden.numel() * hidden.element_size()
 
     def __iter__(self) -> Iterator[Tensor]:
-        ahead: Future[Tensor] | None = self._pool.submit(self._read, 0) if self._index else None
+        ahead = self._read_ahead(0)
         for index in range(len(self._index)):
-            assert ahead is not None
             hidden = ahead.result()
-            ahead = self._pool.submit(self._read, index + 1) if index + 1 < len(self._index) else None
+            ahead = self._read_ahead(index + 1)
             yield hidden
+
+    def _read_ahead(self, index: int) -> Future[Tensor]:
+        if index >= len(self._index):
+            return Future()
+        # Allocated here: memory that a second thread allocates comes from an arena that is never given back.
+        return self._pool.submit(self._read, index, torch.empty(self._index[index][1], dtype=self._index[index][2]))
 
     def update(self, function: Callable[[Tensor], Tensor]) -> None:
         behind: Future[None] | None = None
@@ -117,9 +122,8 @@ class FileStream(Stream):
             count = os.pwrite(self._file.fileno(), data, at)
             data, at = data[count:], at + count
 
-    def _read(self, index: int) -> Tensor:
-        at, shape, dtype = self._index[index]
-        hidden = torch.empty(shape, dtype=dtype)
+    def _read(self, index: int, hidden: Tensor) -> Tensor:
+        at = self._index[index][0]
         data = hidden.view(torch.uint8).numpy().data.cast("B")
         while data:
             count = os.preadv(self._file.fileno(), [data], at)

@@ -33,7 +33,7 @@ def score_lanes(logits: dict[str, torch.Tensor], ids: torch.Tensor) -> dict[str,
         lanes = Lanes(tuple(logits), windows, streams)
         for name, values in logits.items():
             lanes.streams[name].append(values)
-        return lanes.score(lambda lane, hidden: hidden)
+        return lanes.score(lambda lane, hidden: hidden.clone())
 
 
 def test_scores_equal_a_direct_computation() -> None:

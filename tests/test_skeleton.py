@@ -70,9 +70,13 @@ def test_linears_that_share_an_input_are_one_step(tiny_model: Callable[[str], Pa
 
 def refused(tmp_path: Path, architecture: tuple[str, dict[str, object]]) -> str:
     folder = tiny.build(tmp_path / "model", architecture)
-    with pytest.raises(SourceError) as error:
+
+    def record() -> None:
         skeleton, read = open_skeleton(folder)
         skeleton.record([torch.full((1, 8), token) for token in (3, 4)], read, lambda hidden: None)
+
+    with pytest.raises(SourceError) as error:
+        record()
     return str(error.value)
 
 

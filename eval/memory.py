@@ -1,0 +1,91 @@
+"""Peak memory against depth and width: python eval/memory.py [--hidden 512] [--blocks 8 40] [--method gptq]
+
+Builds random Llama checkpoints shard by shard, quantizes each in a process of its own and prints its peak RSS beside
+the bound that llmquant promises: 600 MB + 2 x largest block (compute dtype) + 8 bytes x (largest in_features)^2
++ largest embedding or head + --max-ram.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+CHILD = """
+import json, sys
+import llmquant
+flags = json.loads(sys.argv[3])
+report = llmquant.quantize(sys.argv[1], llmquant.make_recipe("x", flags=flags), sys.argv[2], max_ram="64MB")
+print(json.dumps(report.cost))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[8, 40])
+    parser.add_argument("--method", default="gptq", choices=["gptq", "rtn"])
+    arguments = parser.parse_args()
+    print(f"{'blocks':>6} {'weights MB':>10} {'peak RSS MB':>11} {'bound MB':>8} {'s':>6}")
+    for blocks in arguments.blocks:
+        with tempfile.TemporaryDirectory() as folder:
+            source, bound = build(Path(folder) / "model", arguments.hidden, blocks)
+            cost = quantize(source, Path(folder) / "out", arguments.method)
+            size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+        peak = cost["peak_rss_bytes"] / 1e6
+        print(f"{blocks:>6} {size / 1e6:>10.0f} {peak:>11.0f} {bound / 1e6:>8.0f} {cost['total_seconds']:>6.1f}")
+
+
+def build(folder: Path, hidden: int, blocks: int) -> tuple[Path, int]:
+    """A random bf16 Llama in `folder`, and the bound in bytes for it."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    import llmquant
+
+    demo = Path(llmquant.__file__).parent / "demo"
+    ffn = hidden * 11 // 4 // 128 * 128
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=hidden,
+        intermediate_size=ffn,
+        num_hidden_layers=blocks,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo / file, folder)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    generator, weight_map = torch.Generator().manual_seed(0), {}
+    shards: dict[str, list[str]] = {}
+    for name in shapes:
+        part = name.split(".")[2] if ".layers." in name else "outer"
+        shards.setdefault(f"model-{part}.safetensors", []).append(name)
+    for file, names in shards.items():
+        tensors = {name: torch.randn(shapes[name], generator=generator).mul_(0.02).bfloat16() for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    block = 4 * (hidden * hidden * 3 + 3 * hidden * ffn)
+    return folder, 600_000_000 + 2 * block + 8 * ffn * ffn + 4 * 4096 * hidden + 64_000_000
+
+
+def quantize(source: Path, out: Path, method: str) -> dict[str, float]:
+    """The job's cost.json, from a fresh process."""
+    flags = {"method": method, "samples": 32, "seq_len": 512, "eval_tokens": 8192, "eval_seq_len": 512}
+    command = [sys.executable, "-c", CHILD, str(source), str(out), json.dumps(flags)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    cost: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return cost
+
+
+if __name__ == "__main__":
+    main()
