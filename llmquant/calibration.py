@@ -3,7 +3,9 @@
 import hashlib
 import json
 import random
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -14,6 +16,8 @@ from torch import Tensor
 
 from llmquant.errors import CalibrationError
 from llmquant.source import DEMO, Source
+
+_WIKITEXT = "Salesforce/wikitext"
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def _builtin(split: str, limit: int) -> Text:
 
 def _wikitext2(split: str, limit: int) -> Text:
     return _hub_dataset(
-        "Salesforce/wikitext:wikitext-2-raw-v1:" + ("train" if split == "train" else "test"), limit, "wikitext2"
+        f"{_WIKITEXT}:wikitext-2-raw-v1:" + ("train" if split == "train" else "test"), limit, "wikitext2"
     )
 
 
@@ -69,8 +73,37 @@ def _c4(split: str, limit: int) -> Text:
     return _hub_dataset("allenai/c4:en:" + ("train" if split == "train" else "validation"), limit, "c4")
 
 
+def _auto(split: str, limit: int) -> Text:
+    """wikitext2 where the Hub answers within five seconds, else the built-in text."""
+    return DATASETS["wikitext2" if _hub_answers() else "builtin"](split, limit)
+
+
+def _hub_answers(seconds: float = 4.0) -> bool:
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    answered = threading.Event()
+
+    def ask() -> None:
+        with suppress(Exception):  # any failure means no
+            HfApi().dataset_info(_WIKITEXT, timeout=seconds)
+            answered.set()
+
+    # A thread, because looking a name up has no timeout of its own.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return answered.is_set()
+
+
 # name -> loader(split, limit): `split` is train or test, `limit` the number of characters that are enough.
-DATASETS: dict[str, Callable[[str, int], Text]] = {"builtin": _builtin, "wikitext2": _wikitext2, "c4": _c4}
+DATASETS: dict[str, Callable[[str, int], Text]] = {
+    "auto": _auto,
+    "builtin": _builtin,
+    "wikitext2": _wikitext2,
+    "c4": _c4,
+}
 
 
 def load_text(spec: str, split: str, limit: int) -> Text:

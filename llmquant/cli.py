@@ -83,7 +83,12 @@ def run(
         Optional[int], _option("Tokens in a window, at most the model's context", "seq_len", _CALIB)
     ] = None,
     seed: Annotated[Optional[int], _option("Chooses the windows", "seed", _CALIB)] = None,
-    eval_data: Annotated[Optional[str], _option(f"Held-out text: {_DATA}, or none", "eval_data", _EVAL)] = None,
+    eval_data: Annotated[
+        Optional[str],
+        _option(
+            f"Held-out text: auto (wikitext2 if the Hub answers, else builtin), {_DATA}, or none", "eval_data", _EVAL
+        ),
+    ] = None,
     eval_tokens: Annotated[Optional[str], _option("Tokens to score, or full", "eval_tokens", _EVAL)] = None,
     eval_seq_len: Annotated[Optional[int], _option("Tokens in a window", "eval_seq_len", _EVAL)] = None,
     baselines: Annotated[

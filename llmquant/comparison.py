@@ -2,20 +2,21 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from llmquant import calibration as text
 from llmquant.blocks import forward_of
 from llmquant.checkpoint import bits_per_weight, open_checkpoint
 from llmquant.errors import SourceError
-from llmquant.evaluation import Lanes, TokenScores, bootstrap_ratio, figures, standard_error
+from llmquant.evaluation import Figures, Lanes, TokenScores, bootstrap_ratio, figures, standard_error
 from llmquant.job import ORIGINAL, Log, pick_device, pick_dtype, prepare_evaluation, silent
 from llmquant.memory import trim
 from llmquant.recipe import Recipe, make_recipe, parse_size
@@ -99,6 +100,21 @@ def score_tokens(
     size = windows.n_tokens * first.skeleton.hidden_size * first.skeleton.dtype.itemsize
     with Streams(dict.fromkeys(lanes, size), parse_size("--max-ram", max_ram), _unnamed_file) as streams:
         return windows, lanes, _stream(lanes, Lanes(tuple(lanes), windows, streams), watch, log)
+
+
+def noise_floor(source: Source, skeleton: Skeleton, windows: text.Windows, watch: Stopwatch) -> Figures | None:
+    """What the compute dtype alone costs: the original in it against the original in float32, on 8 windows.
+
+    A divergence near this floor says nothing. None where the compute dtype is float32.
+    """
+    if skeleton.dtype == torch.float32:
+        return None
+    few = replace(windows, ids=windows.ids[:8])
+    exact = Skeleton(source, skeleton.device, torch.float32)
+    lanes = {"float32": Lane(source, exact, {}), "compute": Lane(source, skeleton, {})}
+    with Streams({}, 0, _unnamed_file) as streams:
+        scores = _stream(lanes, Lanes(tuple(lanes), few, streams), watch, silent)
+    return figures(scores["compute"], scores["float32"])
 
 
 def _unnamed_file(name: str) -> BinaryIO:

@@ -10,7 +10,8 @@ from torch import Tensor
 from llmquant.baselines import BASELINES
 from llmquant.blocks import Solved, forward_of, get_weight, quantize_block, set_weight
 from llmquant.card import make_card
-from llmquant.evaluation import Lanes, figures
+from llmquant.comparison import noise_floor
+from llmquant.evaluation import Figures, Lanes, figures
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.job import ORIGINAL, OURS, Job, Log, prepare, refuse_damaged_weights, silent
 from llmquant.memory import trim
@@ -59,7 +60,8 @@ def quantize(
             _write_side_files(job, run)
             verify_output(run.path, job.plan, record)
         log(f"verified: {len(job.plan.layout)} tensors re-read from disk, equal to what was computed")
-        report = Report(_report(job, layers, lanes), watch.cost(), run.out)
+        floor = None if job.evaluation is None else noise_floor(job.source, job.skeleton, job.evaluation, watch)
+        report = Report(_report(job, layers, lanes, floor), watch.cost(), run.out)
         run.write_json("report.json", report.data)
         run.write_json("cost.json", report.cost)
         run.write_bytes("README.md", make_card(run.out.name, job.source.name, report.data).encode())
@@ -180,7 +182,9 @@ def _size(job: Job, lane: str) -> tuple[float, int]:
     return bits / weights, total - dense + int(bits / 8)
 
 
-def _report(job: Job, layers: Sequence[LayerReport], lanes: dict[str, LaneReport]) -> dict[str, Any]:
+def _report(
+    job: Job, layers: Sequence[LayerReport], lanes: dict[str, LaneReport], floor: Figures | None
+) -> dict[str, Any]:
     """report.json: nothing in it differs between two runs of the same job on one machine."""
     return {
         "schema_version": SCHEMA_VERSION,
@@ -190,7 +194,7 @@ def _report(job: Job, layers: Sequence[LayerReport], lanes: dict[str, LaneReport
         "compute": {"device": job.skeleton.device.type, "dtype": str(job.skeleton.dtype).removeprefix("torch.")},
         "bits_per_weight": job.plan.bits_per_weight(job.recipe.format),
         "calibration": None if job.calibration is None else job.calibration.as_dict(),
-        "evaluation": None if job.evaluation is None else evaluation_report(job.evaluation, lanes),
+        "evaluation": None if job.evaluation is None else evaluation_report(job.evaluation, lanes, floor),
         "layers": [layer.as_dict() for layer in layers],
         "tensors": [row.as_dict() for row in job.plan.rows],
     }

@@ -11,7 +11,7 @@ from typing import Any
 from llmquant.errors import RecipeError
 
 # What the small built-in model changes: its context is short and its text fits in seconds.
-DEMO_DEFAULTS: dict[str, Any] = {"seq_len": 512, "eval_seq_len": 512, "eval_tokens": 32768}
+DEMO_DEFAULTS: dict[str, Any] = {"seq_len": 512, "eval_data": "builtin", "eval_tokens": 32768, "eval_seq_len": 512}
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "method": ("gptq", "rtn"),
@@ -48,7 +48,7 @@ class Recipe:
     seq_len: int = 2048
     seed: int = 0
     # evaluation text
-    eval_data: str = "builtin"
+    eval_data: str = "auto"
     eval_tokens: int | str = 65536  # or "full"
     eval_seq_len: int = 2048
     baselines: str = "auto"  # auto | none | a comma-separated list

@@ -144,11 +144,12 @@ def _plus_minus(se: float | None, digits: int) -> str:
     return "" if se is None else f" ± {se:.{digits}f}"
 
 
-def evaluation_report(windows: Windows, lanes: dict[str, LaneReport]) -> dict[str, Any]:
+def evaluation_report(windows: Windows, lanes: dict[str, LaneReport], floor: Figures | None = None) -> dict[str, Any]:
     """The `evaluation` part of report.json."""
     return {
         "protocol": "texts joined by blank lines, windows without overlap, all tokens but a window's first scored",
         **windows.as_dict(),
+        "noise_floor": None if floor is None else floor.as_dict(),
         "lanes": {name: lane.as_dict() for name, lane in lanes.items()},
     }
 
@@ -156,7 +157,9 @@ def evaluation_report(windows: Windows, lanes: dict[str, LaneReport]) -> dict[st
 def describe_evaluation(evaluation: dict[str, Any]) -> str:
     """One line that must stand beside every figure."""
     revision = f"@{evaluation['revision'][:8]}" if evaluation["revision"] else ""
+    floor = evaluation.get("noise_floor")
+    noise = "" if floor is None else f"; noise floor of the compute dtype: KL {floor['kl_mean']:.5f}"
     return (
         f"{evaluation['dataset']}{revision}, {evaluation['n_tokens']} tokens, windows of {evaluation['seq_len']}, "
-        f"BOS in {evaluation['bos']}, {evaluation['protocol']}"
+        f"BOS in {evaluation['bos']}, {evaluation['protocol']}{noise}"
     )
