@@ -143,9 +143,10 @@ def slow_search(weight: Tensor, importance: Tensor, bits: int) -> float:
         if error < best_error:
             best_error, best_scale, best_ratio = error, float(scale), ratio
 
-    for percent in range(40, 115, 5):
+    plain = 2 ** (bits - 1) / (2 ** (bits - 1) - 0.5)
+    for ratio in (*(percent / 100 for percent in range(40, 115, 5)), plain):
         for sign in (1, -1):
-            judge(torch.tensor(sign * percent / 100))
+            judge(torch.tensor(sign * ratio))
     centre = best_ratio
     for step in (-0.0375, -0.025, -0.0125, 0.0125, 0.025, 0.0375):
         judge(centre.sign() * (centre.abs() + step))
@@ -173,7 +174,7 @@ def test_every_row_is_searched_for_itself_in_any_chunk_of_rows(monkeypatch: pyte
 
 @bit_widths
 @pytest.mark.parametrize("group", [4, 32, -1])
-def test_search_is_never_worse_than_any_coarse_candidate_of_either_sign(bits: int, group: int) -> None:
+def test_search_is_never_worse_than_absmax_or_any_coarse_candidate_of_either_sign(bits: int, group: int) -> None:
     scheme = QuantScheme(bits, group)
     weight, importance = randn(50, 64, seed=bits).double(), torch.rand(64, dtype=torch.float64) + 0.01
     found = weighted_error(weight, search_scales(weight, importance, scheme), importance, scheme)
@@ -181,6 +182,8 @@ def test_search_is_never_worse_than_any_coarse_candidate_of_either_sign(bits: in
     for ratio in (0.4, 0.55, 0.7, 0.85, 1.0, 1.1, -0.4, -0.55, -0.7, -0.85, -1.0, -1.1):
         other = weighted_error(weight, round_scales(full * ratio), importance, scheme)
         assert bool((found <= other * (1 + 1e-9)).all()), ratio
+    plain = weighted_error(weight, absmax_scales(weight, scheme), importance, scheme)
+    assert bool((found <= plain * (1 + 1e-9)).all())
 
 
 @bit_widths
