@@ -117,8 +117,8 @@ def lanes_table(lanes: dict[str, dict[str, Any]]) -> list[list[str]]:
                 f"{lane['bits_per_weight']:.3f}",
                 f"{lane['bytes'] / 1e6:.1f}",
                 f"{lane['perplexity']:.3f}" + _plus_minus(lane["perplexity_se"], 3),
-                "0" if first else f"{lane['kl_mean']:.5f}" + _plus_minus(lane["kl_se"], 5),
-                "0" if first else f"{lane['kl_p99']:.4f}",
+                "0" if first else _small(lane["kl_mean"], lane["kl_se"]),
+                "0" if first else _small(lane["kl_p99"]),
                 f"{100 * lane['same_top']:.1f}%",
             ]
         )
@@ -133,11 +133,21 @@ def differences_table(differences: list[dict[str, Any]]) -> list[list[str]]:
         rows.append(
             [
                 f"{row['b']} - {row['a']}",
-                f"{row['kl_difference']:+.5f}" + _plus_minus(row["kl_difference_se"], 5),
+                _small(row["kl_difference"], row["kl_difference_se"]),
                 ratio if interval is None else f"{ratio} ({interval[0]:.4f} to {interval[1]:.4f})",
             ]
         )
     return rows
+
+
+def _small(value: float, se: float | None = None) -> str:
+    """A divergence: five decimals, or two digits and an exponent where those would show nothing.
+
+    >>> _small(0.00304, 0.00004), _small(1.23e-5, 7e-8)
+    ('0.00304 ± 0.00004', '1.2e-05 ± 7.0e-08')
+    """
+    digits = ".5f" if abs(value) >= 5e-4 or value == 0 else ".1e"
+    return f"{value:{digits}}" + ("" if se is None else f" ± {se:{digits}}")
 
 
 def _plus_minus(se: float | None, digits: int) -> str:

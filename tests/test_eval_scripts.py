@@ -1,0 +1,60 @@
+"""The scripts in eval/ run as they are."""
+
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import llmquant
+
+SCRIPTS = Path(__file__).parents[1] / "eval"
+WINDOWS = ["--data", "builtin", "--tokens", "128", "--seq-len", "32"]
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "tiny-w4"
+    recipe = llmquant.make_recipe("x", flags={"method": "rtn", "group_size": 32, "eval_data": "none"})
+    llmquant.quantize(tiny_model("llama"), recipe, out)
+    return out
+
+
+def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *arguments, *WINDOWS])
+    runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+
+
+def test_perplexity(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], quantized: Path) -> None:
+    run(monkeypatch, "perplexity.py", str(quantized))
+    expected = llmquant.evaluate(
+        quantized,
+        recipe=llmquant.make_recipe("x", flags={"eval_data": "builtin", "eval_tokens": 128, "eval_seq_len": 32}),
+    )
+    assert f"{expected.lanes['tiny-w4']['perplexity']:.3f} ±" in capsys.readouterr().out
+
+
+def test_divergence_covers_every_token_in_both_tables(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    quantized: Path,
+    tiny_model: Callable[[str], Path],
+) -> None:
+    run(monkeypatch, "divergence.py", str(quantized), "--reference", str(tiny_model("llama")))
+    tables = capsys.readouterr().out.split("\n\n")[1:]
+    counts = [[int(line.split()[-3]) for line in table.strip().splitlines()[1:]] for table in tables]
+    assert [sum(count) for count in counts] == [4 * 31, 4 * 31]
+
+
+def test_compare(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    quantized: Path,
+    tiny_model: Callable[[str], Path],
+) -> None:
+    original = str(tiny_model("llama"))
+    run(monkeypatch, "compare.py", original, str(quantized), "--reference", original)
+    out = capsys.readouterr().out
+    assert "| original | 16.000 |" in out
+    assert "| tiny-w4 - llama |" in out
