@@ -62,6 +62,10 @@ class Skeleton:
         self.device, self.dtype = device, dtype
         self.where = source.name
         self.model = _build(source, dtype)
+        for module in self.model.modules():  # computed buffers (rope tables) are real and stay on the device
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
         self.params: list[str] = list(self.model.state_dict())
         self.param_of = _names(self.model, source)
         self.tied = _ties(self.model, set(self.param_of.values()), source)

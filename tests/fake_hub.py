@@ -1,7 +1,8 @@
-"""A fake Hub on 127.0.0.1, enough for the real huggingface_hub client: it serves folders and logs every request.
+"""A fake Hub on 127.0.0.1, enough for the real huggingface_hub and datasets clients: it serves folders and logs
+every request.
 
-As the real one does, it answers requests for weights by a redirect to another host (here `localhost`), and that
-host ignores ranges where the client would accept a compressed answer.
+As the real one does, it answers requests for large files by a redirect to another host (here `localhost`), and for
+weights that host ignores ranges where the client would accept a compressed answer.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 # What a repository can be made to answer: (request it hits, status, X-Error-Code).
 FAILURES = {
@@ -26,9 +27,12 @@ FAILURES = {
     "foreign": ("resolve", 0, ""),  # answers without X-Repo-Commit
     "rangeless": ("cdn", 0, ""),  # ignores ranges
 }
-_API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/]+))?")
-_RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
-_CDN = re.compile(r"/cdn/(?P<repo>[^/]+/[^/]+)/(?P<file>.+)")
+_LARGE = (".safetensors", ".parquet", ".gz")  # what Git LFS holds
+_REPO = r"(?P<repo>(?:datasets/)?[^/]+/[^/]+)"
+_API = re.compile(rf"/api/(?:models/|(?=datasets/)){_REPO}(?:/revision/(?P<revision>[^/]+))?")
+_TREE = re.compile(rf"/api/(?:models/|(?=datasets/)){_REPO}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?")
+_RESOLVE = re.compile(rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
+_CDN = re.compile(rf"/cdn/{_REPO}/(?P<file>.+)")
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,10 @@ class Request:
 
 
 class FakeHub(ThreadingHTTPServer):
-    """`repos` names the folder of each repository, `failures` (keys of FAILURES) what some do instead."""
+    """`repos` names the folder of each repository, `failures` (keys of FAILURES) what some do instead.
+
+    The name of a dataset's repository starts with `datasets/`.
+    """
 
     daemon_threads = True
 
@@ -95,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        for pattern, answer in ((_API, self._api), (_RESOLVE, self._resolve), (_CDN, self._cdn)):
+        for pattern, answer in ((_API, self._api), (_TREE, self._tree), (_RESOLVE, self._resolve), (_CDN, self._cdn)):
             if match := pattern.fullmatch(path):
                 return answer(**match.groupdict())
         self._error(404, "")
@@ -111,8 +118,24 @@ class _Handler(BaseHTTPRequestHandler):
         folder = self.server.repos[repo]
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         siblings = [{"rfilename": file} for file in files]
-        info = {"id": repo, "sha": commit_of(repo), "siblings": siblings, "tags": [], "private": False}
+        info = {"id": repo.removeprefix("datasets/"), "sha": commit_of(repo), "siblings": siblings, "tags": [], "private": False}
         self._send(200, {"Content-Type": "application/json"}, json.dumps(info).encode())
+
+    def _tree(self, repo: str, revision: str, folder: str | None) -> None:
+        if self._refused(repo, revision, "api"):
+            return
+        top = self.server.repos[repo]
+        start = top / (folder or "")
+        if not start.is_dir():
+            return self._error(404, "EntryNotFound")
+        recursive = parse_qs(urlsplit(self.path).query).get("recursive") == ["true"]
+        entries = []
+        for path in sorted(start.rglob("*") if recursive else start.iterdir()):
+            name = str(path.relative_to(top))
+            oid = hashlib.sha1(name.encode()).hexdigest()
+            kind, size = ("file", path.stat().st_size) if path.is_file() else ("directory", 0)
+            entries.append({"type": kind, "oid": oid, "size": size, "path": name})
+        self._send(200, {"Content-Type": "application/json"}, json.dumps(entries).encode())
 
     def _resolve(self, repo: str, revision: str, file: str) -> None:
         if self._refused(repo, revision, "resolve"):
@@ -121,24 +144,28 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {} if self.server.failures.get(repo) == "foreign" else {"X-Repo-Commit": commit_of(repo)}
         if not path.is_file():
             self._error(404, "EntryNotFound")
-        elif path.suffix == ".safetensors":
+        elif path.suffix in _LARGE:
             headers |= {"X-Linked-Size": str(path.stat().st_size), "X-Linked-ETag": _etag(path)}
             location = f"http://localhost:{self.server.server_port}/cdn/{repo}/{file}"
             self._send(302, headers | {"Location": location}, b"")
         else:
-            self._send(200, headers | {"ETag": _etag(path)}, path.read_bytes())
+            self._send_file(path, headers | {"ETag": _etag(path)})
 
     def _cdn(self, repo: str, file: str) -> None:
-        data = (self.server.repos[repo] / file).read_bytes()
-        wanted = self.headers.get("Range")
-        rangeless = self.server.failures.get(repo) == "rangeless" or self.headers.get("Accept-Encoding") != "identity"
-        if wanted is None or rangeless:
-            return self._send(200, {}, data)
+        path = self.server.repos[repo] / file
+        compressed = path.suffix == ".safetensors" and self.headers.get("Accept-Encoding") != "identity"
+        self._send_file(path, {}, ranges=not compressed and self.server.failures.get(repo) != "rangeless")
+
+    def _send_file(self, path: Path, headers: dict[str, str], ranges: bool = True) -> None:
+        data = path.read_bytes()
+        wanted = self.headers.get("Range") if ranges else None
+        if wanted is None:
+            return self._send(200, headers, data)
         match = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted)
         start, end = (int(match[1]), min(int(match[2] or len(data)), len(data) - 1)) if match else (0, -1)
         if start > end:
-            return self._send(416, {"Content-Range": f"bytes */{len(data)}"}, b"")
-        self._send(206, {"Content-Range": f"bytes {start}-{end}/{len(data)}"}, data[start : end + 1])
+            return self._send(416, headers | {"Content-Range": f"bytes */{len(data)}"}, b"")
+        self._send(206, headers | {"Content-Range": f"bytes {start}-{end}/{len(data)}"}, data[start : end + 1])
 
     def _refused(self, repo: str, revision: str | None, kind: str) -> bool:
         if repo not in self.server.repos:
