@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import CalibrationError
-from llmquant.source import DEMO, Source
+from llmquant.source import DEMO, TIMEOUT, Source
 
 _WIKITEXT = "Salesforce/wikitext"
 
@@ -144,14 +144,24 @@ def _hub_dataset(spec: str, limit: int, name: str) -> Text:
     from huggingface_hub import HfApi
 
     repo, config, split, column = (spec.split(":") + [""] * 3)[:4]
+    if repo and Path(repo).is_dir():  # datasets would read it in place of the Hub's
+        raise CalibrationError(
+            spec,
+            f"{repo} is a local folder",
+            expected="FILE.txt, FILE.jsonl or HUB_ID",
+            remedy="name a file in it, or run from a folder without it",
+        )
     try:
-        revision = HfApi().dataset_info(repo).sha
+        revision = HfApi().dataset_info(repo, timeout=TIMEOUT).sha
         rows = load_dataset(repo, config or None, split=split or "train", streaming=True, revision=revision)
         documents = list(_column(spec, rows, column or None, limit))
     except CalibrationError:
         raise
+    except StopIteration:  # what datasets lets escape for a JSON file without a row
+        raise CalibrationError(spec, "no rows in it", remedy="choose another dataset or split") from None
     except Exception as error:  # datasets and its file systems raise dozens of unrelated classes
-        brief = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        # all lines: the first alone often says nothing ("404 Client Error.", "Config name is missing.")
+        brief = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise CalibrationError(
             spec,
             f"cannot be loaded ({brief})",
@@ -168,9 +178,11 @@ def _column(where: str, rows: Any, column: str | None, limit: int) -> Iterator[s
     if first is None:
         return
     texts = [name for name, value in first.items() if isinstance(value, str)]
+    # Some rows of real datasets have no text, and the first may be one of them.
+    fitting = {name for name, value in first.items() if isinstance(value, str | None)}
     if column is None:
-        column = next((name for name in ("text", "content") if name in texts), texts[0] if len(texts) == 1 else None)
-    if column is None or column not in first:
+        column = next((name for name in ("text", "content") if name in fitting), texts[0] if len(texts) == 1 else None)
+    if column is None or column not in fitting:
         raise CalibrationError(
             where,
             f"columns {list(first)}"[:200],
@@ -181,7 +193,7 @@ def _column(where: str, rows: Any, column: str | None, limit: int) -> Iterator[s
     for row in chain([first], iterator):
         if seen >= limit:
             return
-        if isinstance(document := row.get(column), str):  # some rows of real datasets have none
+        if isinstance(document := row.get(column), str):
             seen += len(document)
             yield document.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates; tokenizers refuse them
 

@@ -247,8 +247,9 @@ def _logger(quiet: bool) -> Callable[[str], None]:
 
 
 def _calm_libraries() -> None:
-    """Libraries' notes about optional kernels are not about this job."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    """Libraries' notes about optional kernels and dataset cards are not about this job."""
+    for library in ("bitsandbytes", "huggingface_hub", "datasets"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def main(arguments: list[str] | None = None) -> int:

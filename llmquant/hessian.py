@@ -47,22 +47,24 @@ def ridge(mean: float, damp: float) -> float:
     return damp * mean if mean > 0 else 1.0
 
 
-def factor(H_II: Tensor, damp: float) -> tuple[Tensor, float, int] | None:
+def factor(H_II: Tensor, damp: float, order: Tensor | None = None) -> tuple[Tensor, float, int] | None:
     """Upper U with H + lambda I = U U^T, lambda = ridge(mean(diag H), damp); the ordinary Cholesky of H reversed.
 
     Returns (U_II, the damp that worked, failed tries), or None where five tries, each with three times the
     damping, all failed. A dead input (H_jj = 0) gets lambda on its diagonal and nothing beside it, so its
-    weights are rounded to nearest and move nothing else. H is not changed.
+    weights are rounded to nearest and move nothing else. H is not changed; with `order`, the factor is that of
+    H[order][:, order]. At most three matrices of H's size are alive, H among them.
     """
     mean = float(H_II.diagonal().mean())
     if not mean >= 0 or mean == float("inf"):  # also NaN
         return None
     for tries in range(_DAMP_TRIES):
-        reversed_II = H_II.flip(0, 1)
+        reversed_II = H_II.flip(0, 1) if order is None else H_II[order.flip(0)][:, order.flip(0)]
         reversed_II.diagonal().add_(ridge(mean, damp))
         lower, info = torch.linalg.cholesky_ex(reversed_II)
         # Some builds return NaN without saying so in `info`.
         if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+            del reversed_II
             return lower.flip(0, 1), damp, tries
         damp *= _DAMP_STEP
     return None

@@ -118,7 +118,8 @@ class _Handler(BaseHTTPRequestHandler):
         folder = self.server.repos[repo]
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         siblings = [{"rfilename": file} for file in files]
-        info = {"id": repo.removeprefix("datasets/"), "sha": commit_of(repo), "siblings": siblings, "tags": [], "private": False}
+        name = repo.removeprefix("datasets/")
+        info = {"id": name, "sha": commit_of(repo), "siblings": siblings, "tags": [], "private": False}
         self._send(200, {"Content-Type": "application/json"}, json.dumps(info).encode())
 
     def _tree(self, repo: str, revision: str, folder: str | None) -> None:

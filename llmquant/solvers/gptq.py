@@ -43,7 +43,7 @@ def solve_gptq(task: LayerTask, options: SolveOptions) -> Solution:
         order = torch.argsort(diagonal, descending=True, stable=True)
 
     damp = options.damp if options.damp is not None else default_damp(task.n_tokens, in_features)
-    factored = factor(H_II[order][:, order], damp)
+    factored = factor(H_II, damp, order)
     if factored is None:
         return _bad_layer(task, options)
     U_II, damp, tries = factored
