@@ -1,0 +1,44 @@
+"""llm-compressor's GPTQ, with its defaults: PYTHONPATH=. python eval/peers/run_llmcompressor.py --model demo
+
+Symmetric groups of --group-size at --bits 2 to 8; 4 and 128 are its scheme W4A16.
+"""
+
+import tempfile
+
+from common import Job, main, option_parser
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import GPTQModifier
+from torch import Tensor
+
+from llmquant.checkpoint import PackedSource, open_checkpoint
+
+
+def quantize(job: Job) -> dict[str, Tensor]:
+    group = job.options.group_size
+    grid = {"strategy": "channel"} if group == -1 else {"strategy": "group", "group_size": group}
+    args = QuantizationArgs(num_bits=job.options.bits, type="int", symmetric=True, **grid)
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    recipe = GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
+    ids = job.ids.tolist()
+    dataset = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
+    model = job.load()
+    with job.timed():
+        oneshot(
+            model=model,
+            tokenizer=job.tokenizer,
+            dataset=dataset,
+            recipe=[recipe],
+            max_seq_length=job.ids.shape[1],
+            num_calibration_samples=len(ids),
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, save_compressed=True)
+        stored = open_checkpoint(folder)
+        assert isinstance(stored, PackedSource)
+        return {name: stored.read(name) for name in stored.packed}
+
+
+if __name__ == "__main__":
+    main("llmcompressor", quantize, option_parser(__doc__, "llmcompressor"))
