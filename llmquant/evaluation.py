@@ -115,13 +115,14 @@ class Lanes:
             stop = min(start + self._chunk, last)
             reference = _log_probabilities(logits_of(first, hidden[first][start:stop]))
             target = ids_T[start + 1 : stop + 1, None].to(reference.device)
-            p = reference.exp()
-            p_target, top = p.gather(1, target)[:, 0], reference.argmax(1)
+            p, best = reference.exp(), reference.max(1)
+            p_target, top, zeros = p.gather(1, target)[:, 0], best.indices, torch.zeros(stop - start)
             for name, lane_hidden in hidden.items():
-                lane = reference if name == first else _log_probabilities(logits_of(name, lane_hidden[start:stop]))
+                lane, kl = reference, zeros.to(p.device)
+                if name != first:
+                    lane = _log_probabilities(logits_of(name, lane_hidden[start:stop]))
+                    best, kl = lane.max(1), torch.sub(reference, lane).mul_(p).sum(1)
                 nll = -lane.gather(1, target)[:, 0]
-                best = lane.max(1)
-                kl = torch.sub(reference, lane).mul_(p).sum(1)
                 finite = torch.isfinite(nll) & torch.isfinite(kl)
                 part = (nll, kl, best.indices == top, (-nll).exp() - p_target, best.values.exp(), finite)
                 for row, column in zip(table[name], part, strict=True):
