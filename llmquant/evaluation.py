@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmquant.calibration import Windows
+from llmquant.errors import SolveError
 from llmquant.streams import Stream, Streams
 
 Array = NDArray[np.float64]
@@ -149,7 +150,7 @@ def figures(scores: TokenScores, original: TokenScores, seed: int = 0) -> Figure
         return np.array([row[mask].mean() for row, mask in zip(values, finite, strict=True) if mask.any()])
 
     if not any(kept):
-        raise ValueError("no token with finite logits")
+        raise SolveError("evaluation", "NaN or Inf logits at every token", remedy="try another --dtype")
     kl = np.sort(scores.kl[finite])
     nll = float(scores.nll[finite].mean())
     nll_se, kl_se = standard_error(by_window(scores.nll)), standard_error(by_window(scores.kl))

@@ -169,6 +169,9 @@ def describe_evaluation(evaluation: dict[str, Any]) -> str:
     revision = f"@{evaluation['revision'][:8]}" if evaluation["revision"] else ""
     floor = evaluation.get("noise_floor")
     noise = "" if floor is None else f"; noise floor of the compute dtype: KL {floor['kl_mean']:.5f}"
+    for name, lane in evaluation["lanes"].items():
+        if lane["n_nonfinite"]:
+            noise += f"; {lane['n_nonfinite']} tokens with NaN or Inf logits left out of {name}"
     return (
         f"{evaluation['dataset']}{revision}, {evaluation['n_tokens']} tokens, windows of {evaluation['seq_len']}, "
         f"BOS in {evaluation['bos']}, {evaluation['protocol']}{noise}"

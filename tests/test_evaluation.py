@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 import llmquant
 from llmquant.baselines import BASELINES
 from llmquant.calibration import Windows
+from llmquant.errors import SolveError
 from llmquant.evaluation import Lanes, TokenScores, bootstrap_ratio, figures, standard_error
 from llmquant.grid import QuantScheme
+from llmquant.report import describe_evaluation
 from llmquant.streams import Streams
 
 W4 = QuantScheme(4, 32)
@@ -71,6 +73,15 @@ def test_tokens_that_are_not_finite_are_counted_and_left_out() -> None:
     assert keep.sum() == 16
     assert result.kl_mean == pytest.approx(found["lane"].kl[keep].mean())
     assert math.isfinite(result.perplexity)
+    with pytest.raises(SolveError, match="every token"):
+        figures(scores([[math.nan]], [[math.nan]], [[False]]), found["original"])
+
+
+def test_tokens_that_are_not_finite_are_shown_beside_the_figures() -> None:
+    lanes = {"original": {"n_nonfinite": 0}, "llmquant": {"n_nonfinite": 3}}
+    windows = Windows(torch.zeros(1, 4, dtype=torch.long), "text", None, "none")
+    shown = describe_evaluation({"protocol": "p", **windows.as_dict(), "noise_floor": None, "lanes": lanes})
+    assert shown.endswith("; 3 tokens with NaN or Inf logits left out of llmquant")
 
 
 def test_figures_equal_numpy() -> None:
