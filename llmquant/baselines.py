@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmquant.grid import QuantizedWeight, QuantScheme, absmax_scales, quantize_to_grid
+from llmquant.grid import QuantizedWeight, QuantScheme, plain_grid, quantize_to_grid
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,11 @@ class Baseline:
     row_bits: Callable[[int, QuantScheme], float]
 
 
-def _rtn(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
-    scales_OG = absmax_scales(weight_OI.float(), scheme)
-    codes_OI = quantize_to_grid(weight_OI.float(), scales_OG, scheme)
-    return QuantizedWeight(codes_OI, scales_OG, scheme).dequantize(weight_OI.dtype)
+def round_to_nearest(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
+    """Dequantized weight_OI on the absmax (or min-max) grid of each group, in the dtype it came in."""
+    scales_OG, zeros_OG = plain_grid(weight_OI.float(), scheme)
+    codes_OI = quantize_to_grid(weight_OI.float(), scales_OG, scheme, zeros_OG)
+    return QuantizedWeight(codes_OI, scales_OG, scheme, zeros_OG).dequantize(weight_OI.dtype)
 
 
 def _bnb_nf4(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
@@ -47,7 +48,11 @@ def _bnb_int8(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
 
 
 BASELINES: dict[str, Baseline] = {
-    "rtn": Baseline("round to nearest, absmax groups, bf16 scales", _rtn, lambda n, s: n * s.bits + 16 * s.groups(n)),
+    "rtn": Baseline(
+        "round to nearest, absmax groups, bf16 scales",
+        round_to_nearest,
+        lambda n, s: n * s.bits + (16 if s.symmetric else 16 + s.bits) * s.groups(n),
+    ),
     "bnb-nf4": Baseline("bitsandbytes NF4, blocks of 64, float32 absmax", _bnb_nf4, lambda n, s: n * 4 + 32 * n / 64),
     "bnb-int8": Baseline("bitsandbytes INT8 by rows, weights only", _bnb_int8, lambda n, s: n * 8 + 32),
 }

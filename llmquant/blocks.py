@@ -1,16 +1,18 @@
 """Quantize the linears of one block that is in memory: Hessians, solve, dequantized weights set back."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from llmquant.baselines import round_to_nearest
 from llmquant.errors import SolveError, SourceError
 from llmquant.formats import FORMATS, LinearSpec
-from llmquant.grid import QuantizedWeight, absmax_scales, quantize_to_grid
-from llmquant.hessian import Hessian
+from llmquant.grid import QuantizedWeight
+from llmquant.hessian import Hessian, default_propagation
 from llmquant.recipe import Recipe
 from llmquant.report import LayerReport
 from llmquant.skeleton import Call, Calls, Skeleton, Stop, hooked
@@ -54,32 +56,74 @@ def get_weight(skeleton: Skeleton, spec: LinearSpec) -> Tensor:
     return weight.T.contiguous() if spec.transposed else weight
 
 
+@dataclass(frozen=True)
+class CalibrationStreams:
+    """Hidden states before the block: of the quantized blocks, and of the original ones (for error propagation)."""
+
+    quantized: Stream
+    original: Stream | None = None
+
+    def append(self, hidden: Tensor) -> None:
+        """Before the first block both are the same."""
+        self.quantized.append(hidden)
+        if self.original is not None:
+            self.original.append(hidden)
+
+
 def quantize_block(
-    skeleton: Skeleton, index: int, specs: Sequence[LinearSpec], recipe: Recipe, calls: Calls, stream: Stream | None
+    skeleton: Skeleton,
+    index: int,
+    specs: Sequence[LinearSpec],
+    recipe: Recipe,
+    calls: Calls,
+    streams: CalibrationStreams | None,
 ) -> list[Solved]:
     """Quantize the linears `specs` of the loaded block `index` and leave their dequantized weights in it.
 
-    `stream`: calibration hidden states that enter the block, computed by the already quantized blocks before it;
-    None for data-free methods. With passes = "step" each step's Hessian sees the quantized steps before it.
+    `streams` holds the calibration hidden states; None for data-free methods. With passes = "step" each step's
+    Hessian sees the quantized steps before it. The original's stream is through the block afterwards; the other
+    one is still before it.
     """
-    if stream is None or recipe.method in DATA_FREE:
+    if streams is None or recipe.method in DATA_FREE:
         return [solved for spec in specs for solved in _solve(skeleton, [spec], None, recipe)]
-    steps = _steps(skeleton, index, specs, calls, stream)
+    steps = _steps(skeleton, index, specs, recipe, calls, streams)
     passes = [[step] for step in steps] if recipe.passes == "step" else [steps]
-    done = []
+    originals = {f"{spec.module}.weight": skeleton.get(f"{spec.module}.weight") for spec in specs}
+    done: list[Solved] = []
     for steps_of_pass in passes:
-        hessians = _collect(skeleton, index, steps_of_pass, calls, stream)
-        for step, hessian in zip(steps_of_pass, hessians, strict=True):
-            done += _solve(skeleton, step, hessian, recipe)
+        collector = _Collector(skeleton, index, steps_of_pass, calls)
+        if streams.original is None:
+            collector.run(streams.quantized)
+        else:
+            collector.run_pairs(streams.quantized, streams.original, originals, last=steps_of_pass is passes[-1])
+        for step, hessian in zip(steps_of_pass, collector.hessians, strict=True):
+            done += _solve(skeleton, step.specs, hessian, recipe, step.propagation)
     return done
 
 
+@dataclass(frozen=True)
+class Step:
+    """Linears that share an input, and the strength of error propagation into them."""
+
+    specs: list[LinearSpec]
+    propagation: float
+
+    @property
+    def in_features(self) -> int:
+        return self.specs[0].shape[1]
+
+
 def _steps(
-    skeleton: Skeleton, index: int, specs: Sequence[LinearSpec], calls: Calls, stream: Stream
-) -> list[list[LinearSpec]]:
+    skeleton: Skeleton,
+    index: int,
+    specs: Sequence[LinearSpec],
+    recipe: Recipe,
+    calls: Calls,
+    streams: CalibrationStreams,
+) -> list[Step]:
     """The planned linears by shared input, in the order of the forward; all of them must be reached."""
     by_module = {spec.module: spec for spec in specs}
-    hidden = next(iter(stream))
+    hidden = next(iter(streams.quantized))
     names = skeleton.steps(index, _call_for(calls, index, hidden), hidden.to(skeleton.device))
     steps = [[by_module[name] for name in step if name in by_module] for step in names]
     reached = {spec.module for step in steps for spec in step}
@@ -89,33 +133,83 @@ def _steps(
             "the block's forward does not run it as a layer, so its input cannot be seen",
             remedy="keep it in 16 bit with --ignore, or use --method rtn",
         )
-    return [step for step in steps if step]
+
+    def strength(in_features: int) -> float:
+        if streams.original is None:
+            return 0.0
+        wide = in_features > skeleton.hidden_size
+        auto = default_propagation(streams.quantized.n_tokens, in_features, wide=wide)
+        return auto if recipe.propagation == "auto" else float(recipe.propagation)
+
+    return [Step(step, strength(step[0].shape[1])) for step in steps if step]
 
 
-def _collect(
-    skeleton: Skeleton, index: int, steps: Sequence[Sequence[LinearSpec]], calls: Calls, stream: Stream
-) -> list[Hessian]:
-    """Hessians of the steps' inputs over the whole stream; the forward stops where the last one has been seen."""
-    linears = skeleton.linears(index)
-    hessians = [Hessian(step[0].shape[1], skeleton.device) for step in steps]
+class _Collector:
+    """Hessians of the inputs of some steps of a block, over whole streams of hidden states."""
 
-    def note(position: int, inputs: tuple[Tensor, ...]) -> None:
-        hessians[position].add(inputs[0])
-        if position == len(steps) - 1:
-            raise Stop
+    def __init__(self, skeleton: Skeleton, index: int, steps: Sequence["Step"], calls: Calls) -> None:
+        self.skeleton, self.modules = skeleton, [step.specs[0].module for step in steps]
+        self.forward, self.linears = forward_of(skeleton, index, calls), skeleton.linears(index)
+        self.hessians = [Hessian(step.in_features, skeleton.device, drift=step.propagation > 0) for step in steps]
+        self._originals: dict[int, Tensor] = {}  # one batch of the steps' inputs in the original model
 
-    notes = {step[0].module: partial(note, position) for position, step in enumerate(steps)}
-    forward = forward_of(skeleton, index, calls)
-    with hooked(notes, linears):
-        for hidden in stream:
-            try:
-                forward(hidden)
-            except Stop:
-                continue
-    return hessians
+    def run(self, quantized: Stream) -> None:
+        """Without error propagation."""
+        for hidden in quantized:
+            self._add(hidden)
+
+    def run_pairs(self, quantized: Stream, original: Stream, weights: Mapping[str, Tensor], *, last: bool) -> None:
+        """Both streams batch by batch: the original one through `weights`, the other through what is in the block.
+
+        In the `last` pass the original's stream is advanced through the whole block.
+        """
+        batches = iter(quantized)
+        current = {name: self.skeleton.get(name) for name in weights}
+
+        def pair(hidden: Tensor) -> Tensor:
+            self._put(weights)
+            advanced = self._keep(hidden, stop=not last)
+            self._put(current)
+            self._add(next(batches))
+            return advanced
+
+        if last:
+            original.update(pair)
+        else:
+            for hidden in original:
+                pair(hidden)
+
+    def _put(self, weights: Mapping[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            self.skeleton.set(name, weight)
+
+    def _keep(self, hidden: Tensor, *, stop: bool) -> Tensor:
+        """Run the block on the original's hidden states, keep its steps' inputs, return its output (or stop early)."""
+        return self._watch(hidden, self._originals.__setitem__, stop=stop)
+
+    def _add(self, hidden: Tensor) -> None:
+        def add(position: int, x: Tensor) -> None:
+            self.hessians[position].add(x, self._originals.pop(position, None))
+
+        self._watch(hidden, add, stop=True)
+
+    def _watch(self, hidden: Tensor, see: Callable[[int, Tensor], None], *, stop: bool) -> Tensor:
+        """The block's forward, `see` called with each step's position and input; with `stop` no further than that."""
+
+        def note(position: int, inputs: tuple[Tensor, ...]) -> None:
+            see(position, inputs[0])
+            if stop and position == len(self.modules) - 1:
+                raise Stop
+
+        notes = {module: partial(note, position) for position, module in enumerate(self.modules)}
+        with hooked(notes, self.linears), suppress(Stop):
+            return self.forward(hidden)
+        return hidden
 
 
-def _solve(skeleton: Skeleton, step: Sequence[LinearSpec], hessian: Hessian | None, recipe: Recipe) -> list[Solved]:
+def _solve(
+    skeleton: Skeleton, step: Sequence[LinearSpec], hessian: Hessian | None, recipe: Recipe, propagation: float = 0.0
+) -> list[Solved]:
     """Solve linears that share an input as one task of stacked rows: every row is a problem of its own."""
     weights = [get_weight(skeleton, spec) for spec in step]
     name = " + ".join(spec.module for spec in step)
@@ -130,8 +224,18 @@ def _solve(skeleton: Skeleton, step: Sequence[LinearSpec], hessian: Hessian | No
                 raise SolveError(
                     name, f"its input has {notes[0]}", remedy="another --dtype, or accept it with --on-bad-layer rtn"
                 )
-    task = LayerTask(name, torch.cat(weights), H_II, n_tokens, step[0].scheme)
-    options = SolveOptions(recipe.grid, recipe.order, recipe.damp, on_bad_layer=recipe.on_bad_layer)
+    weight_OI = torch.cat(weights)
+    drift_OI = None if hessian is None else hessian.take_drift(weight_OI)
+    task = LayerTask(name, weight_OI, H_II, n_tokens, step[0].scheme, drift_OI)
+    options = SolveOptions(
+        recipe.grid,
+        recipe.order,
+        recipe.damp,
+        propagation,
+        recipe.refit,
+        recipe.sweeps,
+        on_bad_layer=recipe.on_bad_layer,
+    )
     solution = SOLVERS[recipe.method](task, options)
     return _split(skeleton, step, weights, task, solution, recipe, notes)
 
@@ -150,11 +254,21 @@ def _split(
         rows = slice(start, start + weight_OI.shape[0])
         start = rows.stop
         quantized = QuantizedWeight(
-            solution.weight.codes_OI[rows].contiguous(), solution.weight.scales_OG[rows].contiguous(), spec.scheme
+            solution.weight.codes_OI[rows].contiguous(),
+            solution.weight.scales_OG[rows].contiguous(),
+            spec.scheme,
+            None if solution.weight.zeros_OG is None else solution.weight.zeros_OG[rows].contiguous(),
         )
         dense = quantized.dequantize()
         report = _report(
-            spec, weight_OI, dense, float(solution.loss_O[rows].sum()), task, recipe, notes + solution.notes
+            spec,
+            weight_OI,
+            dense,
+            solution.target_OI[rows],
+            float(solution.loss_O[rows].sum()),
+            task,
+            recipe,
+            notes + solution.notes,
         )
         set_weight(skeleton, spec, dense)
         done.append(Solved(spec, quantized, report))
@@ -165,6 +279,7 @@ def _report(
     spec: LinearSpec,
     weight_OI: Tensor,
     dense_OI: Tensor,
+    target_OI: Tensor,
     loss: float,
     task: LayerTask,
     recipe: Recipe,
@@ -176,9 +291,8 @@ def _report(
     bits = FORMATS[recipe.format].weight_bits(spec) / (rows * columns)
     if task.H_II is None:
         return LayerReport(spec.module, None, None, None, weight_error, bits, 0, notes)
-    plain = absmax_scales(weight_OI, spec.scheme)
-    plain_OI = QuantizedWeight(quantize_to_grid(weight_OI, plain, spec.scheme), plain, spec.scheme).dequantize()
-    rtn_loss = _quadratic(weight_OI - plain_OI, task.H_II)
+    plain_OI = round_to_nearest(weight_OI, spec.scheme)
+    rtn_loss = _quadratic(target_OI - plain_OI, task.H_II)
     energy = _quadratic(weight_OI, task.H_II)
     relative = loss / energy if energy else 0.0
     return LayerReport(spec.module, loss, rtn_loss, relative, weight_error, bits, task.n_tokens, notes)

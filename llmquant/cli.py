@@ -67,7 +67,7 @@ def run(
     ] = None,
     asymmetric: Annotated[
         bool,
-        typer.Option("--asymmetric", help="Refused: no format written yet holds zero points", rich_help_panel=_JOB),
+        typer.Option("--asymmetric", help="Give every group a zero point (--format fake only)", rich_help_panel=_JOB),
     ] = False,
     ignore: Annotated[
         Optional[list[str]],
@@ -99,6 +99,20 @@ def run(
     damp: Annotated[
         Optional[float], _option("Damping, a share of mean(diag H) (default: by tokens per input)", "damp", _SOLVER)
     ] = None,
+    propagation: Annotated[
+        Optional[str],
+        _option("Make up for the errors of earlier layers: 0 (off) to 1, or auto", "propagation", _SOLVER),
+    ] = None,
+    refit: Annotated[
+        Optional[bool],
+        typer.Option(
+            "--refit/--no-refit",
+            help="Fit the scales once more to the chosen codes [dim]\\[default: refit]",
+            rich_help_panel=_SOLVER,
+            show_default=False,
+        ),
+    ] = None,
+    sweeps: Annotated[Optional[int], _option("Sweeps of coordinate descent on the codes", "sweeps", _SOLVER)] = None,
     passes: Annotated[
         Optional[str], _option("Hessians after each step of a block, or in one pass per block", "passes", _SOLVER)
     ] = None,
@@ -129,6 +143,8 @@ def run(
     }
     if asymmetric:
         flags["symmetric"] = False
+    if propagation is not None:
+        flags["propagation"] = _strength(propagation)
     if eval_tokens is not None:
         flags["eval_tokens"] = _count(eval_tokens)
     settings = make_recipe(model, recipe, flags)
@@ -201,6 +217,14 @@ def _eval_flags(
 def _count(text: str | None) -> int | str | None:
     """A number of tokens, or the word `full`; the recipe refuses other words."""
     return int(text) if text is not None and text.isdecimal() else text
+
+
+def _strength(text: str) -> float | str:
+    """A number, or a word that the recipe accepts or refuses."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _compare(

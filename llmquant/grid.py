@@ -45,16 +45,18 @@ class QuantScheme:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """The canonical form, all that a format needs: weight_OI = codes_OI * scales of the group.
+    """The canonical form, all that a format needs: weight_OI = (codes_OI - zero of the group) * scale of the group.
 
     codes_OI   int8, within [code_min, code_max]
-    scales_OG  float32, bf16-representable, 2^-17 <= |s| <= 65280 (a scale may be negative:
+    scales_OG  float32, bf16-representable, 2^-17 <= |s| <= 65280 (a symmetric grid's scale may be negative:
                the range of codes has one number more below zero than above)
+    zeros_OG   int8, the code that stands for 0, within the same range; None for a symmetric grid: 0
     """
 
     codes_OI: Tensor
     scales_OG: Tensor
     scheme: QuantScheme
+    zeros_OG: Tensor | None = None
 
     def __post_init__(self) -> None:
         out_features, in_features = self.codes_OI.shape
@@ -70,9 +72,20 @@ class QuantizedWeight:
             raise ValueError(f"a scale is not finite or lies outside [{SCALE_MIN}, {SCALE_MAX}]")
         if not torch.equal(self.scales_OG, self.scales_OG.bfloat16().float()):
             raise ValueError("a scale is not representable in bfloat16")
-        low, high = (int(x) for x in self.codes_OI.aminmax())
+        self._check_range("codes", self.codes_OI)
+        if (self.zeros_OG is None) != self.scheme.symmetric:
+            raise ValueError("an asymmetric grid has zeros, a symmetric one has none")
+        if self.zeros_OG is not None:
+            if tuple(self.zeros_OG.shape) != want or self.zeros_OG.dtype != torch.int8:
+                raise ValueError(
+                    f"zeros {self.zeros_OG.dtype} {tuple(self.zeros_OG.shape)} do not fit codes: expected int8 {want}"
+                )
+            self._check_range("zeros", self.zeros_OG)
+
+    def _check_range(self, what: str, codes: Tensor) -> None:
+        low, high = (int(x) for x in codes.aminmax())
         if low < self.scheme.code_min or high > self.scheme.code_max:
-            raise ValueError(f"codes {low}..{high} outside {self.scheme.code_min}..{self.scheme.code_max}")
+            raise ValueError(f"{what} {low}..{high} outside {self.scheme.code_min}..{self.scheme.code_max}")
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """weight_OI in `dtype`; the product itself is taken in float32.
@@ -83,6 +96,8 @@ class QuantizedWeight:
         """
         out_features, in_features = self.codes_OI.shape
         groups = self.codes_OI.view(out_features, self.scales_OG.shape[1], -1).float()
+        if self.zeros_OG is not None:
+            groups.sub_(self.zeros_OG[..., None])
         return groups.mul_(self.scales_OG[..., None]).view(out_features, in_features).to(dtype)
 
 
@@ -96,12 +111,31 @@ def round_scales(scales: Tensor) -> Tensor:
     return torch.where(scales < 0, -magnitude, magnitude)
 
 
-def quantize_to_grid(weight_OI: Tensor, scales_OG: Tensor, scheme: QuantScheme) -> Tensor:
-    """Nearest codes_OI (int8) of `weight_OI` on the grid of `scales_OG`; halves go to the even code."""
+def quantize_to_grid(
+    weight_OI: Tensor, scales_OG: Tensor, scheme: QuantScheme, zeros_OG: Tensor | None = None
+) -> Tensor:
+    """Nearest codes_OI (int8) of `weight_OI` on the grid; halves go to the even code."""
     out_features, in_features = weight_OI.shape
     groups = weight_OI.view(out_features, scales_OG.shape[1], -1)
-    codes = (groups / scales_OG[..., None]).round_().clamp_(scheme.code_min, scheme.code_max)
-    return codes.to(torch.int8).view(out_features, in_features)
+    codes = (groups / scales_OG[..., None]).round_()
+    if zeros_OG is not None:
+        codes.add_(zeros_OG[..., None])
+    return codes.clamp_(scheme.code_min, scheme.code_max).to(torch.int8).view(out_features, in_features)
+
+
+def plain_grid(weight_OI: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor | None]:
+    """The grid of plain round-to-nearest: `absmax_scales`, or `minmax_grid` for an asymmetric scheme."""
+    return (absmax_scales(weight_OI, scheme), None) if scheme.symmetric else minmax_grid(weight_OI, scheme)
+
+
+def minmax_grid(weight_OI: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    """scales_OG = (max - min) / (2^bits - 1) of the group with 0 in it, and zeros_OG = round(code_min - min / s)."""
+    out_features, in_features = weight_OI.shape
+    groups = weight_OI.view(out_features, scheme.groups(in_features), -1)
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scales_OG = round_scales((high - low) / (scheme.code_max - scheme.code_min))
+    zeros_OG = (scheme.code_min - low / scales_OG).round_().clamp_(scheme.code_min, scheme.code_max)
+    return scales_OG, zeros_OG.to(torch.int8)
 
 
 def absmax_scales(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
@@ -119,45 +153,86 @@ _COARSE = tuple(0.40 + 0.05 * i for i in range(15))
 _FINE = (-0.0375, -0.025, -0.0125, 0.0125, 0.025, 0.0375)
 
 
-def search_scales(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme, exponent: float = 2.4) -> Tensor:
-    """scales_OG minimising sum_j h_j |s q_j - w_j|^exponent over each group, q_j the nearest code.
+def search_grid(
+    weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme, exponent: float = 2.4
+) -> tuple[Tensor, Tensor | None]:
+    """scales_OG and zeros_OG minimising sum_j h_j |s (q_j - z) - w_j|^exponent over each group, q_j the nearest code.
 
-    importance_I is h, the diagonal of the damped Hessian. Both signs of s are tried over
-    s = r * absmax / 2^(bits-1), r from 0.40 to 1.10 and the absmax grid's, coarse and then fine; candidates are
-    rounded to bf16 before they are judged. The exponent above 2 and the weighting by h follow the range searches of
-    GPTQ's and llama.cpp's reference implementations; the two signs are ours.
+    importance_I is h, the diagonal of the damped Hessian. Symmetric (z = 0, zeros_OG None): s = +-r absmax /
+    2^(bits-1), r from 0.40 to 1.10, and the absmax grid's. Asymmetric: s = r (max - min) / (2^bits - 1), z the
+    min-max grid's and its neighbours. First coarse and then fine; candidates are rounded to bf16 before they are
+    judged. The exponent above 2 and the weighting by h follow the range searches of GPTQ's and llama.cpp's reference
+    implementations; the two signs are ours.
     """
     chunk = max(1, 2**21 // weight_OI.shape[1])
-    parts = [_search_rows(rows, importance_I, scheme, exponent) for rows in torch.split(weight_OI, chunk)]
-    return torch.cat(parts)
+    rows = _symmetric_rows if scheme.symmetric else _asymmetric_rows
+    found = [rows(part, importance_I, scheme, exponent) for part in torch.split(weight_OI, chunk)]
+    zeros = [zero for _, zero in found if zero is not None]
+    return torch.cat([scale for scale, _ in found]), torch.cat(zeros).to(torch.int8) if zeros else None
 
 
-def _search_rows(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme, exponent: float) -> Tensor:
-    out_features, in_features = weight_OI.shape
-    n_groups = scheme.groups(in_features)
-    weight = weight_OI.view(out_features, n_groups, -1)
-    importance = importance_I.to(weight.dtype).view(n_groups, -1, 1)
-    full = weight.abs().amax(-1) / 2 ** (scheme.bits - 1)
-    best_scale = round_scales(full)
-    best_error = torch.full_like(best_scale, torch.inf)
-    best_ratio = torch.ones_like(best_scale)
+class _Best:
+    """The best candidate of every group so far; scales are ratios to `full_OG`."""
 
-    def try_ratio(ratio: Tensor) -> None:
-        scale = round_scales(full * ratio)
-        error = (weight / scale[..., None]).round_().clamp_(scheme.code_min, scheme.code_max)
-        error = error.mul_(scale[..., None]).sub_(weight).abs_().pow_(exponent)
+    def __init__(
+        self, weight_OI: Tensor, importance_I: Tensor, full_OG: Tensor, scheme: QuantScheme, exponent: float
+    ) -> None:
+        n_groups = scheme.groups(weight_OI.shape[1])
+        self.weight = weight_OI.view(weight_OI.shape[0], n_groups, -1)
+        self.importance = importance_I.to(weight_OI.dtype).view(n_groups, -1, 1)
+        self.full, self.scheme, self.exponent = full_OG, scheme, exponent
+        self.error, self.ratio, self.zero = (torch.full_like(full_OG, x) for x in (torch.inf, 1.0, 0.0))
+        self.scale = round_scales(full_OG)
+
+    def consider(self, ratio: Tensor, zero: Tensor | None = None) -> None:
+        """Keep, group by group, the grid of scales ratio * full, [O, G], where it is better than the best so far."""
+        scale = round_scales(self.full * ratio)
+        code_min, code_max = self.scheme.code_min, self.scheme.code_max
+        error = (self.weight / scale[..., None]).round_()
+        if zero is None:
+            error.clamp_(code_min, code_max)
+        else:
+            error.clamp_((code_min - zero)[..., None], (code_max - zero)[..., None])
+        error = error.mul_(scale[..., None]).sub_(self.weight).abs_().pow_(self.exponent)
         # [G, O, g] @ [G, g, 1]: the weighted sum without another full-size temporary
-        error_OG = torch.bmm(error.transpose(0, 1), importance).squeeze(-1).T
-        better = error_OG < best_error
-        best_error[better] = error_OG[better]
-        best_scale[better] = scale[better]
-        best_ratio.copy_(torch.where(better, ratio, best_ratio))
+        error_OG = torch.bmm(error.transpose(0, 1), self.importance).squeeze(-1).T
+        better = error_OG < self.error
+        self.error[better], self.scale[better] = error_OG[better], scale[better]
+        self.ratio[better] = ratio[better]
+        if zero is not None:
+            self.zero[better] = zero[better]
 
+
+def _symmetric_rows(
+    weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme, exponent: float
+) -> tuple[Tensor, None]:
+    full = weight_OI.view(len(weight_OI), scheme.groups(weight_OI.shape[1]), -1).abs().amax(-1)
+    full = full / 2 ** (scheme.bits - 1)
+    best = _Best(weight_OI, importance_I, full, scheme, exponent)
     plain = 2 ** (scheme.bits - 1) / (2 ** (scheme.bits - 1) - 0.5)  # the absmax grid: never do worse than it
     for ratio in (*_COARSE, plain):
         for sign in (1.0, -1.0):
-            try_ratio(torch.full_like(full, sign * ratio))
-    centre = best_ratio.clone()
+            best.consider(torch.full_like(full, sign * ratio))
+    centre = best.ratio.clone()
     for step in _FINE:
-        try_ratio(centre * (1 + step / centre.abs()))
-    return best_scale
+        best.consider(centre * (1 + step / centre.abs()))
+    return best.scale, None
+
+
+def _asymmetric_rows(
+    weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme, exponent: float
+) -> tuple[Tensor, Tensor]:
+    full, zeros = minmax_grid(weight_OI, scheme)
+    best = _Best(weight_OI, importance_I, full, scheme, exponent)
+
+    def around(zero: Tensor, ratio: Tensor) -> None:
+        for step in (0, 1, -1):
+            best.consider(ratio, (zero + step).clamp_(scheme.code_min, scheme.code_max))
+
+    for value in _COARSE:
+        around(zeros.to(full.dtype), torch.full_like(full, value))
+    around(zeros.to(full.dtype), torch.ones_like(full))  # the min-max grid to the bit: never do worse than it
+    centre, zero = best.ratio.clone(), best.zero.clone()
+    for step in _FINE:
+        around(zero, centre + step)
+    return best.scale, best.zero

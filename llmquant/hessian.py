@@ -1,4 +1,4 @@
-"""H = E[x x^T] of one distinct input, and its factor.
+"""H = E[x^ x^^T] of one distinct input x^ of the quantized model, and its factor.
 
 Shapes: N tokens, I in_features.
 """
@@ -12,29 +12,62 @@ _DAMP_STEP, _DAMP_TRIES = 3.0, 5
 
 
 class Hessian:
-    """Running sum of x x^T over the tokens of one input that one or several linears share.
+    """Running sum of x^ x^^T over the tokens of one input that one or several linears share.
 
-    Memory: 4 * I^2 bytes. Tokens with a non-finite entry are left out and counted.
+    With `drift`, also of (x - x^) x^^T, where x is the same input in the original model: what error propagation
+    needs. Memory: 4 * I^2 bytes for each sum. Tokens with a non-finite entry are left out and counted.
     """
 
-    def __init__(self, in_features: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, in_features: int, device: torch.device, dtype: torch.dtype = torch.float32, *, drift: bool = False
+    ) -> None:
         self.sum_II = torch.zeros(in_features, in_features, dtype=dtype, device=device)
+        self.drift_II = torch.zeros_like(self.sum_II) if drift else None
         self.n_tokens = 0
         self.n_excluded = 0
 
-    def add(self, x: Tensor) -> None:
-        """Add all tokens of `x` [..., I]."""
+    def add(self, x: Tensor, original: Tensor | None = None) -> None:
+        """Add all tokens of `x` [..., I], the quantized model's input; `original` is the original model's."""
         x_NI = x.reshape(-1, x.shape[-1]).to(self.sum_II.dtype)
-        finite = torch.isfinite(x_NI.sum(-1))
+        drift_NI = None
+        if self.drift_II is not None:
+            if original is None:
+                raise ValueError("drift needs the original model's input")
+            drift_NI = original.reshape(x_NI.shape).to(x_NI.dtype) - x_NI
+        finite = torch.isfinite((x_NI if drift_NI is None else x_NI + drift_NI).sum(-1))
         if not bool(finite.all()):
             self.n_excluded += int((~finite).sum())
             x_NI = x_NI[finite]
+            drift_NI = None if drift_NI is None else drift_NI[finite]
+        if self.drift_II is not None and drift_NI is not None:
+            self.drift_II.addmm_(drift_NI.T, x_NI)
         self.sum_II.addmm_(x_NI.T, x_NI)
         self.n_tokens += x_NI.shape[0]
 
     def mean(self) -> Tensor:
         """H_II = sum / N. The sum is divided in place, so call this once."""
         return self.sum_II.div_(max(1, self.n_tokens))
+
+    def take_drift(self, weight_OI: Tensor) -> Tensor | None:
+        """drift_OI = W (C - H), C = E[x x^^T]; None where no drift was summed. Frees the sum, so call this once."""
+        if self.drift_II is None:
+            return None
+        drift_OI = (weight_OI @ self.drift_II).div_(max(1, self.n_tokens))
+        self.drift_II = None
+        return drift_OI
+
+
+def default_propagation(n_tokens: int, in_features: int, *, wide: bool = False) -> float:
+    """Strength of error propagation: min(r / (r + 3), 0.75), r = tokens per input dimension.
+
+    The full correction fits the noise of few tokens. It is 0 for `wide` inputs (wider than the model's hidden
+    states) with r below 16.
+
+    >>> default_propagation(65536, 256), default_propagation(8192, 4096), default_propagation(8192, 4096, wide=True)
+    (0.75, 0.4, 0.0)
+    """
+    ratio = n_tokens / in_features
+    return 0.0 if wide and ratio < 16 else min(ratio / (ratio + 3), 0.75)
 
 
 def default_damp(n_tokens: int, in_features: int) -> float:

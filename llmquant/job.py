@@ -47,6 +47,8 @@ class Job:
         sizes = {}
         if self.calibration is not None:
             sizes["calibration"] = self.calibration.n_tokens * hidden_bytes
+            if self.recipe.propagation != 0:
+                sizes["calibration (original)"] = sizes["calibration"]
         if self.evaluation is not None:
             sizes |= dict.fromkeys(self.lanes, self.evaluation.n_tokens * hidden_bytes)
         return sizes

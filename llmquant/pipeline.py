@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from llmquant.baselines import BASELINES
-from llmquant.blocks import Solved, forward_of, get_weight, quantize_block, set_weight
+from llmquant.blocks import CalibrationStreams, Solved, forward_of, get_weight, quantize_block, set_weight
 from llmquant.card import make_card
 from llmquant.comparison import noise_floor
 from llmquant.evaluation import Figures, Lanes, figures
@@ -75,7 +75,10 @@ class _Pass:
     def __init__(self, job: Job, run: RunDir, streams: Streams, record: Record, watch: Stopwatch, log: Log) -> None:
         self.job, self.run, self.record, self.watch, self.log = job, run, record, watch, log
         self.skeleton, self.format = job.skeleton, FORMATS[job.recipe.format]
-        self.stream = streams.new("calibration") if job.calibration is not None else None
+        self.streams: CalibrationStreams | None = None
+        if job.calibration is not None:
+            original = streams.new("calibration (original)") if job.recipe.propagation != 0 else None
+            self.streams = CalibrationStreams(streams.new("calibration"), original)
         self.lanes = Lanes(job.lanes, job.evaluation, streams) if job.evaluation is not None else None
         for name in streams.spilled:
             log(f"--max-ram: the {name} stream is kept in a file")
@@ -102,8 +105,8 @@ class _Pass:
         """Hidden states before the first block for all windows, and every block's arguments."""
         with self.watch.stage("embed"):
             calls: Calls = {}
-            if self.job.calibration is not None and self.stream is not None:
-                calls |= self.skeleton.record(self.job.calibration.batches(), self.job.read, self.stream.append)
+            if self.job.calibration is not None and self.streams is not None:
+                calls |= self.skeleton.record(self.job.calibration.batches(), self.job.read, self.streams.append)
             if self.job.evaluation is not None and self.lanes is not None:
                 calls |= self.skeleton.record(self.job.evaluation.batches(), self.job.read, self.lanes.start)
         return calls
@@ -115,10 +118,10 @@ class _Pass:
             self._advance(ORIGINAL, forward)
             self._advance_baselines(specs, forward)
         with self.watch.stage("quantize"):
-            solved = quantize_block(self.skeleton, index, specs, self.job.recipe, calls, self.stream)
+            solved = quantize_block(self.skeleton, index, specs, self.job.recipe, calls, self.streams)
         with self.watch.stage("forward"):
-            if self.stream is not None and index + 1 < len(self.skeleton.blocks):
-                self.stream.update(forward)
+            if self.streams is not None and index + 1 < len(self.skeleton.blocks):
+                self.streams.quantized.update(forward)
         with self.watch.stage("evaluate"):
             self._advance(OURS, forward)
         with self.watch.stage("write"):

@@ -40,6 +40,9 @@ class Recipe:
     grid: str = "hessian"
     order: str = "descending"
     damp: float | None = None  # share of mean(diag H); None: 0.003 from 8 tokens per input dimension on, else 0.01
+    propagation: float | str = "auto"  # strength of error propagation, 0 (off) to 1; auto: by tokens per input
+    refit: bool = True  # scales fitted again to the codes
+    sweeps: int = 2  # of coordinate descent on the codes
     passes: str = "step"  # Hessians after each step of a block, or all in one pass per block
     on_bad_layer: str = "fail"
     # calibration text
@@ -61,13 +64,11 @@ class Recipe:
         for name, allowed in CHOICES.items():
             if (value := getattr(self, name)) not in allowed or isinstance(value, bool):
                 raise RecipeError(_flag(name), f"{value!r}", expected=f"one of {', '.join(map(str, allowed))}")
-        if not self.symmetric:
-            raise RecipeError(
-                "--asymmetric", "no format written by this version can hold zero points", remedy="use a symmetric grid"
-            )
         for name in ("samples", "seq_len", "eval_seq_len"):
             if (value := getattr(self, name)) < 1 + (name != "samples"):
                 raise RecipeError(_flag(name), str(value), expected="a positive number (2 or more tokens in a window)")
+        if self.sweeps < 0:
+            raise RecipeError("--sweeps", str(self.sweeps), expected="0 or more")
         if self.eval_tokens != "full" and (
             not isinstance(self.eval_tokens, int) or self.eval_tokens < self.eval_seq_len
         ):
@@ -76,6 +77,10 @@ class Recipe:
             )
         if self.damp is not None and not 0 < self.damp < 1:
             raise RecipeError("--damp", f"{self.damp}", expected="a share between 0 and 1")
+        if self.propagation != "auto" and not (
+            isinstance(self.propagation, int | float) and 0 <= self.propagation <= 1
+        ):
+            raise RecipeError("--propagation", repr(self.propagation), expected="auto, or a number from 0 (off) to 1")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise RecipeError("--device", repr(self.device), expected="auto, cpu, cuda or cuda:N")
         for pattern in self.ignore:
@@ -93,7 +98,7 @@ class Recipe:
     def scheme_name(self) -> str:
         """As in the names of published checkpoints: W4A16-G128, W8A16-channel."""
         group = "channel" if self.group_size == -1 else f"G{self.group_size}"
-        return f"W{self.bits}A16-{group}"
+        return f"W{self.bits}A16-{group}" + ("" if self.symmetric else "-asym")
 
 
 def make_recipe(model: str, file: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> Recipe:
@@ -138,11 +143,13 @@ def recipe_folder() -> Path:
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "symmetric": (bool,),
+    "refit": (bool,),
     "damp": (float, int, type(None)),
+    "propagation": (float, int, str),
     "ignore": (list, tuple),
     "eval_tokens": (int, str),
 }
-_INTEGERS = ("bits", "group_size", "samples", "seq_len", "seed", "eval_seq_len")
+_INTEGERS = ("bits", "group_size", "sweeps", "samples", "seq_len", "seed", "eval_seq_len")
 
 
 def _check_type(name: str, value: Any) -> None:

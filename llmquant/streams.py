@@ -54,6 +54,10 @@ class Stream:
     def __init__(self) -> None:
         self._batches: list[Tensor] = []
 
+    @property
+    def n_tokens(self) -> int:
+        return sum(hidden.shape[0] * hidden.shape[1] for hidden in self._batches)
+
     def append(self, hidden: Tensor) -> None:
         # A copy: the model may hand out a view of a buffer that it writes again.
         self._batches.append(hidden.detach().to("cpu", copy=True))
@@ -78,6 +82,10 @@ class FileStream(Stream):
         self._index: list[tuple[int, tuple[int, ...], torch.dtype]] = []  # offset, shape, dtype
         self._end = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="llmquant-stream")
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(shape[0] * shape[1] for _, shape, _ in self._index)
 
     def append(self, hidden: Tensor) -> None:
         hidden = hidden.detach().cpu().contiguous()

@@ -209,7 +209,7 @@ def test_conv1d_is_refused_by_name_where_the_format_cannot_hold_it(tmp_path: Pat
         pytest.param("--bitz 4", RECIPE, ["--bitz"], id="unknown-option"),
         pytest.param("--bits four", RECIPE, ["--bits", "integer"], id="bits-as-text"),
         pytest.param("--bits", RECIPE, ["--bits"], id="no-value"),
-        pytest.param("--asymmetric", RECIPE, ["--asymmetric", "zero points"], id="asymmetric"),
+        pytest.param("--asymmetric", FORMAT, ["asymmetric grid", "--format fake"], id="asymmetric"),
         pytest.param("--method awq", RECIPE, ["--method: 'awq'", "gptq, rtn"], id="method"),
         pytest.param("--format gguf", RECIPE, ["--format: 'gguf'"], id="format"),
         pytest.param("--damp 2", RECIPE, ["--damp"], id="damp"),

@@ -14,9 +14,10 @@ from llmquant.grid import (
     QuantizedWeight,
     QuantScheme,
     absmax_scales,
+    minmax_grid,
     quantize_to_grid,
     round_scales,
-    search_scales,
+    search_grid,
 )
 
 few = settings(max_examples=60, deadline=None)
@@ -38,7 +39,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def weighted_error(weight_OI: Tensor, scales_OG: Tensor, importance_I: Tensor, scheme: QuantScheme) -> Tensor:
-    """The error that search_scales minimises, [O, G], in float64."""
+    """The error that search_grid minimises, [O, G], in float64."""
     rows, groups = scales_OG.shape
     codes_OI = quantize_to_grid(weight_OI, scales_OG, scheme)
     product = codes_OI.view(rows, groups, -1).double() * scales_OG.double()[..., None]
@@ -127,9 +128,80 @@ def test_absmax_error_is_at_most_half_a_step(bits: int) -> None:
     assert bool((error.view(20, 4, 16).abs() <= slack * scales[..., None]).all())
 
 
+# -- asymmetric grids ----------------------------------------------------------------------------------
+def asymmetric_error(weight: Tensor, scales: Tensor, zeros: Tensor, importance: Tensor, scheme: QuantScheme) -> Tensor:
+    quantized = QuantizedWeight(quantize_to_grid(weight, scales, scheme, zeros), scales.float(), scheme, zeros)
+    error = (quantized.dequantize(weight.dtype) - weight).abs() ** 2.4 * importance
+    return error.view(*scales.shape, -1).sum(-1)
+
+
+@bit_widths
+@pytest.mark.parametrize("shift", [-3.0, 0.0, 0.7, 3.0])
+def test_the_minmax_grid_reaches_both_ends_and_holds_zero_exactly(bits: int, shift: float) -> None:
+    weight, scheme = randn(20, 32) + shift, QuantScheme(bits, 16, symmetric=False)
+    weight[:, 3] = 0
+    scales, zeros = minmax_grid(weight, scheme)
+    quantized = QuantizedWeight(quantize_to_grid(weight, scales, scheme, zeros), scales, scheme, zeros)
+    error = (quantized.dequantize() - weight).view(20, 2, 16).abs()
+    assert not quantized.dequantize()[:, 3].any()
+    # one step: half for rounding the weight, half for rounding the zero; and what bf16 takes from the scale
+    assert bool((error <= (1 + 2**bits * 2**-8) * scales[..., None]).all())
+
+
+@bit_widths
+@pytest.mark.parametrize("group", [16, -1])
+def test_the_asymmetric_search_is_never_worse_than_minmax_or_a_brute_force_of_its_candidates(
+    bits: int, group: int
+) -> None:
+    scheme = QuantScheme(bits, group, symmetric=False)
+    weight = randn(40, 64, seed=bits).double() + 0.5
+    importance = torch.rand(64, dtype=torch.float64) + 0.01
+    scales, zeros = search_grid(weight, importance, scheme)
+    assert zeros is not None
+    found = asymmetric_error(weight, scales, zeros, importance, scheme)
+    full, middle = minmax_grid(weight, scheme)
+    for ratio in (0.4, 0.65, 0.9, 1.0):
+        for step in (-1, 0, 1):
+            zero = (middle + step).clamp(scheme.code_min, scheme.code_max)
+            other = asymmetric_error(weight, round_scales(full * ratio), zero, importance, scheme)
+            assert bool((found <= other * (1 + 1e-9)).all()), (ratio, step)
+
+
+def test_a_zero_point_helps_shifted_weights() -> None:
+    weight, importance = randn(50, 64) + 2.0, torch.ones(64)
+    scheme = QuantScheme(4, 32, symmetric=False)
+    scales, zeros = search_grid(weight, importance, scheme)
+    assert zeros is not None
+    shifted = asymmetric_error(weight, scales, zeros, importance, scheme).sum()
+    plain = weighted_error(
+        weight, search_scales(weight, importance, QuantScheme(4, 32)), importance, QuantScheme(4, 32)
+    )
+    assert shifted < 0.5 * plain.sum()
+
+
+def test_the_canonical_form_wants_zeros_for_asymmetric_grids_only() -> None:
+    codes, scales = torch.zeros(2, 8, dtype=torch.int8), torch.ones(2, 2)
+    zeros, scheme = torch.full((2, 2), 3, dtype=torch.int8), QuantScheme(3, 4, symmetric=False)
+    assert QuantizedWeight(codes, scales, scheme, zeros).dequantize().tolist() == [[-3.0] * 8] * 2
+    with pytest.raises(ValueError, match="asymmetric"):
+        QuantizedWeight(codes, scales, scheme)
+    with pytest.raises(ValueError, match="asymmetric"):
+        QuantizedWeight(codes, scales, QuantScheme(3, 4), zeros)
+    with pytest.raises(ValueError, match=r"zeros torch.int8 \(2, 1\)"):
+        QuantizedWeight(codes, scales, scheme, zeros[:, :1])
+    with pytest.raises(ValueError, match=r"zeros torch.int64"):
+        QuantizedWeight(codes, scales, scheme, zeros.long())
+    with pytest.raises(ValueError, match=r"zeros 4\.\.4 outside"):
+        QuantizedWeight(codes, scales, scheme, zeros + 1)
+
+
 # -- search --------------------------------------------------------------------------------------------
+def search_scales(weight: Tensor, importance: Tensor, scheme: QuantScheme) -> Tensor:
+    return search_grid(weight, importance, scheme)[0]
+
+
 def slow_search(weight: Tensor, importance: Tensor, bits: int) -> float:
-    """search_scales for one group, one candidate at a time, in float32."""
+    """search_grid for one group, one candidate at a time, in float32."""
     full = weight.abs().max() / 2 ** (bits - 1)
     best_error, best_scale, best_ratio = torch.inf, 0.0, torch.tensor(1.0)
 

@@ -58,6 +58,40 @@ def test_tokens_with_a_non_finite_entry_are_left_out_and_counted(bad: list[float
     assert torch.equal(hessian.mean(), clean.mean())
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
+def test_drift_is_the_weights_view_of_what_the_inputs_lost(dtype: torch.dtype, tolerance: float) -> None:
+    x, weight = randn(300, 8, dtype=dtype), randn(5, 8, seed=2, dtype=dtype)
+    seen = 0.9 * x + 0.1 * randn(300, 8, seed=1, dtype=dtype)
+    hessian = Hessian(8, CPU, dtype, drift=True)
+    for part in (slice(0, 100), slice(100, 300)):
+        hessian.add(seen[part], x[part])
+    expected = weight.double() @ (x - seen).double().T @ seen.double() / 300
+    drift = hessian.take_drift(weight)
+    assert drift is not None
+    torch.testing.assert_close(drift.double(), expected, rtol=tolerance, atol=tolerance)
+    assert hessian.take_drift(weight) is None
+
+
+def test_a_token_that_is_bad_in_either_model_is_left_out_of_both_sums() -> None:
+    x, seen = randn(10, 4), randn(10, 4, seed=1)
+    x[2, 1], seen[7, 0] = torch.nan, torch.inf
+    hessian, clean = Hessian(4, CPU, drift=True), Hessian(4, CPU, drift=True)
+    hessian.add(seen, x)
+    kept = [i for i in range(10) if i not in (2, 7)]
+    clean.add(seen[kept], x[kept])
+    assert (hessian.n_tokens, hessian.n_excluded) == (8, 2)
+    drifts = [h.take_drift(torch.eye(4)) for h in (hessian, clean)]
+    assert drifts[0] is not None
+    assert drifts[1] is not None
+    assert torch.equal(drifts[0], drifts[1])
+    assert torch.equal(hessian.mean(), clean.mean())
+
+
+def test_a_drift_without_the_originals_input_is_refused() -> None:
+    with pytest.raises(ValueError, match="original"):
+        Hessian(4, CPU, drift=True).add(randn(3, 4))
+
+
 def test_an_input_never_seen_gives_zeros() -> None:
     assert not Hessian(3, CPU).mean().any()
 

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import SolveError
-from llmquant.grid import QuantizedWeight, QuantScheme, absmax_scales, quantize_to_grid, search_scales
+from llmquant.grid import QuantizedWeight, QuantScheme, absmax_scales, quantize_to_grid, round_scales, search_grid
+from llmquant.hessian import Hessian
 from llmquant.solvers import DATA_FREE, SOLVERS, LayerTask, Solution, SolveOptions
 from llmquant.solvers.gptq import solve_gptq
+from llmquant.solvers.refine import descend
 from llmquant.solvers.rtn import solve_rtn
 
 every_solver = pytest.mark.parametrize("solver", SOLVERS)
@@ -228,7 +230,7 @@ def test_scales_come_from_the_weights_before_any_compensation() -> None:
     task = problem()
     lam = 0.02 * float(hessian(task).diagonal().mean())
     searched = solve_gptq(task, SolveOptions(damp=0.02)).weight.scales_OG
-    expected = search_scales(task.weight_OI, hessian(task).diagonal() + lam, task.scheme)
+    expected = search_grid(task.weight_OI, hessian(task).diagonal() + lam, task.scheme)[0]
     assert torch.equal(searched.double(), expected)
     plain = solve_gptq(task, SolveOptions(grid="absmax")).weight.scales_OG
     assert torch.equal(plain.double(), absmax_scales(task.weight_OI, task.scheme))
@@ -251,6 +253,216 @@ def test_damping_follows_the_number_of_tokens(n_tokens: int, damp: float) -> Non
     other = solve_gptq(task, SolveOptions(damp=0.013 - damp))
     assert torch.equal(chosen.weight.codes_OI, asked.weight.codes_OI)
     assert not torch.equal(chosen.weight.codes_OI, other.weight.codes_OI)
+
+
+# -- error propagation and the last fit of the scales --------------------------------------------------
+def streams_of_inputs(inputs: int = 64, tokens: int = 400, seed: int = 3) -> tuple[Tensor, Tensor]:
+    """Inputs [N, I] of the original model, and what they became behind quantized layers; float64."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(inputs, inputs, generator=generator, dtype=torch.float64)
+    x = torch.randn(tokens, inputs, generator=generator, dtype=torch.float64) @ mix
+    noise = 0.1 * torch.randn(tokens, inputs, generator=generator, dtype=torch.float64) @ mix
+    return x, 0.97 * x + noise
+
+
+def propagation_task(**options: int) -> tuple[LayerTask, Tensor, Tensor]:
+    x, seen = streams_of_inputs()
+    hessians = Hessian(64, torch.device("cpu"), torch.float64, drift=True)
+    for start in range(0, 400, 100):
+        hessians.add(seen[start : start + 100], x[start : start + 100])
+    task = problem(**options)
+    drift = hessians.take_drift(task.weight_OI)
+    return replace(task, H_II=hessians.mean(), n_tokens=400, drift_OI=drift), x, seen
+
+
+def test_full_propagation_aims_at_the_closed_form() -> None:
+    task, x, seen = propagation_task()
+    H, C = seen.T @ seen / 400, x.T @ seen / 400
+    H_l = H + 0.01 * H.diagonal().mean() * torch.eye(64, dtype=H.dtype)
+    target = solve_gptq(task, SolveOptions(propagation=1.0, damp=0.01)).target_OI
+    expected = task.weight_OI + task.weight_OI @ (C - H) @ torch.linalg.inv(H_l)
+    torch.testing.assert_close(target, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_target_is_the_least_squares_layer_on_the_quantized_inputs() -> None:
+    task, x, seen = propagation_task()
+    target = solve_gptq(task, SolveOptions(propagation=1.0, damp=1e-12)).target_OI
+    wanted = torch.linalg.lstsq(seen, x @ task.weight_OI.T).solution.T
+    torch.testing.assert_close(target, wanted, rtol=1e-6, atol=1e-8)
+    # and tr((Q - W*) H (Q - W*)^T) is the output error on x^ but for a constant, whatever Q is
+    first, second = torch.randn(2, 6, 64, dtype=torch.float64)
+    error = [((x @ task.weight_OI.T - seen @ q.T) ** 2).sum() / 400 for q in (first, second)]
+    loss = [(((q - target) @ hessian(task)) * (q - target)).sum() for q in (first, second)]
+    torch.testing.assert_close(error[0] - error[1], loss[0] - loss[1], rtol=1e-6, atol=1e-8)
+
+
+@both_orders
+def test_propagation_lowers_the_output_error_and_its_strength_is_linear(order: str) -> None:
+    task, x, seen = propagation_task(bits=8)
+    solutions = [solve_gptq(task, SolveOptions(order=order, propagation=a)) for a in (0.0, 0.5, 1.0)]
+    errors = [((x @ task.weight_OI.T - seen @ s.weight.dequantize(x.dtype).T) ** 2).sum() for s in solutions]
+    assert errors[0] > errors[1] > errors[2]
+    torch.testing.assert_close(solutions[0].target_OI, task.weight_OI)
+    torch.testing.assert_close(solutions[1].target_OI, (task.weight_OI + solutions[2].target_OI) / 2)
+
+
+def test_without_drift_nothing_is_propagated() -> None:
+    task = propagation_task()[0]
+    plain = solve_gptq(replace(task, drift_OI=None), SolveOptions(propagation=1.0))
+    unmoved = solve_gptq(replace(task, drift_OI=torch.zeros_like(task.weight_OI)), SolveOptions(propagation=1.0))
+    assert torch.equal(plain.weight.codes_OI, unmoved.weight.codes_OI)
+
+
+@bit_widths
+@pytest.mark.parametrize("group", [16, 32, -1])
+@pytest.mark.parametrize("propagation", [0.0, 1.0])
+def test_refitted_scales_solve_the_least_squares_of_each_row(bits: int, group: int, propagation: float) -> None:
+    task = propagation_task(bits=bits, group=group)[0]
+    options = SolveOptions(damp=0.01, propagation=propagation)
+    plain, refit = solve_gptq(task, options), solve_gptq(task, replace(options, refit=True))
+    assert torch.equal(plain.weight.codes_OI, refit.weight.codes_OI)
+    root = torch.linalg.cholesky(damped(task, 0.01))  # H_l = L L^T: the loss is |L^T (t - q)|^2
+    n_groups = task.scheme.groups(64)
+    for row in range(6):
+        codes = refit.weight.codes_OI[row].double().view(n_groups, -1)
+        basis = torch.block_diag(*codes[:, None]).T  # [I, G]
+        best = torch.linalg.lstsq(root.T @ basis, root.T @ refit.target_OI[row]).solution
+        got, old = refit.weight.scales_OG[row].double(), plain.weight.scales_OG[row].double()
+        assert torch.equal(got, round_scales(best)) or torch.equal(got, old)
+
+    def error(solution: Solution) -> Tensor:
+        gap = solution.target_OI - solution.weight.dequantize(torch.float64)
+        return ((gap @ damped(task, 0.01)) * gap).sum(1)
+
+    assert bool((error(refit) <= error(plain) * (1 + 1e-12)).all())
+    if bits < 8:  # at 8 bits, rounding the scales to bf16 outweighs what can be gained
+        assert float(error(refit).sum()) < float(error(plain).sum())
+
+
+@pytest.mark.parametrize("propagation", [0.0, 0.75])
+def test_the_reported_loss_is_that_of_the_refitted_weight_and_its_target(propagation: float) -> None:
+    task = propagation_task(bits=3)[0]
+    solution = solve_gptq(task, SolveOptions(propagation=propagation, refit=True))
+    aimed = replace(task, weight_OI=solution.target_OI)
+    torch.testing.assert_close(solution.loss_O, quadratic(aimed, solution.weight), rtol=1e-9, atol=0)
+
+
+def test_groups_without_a_code_keep_their_scale_in_the_refit() -> None:
+    task = propagation_task(group=16)[0]
+    weight = task.weight_OI.clone()
+    weight[:, 16:32] = 0
+    task = replace(task, weight_OI=weight, H_II=hessian(task).diagonal().diag(), drift_OI=None)
+    plain, refit = (solve_gptq(task, SolveOptions(refit=on)).weight for on in (False, True))
+    assert torch.equal(plain.scales_OG[:, 1], refit.scales_OG[:, 1])
+    assert not torch.equal(plain.scales_OG, refit.scales_OG)
+
+
+def test_rows_refitted_in_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmquant.solvers import refine
+
+    task = propagation_task(group=16)[0]
+    whole = solve_gptq(task, SolveOptions(refit=True)).weight.scales_OG
+    refit_rows, seen = refine._refit_rows, []
+
+    def counting(target_OI: Tensor, *rest: Tensor) -> Tensor:
+        seen.append(len(target_OI))
+        return refit_rows(target_OI, *rest)
+
+    monkeypatch.setattr(refine, "_refit_rows", counting)
+    monkeypatch.setattr(refine, "_NUMBERS", 2 * 64)
+    assert torch.equal(solve_gptq(task, SolveOptions(refit=True)).weight.scales_OG, whole)
+    assert seen == [2, 2, 2]
+
+
+# -- coordinate descent --------------------------------------------------------------------------------
+def one_sweep(weight: QuantizedWeight, target: Tensor, H: Tensor, order: Tensor) -> Tensor:
+    """Codes after one sweep, every candidate of every code tried by its loss."""
+    codes, scheme = weight.codes_OI.clone(), weight.scheme
+    for row in range(len(codes)):
+        for j in order.tolist():
+            losses = []
+            for code in range(scheme.code_min, scheme.code_max + 1):
+                codes[row, j] = code
+                dense = QuantizedWeight(
+                    codes[row : row + 1],
+                    weight.scales_OG[row : row + 1],
+                    scheme,
+                    None if weight.zeros_OG is None else weight.zeros_OG[row : row + 1],
+                )
+                gap = target[row] - dense.dequantize(torch.float64)[0]
+                losses.append(float(gap @ H @ gap))
+            codes[row, j] = scheme.code_min + losses.index(min(losses))
+    return codes
+
+
+@both_orders
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("block_size", [1, 7, 64])
+def test_a_sweep_makes_every_code_the_best_while_the_others_stay(order: str, symmetric: bool, block_size: int) -> None:
+    task = problem(3, 24, bits=3, group=8)
+    task = replace(task, scheme=QuantScheme(3, 8, symmetric))
+    start = solve_rtn(task).weight  # far from the best, so that many codes move
+    column, H = column_order(task, order), damped(task, 0.01)
+    lam = 0.01 * float(hessian(task).diagonal().mean())
+    swept = descend(start, task.weight_OI, hessian(task), lam, column, block_size)
+    assert torch.equal(swept.codes_OI, one_sweep(start, task.weight_OI, H, column))
+    assert not torch.equal(swept.codes_OI, start.codes_OI)
+    assert torch.equal(swept.scales_OG, start.scales_OG)
+
+
+@bit_widths
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_refinement_never_raises_the_loss_of_a_row(bits: int, symmetric: bool) -> None:
+    task = replace(propagation_task(bits=bits)[0], scheme=QuantScheme(bits, 32, symmetric))
+    solutions = [
+        solve_gptq(task, SolveOptions(damp=0.01, propagation=0.5, refit=sweeps > 0, sweeps=sweeps))
+        for sweeps in (0, 1, 2, 4)
+    ]
+
+    def loss(solution: Solution) -> Tensor:
+        return quadratic(replace(task, weight_OI=solution.target_OI), solution.weight, damped(task, 0.01))
+
+    for before, after in itertools.pairwise(solutions):
+        assert bool((loss(after) <= loss(before) * (1 + 1e-12)).all())
+    assert float(loss(solutions[1]).sum()) < float(loss(solutions[0]).sum())
+    for solution in solutions:
+        aimed = replace(task, weight_OI=solution.target_OI)
+        torch.testing.assert_close(solution.loss_O, quadratic(aimed, solution.weight), rtol=1e-9, atol=0)
+
+
+def test_descent_of_a_diagonal_hessian_changes_nothing() -> None:
+    task = problem()
+    task = replace(task, H_II=hessian(task).diagonal().diag())
+    plain, swept = (solve_gptq(task, SolveOptions(sweeps=n)).weight for n in (0, 3))
+    assert torch.equal(plain.codes_OI, swept.codes_OI)
+
+
+# -- asymmetric grids ----------------------------------------------------------------------------------
+@both_orders
+@bit_widths
+@pytest.mark.parametrize("refit", [False, True])
+def test_asymmetric_codes_are_those_of_the_dense_recursion_with_zeros(order: str, bits: int, refit: bool) -> None:
+    task = problem(8, 48, bits=bits, group=16)
+    shifted = task.weight_OI + 0.4 * torch.arange(8)[:, None]
+    task = replace(task, weight_OI=shifted, scheme=QuantScheme(bits, 16, symmetric=False))
+    plain = solve_gptq(task, SolveOptions(order=order, damp=0.01, block_size=20))
+    zeros = plain.weight.zeros_OG
+    assert zeros is not None
+    assert bool(zeros.any())
+    # moving all codes by the zero makes it the symmetric problem with other ends of the range
+    column, step = column_order(task, order), steps(plain)
+    H = damped(task, 0.01)[column][:, column]
+    U = torch.linalg.cholesky(H.flip(0, 1)).flip(0, 1)
+    zero = zeros.double().repeat_interleave(16, 1)[:, column]
+    w, s = shifted[:, column], step[:, column]
+    error, codes = torch.zeros_like(w), torch.zeros_like(w)
+    for j in range(48):
+        v = w[:, j] + error[:, :j] @ (U[:j, j] / U[j, j])
+        codes[:, j] = ((v / s[:, j]).round() + zero[:, j]).clamp(task.scheme.code_min, task.scheme.code_max)
+        error[:, j] = w[:, j] - s[:, j] * (codes[:, j] - zero[:, j])
+    assert torch.equal(plain.weight.codes_OI[:, column], codes.to(torch.int8))
+    solution = solve_gptq(task, SolveOptions(order=order, damp=0.01, refit=refit))
+    torch.testing.assert_close(solution.loss_O, quadratic(task, solution.weight), rtol=1e-9, atol=0)
 
 
 # -- GPTQ: loss ----------------------------------------------------------------------------------------
@@ -318,7 +530,7 @@ def test_a_dead_input_changes_no_other_code() -> None:
 def test_a_layer_whose_inputs_are_all_zero_is_rounded_to_nearest_at_no_loss() -> None:
     task = replace(problem(), H_II=torch.zeros(64, 64, dtype=torch.float64))
     solution = solve_gptq(task, SolveOptions())
-    scales = search_scales(task.weight_OI, torch.ones(64), task.scheme)
+    scales = search_grid(task.weight_OI, torch.ones(64), task.scheme)[0]
     assert torch.equal(solution.weight.scales_OG.double(), scales)
     assert torch.equal(solution.weight.codes_OI, quantize_to_grid(task.weight_OI, scales, task.scheme))
     assert float(solution.loss_O.max()) < 1e-12

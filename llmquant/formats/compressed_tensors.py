@@ -31,6 +31,7 @@ class CompressedTensors:
                 "compressed-tensors",
                 "an asymmetric grid, which its loader cannot open by default",
                 expected="a symmetric grid",
+                remedy="leave --asymmetric out, or use --format fake",
             )
 
     def layout(self, spec: LinearSpec) -> Layout:

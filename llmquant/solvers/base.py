@@ -12,24 +12,33 @@ from llmquant.grid import QuantizedWeight, QuantScheme
 
 @dataclass(frozen=True)
 class SolveOptions:
-    """Choices of the solver that no decoder needs to know."""
+    """Choices of the solver that no decoder needs to know. The defaults are GPTQ without what a recipe adds."""
 
     grid: str = "hessian"  # hessian | absmax
     order: str = "descending"  # descending | natural
     damp: float | None = None  # share of mean(diag H); None: by tokens per input dimension
+    propagation: float = 0.0  # strength of error propagation, 0 to 1
+    refit: bool = False  # scales fitted again to the codes
+    sweeps: int = 0  # of coordinate descent on the codes
     block_size: int = 128
     on_bad_layer: str = "fail"  # fail | rtn
 
 
 @dataclass(frozen=True)
 class LayerTask:
-    """All that a solver needs: weight_OI float, H_II = E[x x^T] of the quantized prefix (None: data-free)."""
+    """All that a solver needs.
+
+    weight_OI  float
+    H_II       E[x^ x^^T] of the inputs x^ that come from the quantized prefix; None: data-free
+    drift_OI   W (C - H) with C = E[x x^^T], x the same inputs in the original model; None: no error propagation
+    """
 
     name: str
     weight_OI: Tensor
     H_II: Tensor | None
     n_tokens: int
     scheme: QuantScheme
+    drift_OI: Tensor | None = None
 
     def __post_init__(self) -> None:
         in_features = self.weight_OI.shape[1]
@@ -41,8 +50,12 @@ class LayerTask:
 
 @dataclass(frozen=True)
 class Solution:
-    """codes and scales, and the loss tr(E H E^T) of each row, E = weight - dequantized (zeros where H is None)."""
+    """codes and scales, and the loss tr(E H E^T) of each row, E = target - dequantized (zeros where H is None).
+
+    The target is the weight itself, or what error propagation made of it.
+    """
 
     weight: QuantizedWeight
     loss_O: Tensor
+    target_OI: Tensor
     notes: tuple[str, ...] = ()

@@ -1,4 +1,6 @@
-"""GPTQ in its LDLQ form: column by column, each column's error is made up for by the columns after it.
+"""GPTQ in its LDLQ form, between error propagation and a last fit of the scales.
+
+Column by column, each column's error is made up for by the columns after it.
 
 Sources: Frantar et al., GPTQ (arXiv 2210.17323), Algorithm 1; Chee et al., QuIP (arXiv 2307.13304),
 Theorem 6, shows that the feedback form below chooses the same codes. It needs one Cholesky factor and no
@@ -7,28 +9,32 @@ inverse, and the grid never sees compensated weights.
 Shapes: O out_features, I in_features, G groups.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from llmquant.errors import SolveError
-from llmquant.grid import QuantizedWeight, QuantScheme, absmax_scales, search_scales
+from llmquant.grid import QuantizedWeight, QuantScheme, plain_grid, search_grid
 from llmquant.hessian import default_damp, factor, ridge
 from llmquant.solvers.base import LayerTask, Solution, SolveOptions
+from llmquant.solvers.refine import refine
 from llmquant.solvers.rtn import solve_rtn
 
-_SCALES = {
-    "hessian": lambda weight, diagonal, scheme: search_scales(weight, diagonal, scheme),
-    "absmax": lambda weight, diagonal, scheme: absmax_scales(weight, scheme),
+_GRIDS = {
+    "hessian": search_grid,
+    "absmax": lambda weight, diagonal, scheme: plain_grid(weight, scheme),
 }
 
 
 def solve_gptq(task: LayerTask, options: SolveOptions) -> Solution:
-    """Minimise tr((W - Q) H_l (W - Q)^T) greedily over codes, H_l = H + lambda I, scales fixed beforehand.
+    """Minimise tr((T - Q) H_l (T - Q)^T) greedily over codes, H_l = H + lambda I; then refine codes and scales.
+
+    The target T is W, or W + a W (C - H) H_l^-1 with error propagation (`propagated`).
 
     With H_l (columns permuted) = U U^T, U upper triangular, for j = 1..I:
-        v_j = w_j + sum_{i<j} e_i U_ij / U_jj;   q_j = clip(round(v_j / s_j));   e_j = w_j - s_j q_j
-    and the loss is sum_j U_jj^2 (v_j - s_j q_j)^2. Columns go in descending order of H_jj while groups stay
-    where they were, so a decoder sees nothing of the order.
+        v_j = t_j + sum_{i<j} e_i U_ij / U_jj;   q_j = clip(round(v_j / s_j) + z_j);   e_j = t_j - s_j (q_j - z_j)
+    Columns go in descending order of H_jj while groups stay where they were, so a decoder sees nothing of the order.
 
     Where no damping makes H_l positive definite, `options.on_bad_layer` says what happens: SolveError, or
     round-to-nearest with a note in the report.
@@ -48,22 +54,45 @@ def solve_gptq(task: LayerTask, options: SolveOptions) -> Solution:
         return _bad_layer(task, options)
     U_II, damp, tries = factored
     lam = ridge(float(diagonal.mean()), damp)
-    scales_OG = _SCALES[options.grid](weight_OI, diagonal + lam, scheme)
-    codes_OI, damped_loss_O = ldlq(weight_OI, U_II, scales_OG, scheme, order, options.block_size)
-
-    weight = QuantizedWeight(codes_OI, scales_OG.float(), scheme)
-    error_OI = weight_OI - weight.dequantize(weight_OI.dtype)
-    loss_O = (damped_loss_O - lam * error_OI.square().sum(1)).clamp_(min=0)  # tr(E H E^T) without the damping
+    target_OI = weight_OI
+    if task.drift_OI is not None and options.propagation:
+        target_OI = weight_OI + options.propagation * propagated(task.drift_OI, U_II, order)
+    scales_OG, zeros_OG = _GRIDS[options.grid](target_OI, diagonal + lam, scheme)
+    codes_OI = ldlq(target_OI, U_II, scales_OG, zeros_OG, scheme, order, options.block_size)
+    weight = QuantizedWeight(codes_OI, scales_OG.float(), scheme, zeros_OG)
+    del U_II, factored
+    weight = refine(weight, target_OI, H_II, lam, order, options)
+    error_OI = target_OI - weight.dequantize(weight_OI.dtype)
+    loss_O = ((error_OI @ H_II) * error_OI).sum(1)
     notes = [f"damping raised to {damp:g} after {tries} failed factorizations"] if tries else []
     if n_dead := int((diagonal == 0).sum()):
         notes.append(f"{n_dead} of {in_features} inputs are zero on all calibration tokens: rounded to nearest")
-    return Solution(weight, loss_O, tuple(notes))
+    return Solution(weight, loss_O, target_OI, tuple(notes))
+
+
+def propagated(drift_OI: Tensor, U_II: Tensor, order: Tensor) -> Tensor:
+    """W (C - H) H_l^-1: what moves W to the layer that does best on x^ what the original does on x.
+
+    E ||W x - Q x^||^2 = tr((Q - W*) H (Q - W*)^T) + const with W* = W C H^-1 = W + W (C - H) H^-1. Two triangular
+    solves with the factor of H_l that the codes need anyway. Source: Arai and Ichikawa, Quantization Error
+    Propagation (arXiv 2504.09629).
+    """
+    half = torch.linalg.solve_triangular(U_II.T, drift_OI[:, order], upper=False, left=False)
+    moved_OI = torch.empty_like(drift_OI)
+    moved_OI[:, order] = torch.linalg.solve_triangular(U_II, half, upper=True, left=False)
+    return moved_OI
 
 
 def ldlq(
-    weight_OI: Tensor, U_II: Tensor, scales_OG: Tensor, scheme: QuantScheme, order: Tensor, block_size: int
-) -> tuple[Tensor, Tensor]:
-    """The loop of `solve_gptq`; U_II is the factor of the permuted H. Returns codes_OI (int8) and loss_O.
+    weight_OI: Tensor,
+    U_II: Tensor,
+    scales_OG: Tensor,
+    zeros_OG: Tensor | None,
+    scheme: QuantScheme,
+    order: Tensor,
+    block_size: int,
+) -> Tensor:
+    """The loop of `solve_gptq`; U_II is the factor of the permuted H. Returns codes_OI (int8).
 
     Left-looking: before a block of columns its part of all earlier errors comes in by one product; inside,
     one column at a time. Everything lies transposed, [I, O], so that a column is contiguous in memory.
@@ -71,11 +100,11 @@ def ldlq(
     in_features, group = weight_OI.shape[1], scheme.group(weight_OI.shape[1])
     weight_IO = weight_OI.T[order].contiguous()
     scales_GO = scales_OG.T.contiguous()
+    zeros_GO = None if zeros_OG is None else zeros_OG.T.to(weight_OI.dtype).contiguous()
     groups = torch.div(order, group, rounding_mode="floor").tolist()
     diagonal = U_II.diagonal()
     error_IO = torch.zeros_like(weight_IO)
     codes_IO = torch.empty(weight_IO.shape, dtype=torch.int8, device=weight_IO.device)
-    loss_O = torch.zeros_like(weight_IO[0])
 
     for start in range(0, in_features, block_size):
         end = min(start + block_size, in_features)
@@ -85,16 +114,19 @@ def ldlq(
         for j in range(end - start):
             scale = scales_GO[groups[start + j]]
             v = torch.addmv(target[j], error_IO[start : start + j].T, inside[j, :j]) if j else target[0]
-            code = (v / scale).round_().clamp_(scheme.code_min, scheme.code_max)
-            codes_IO[start + j] = code
-            quantized = code.mul_(scale)
+            level = (v / scale).round_()
+            if zeros_GO is None:
+                codes_IO[start + j] = level.clamp_(scheme.code_min, scheme.code_max)
+            else:
+                zero = zeros_GO[groups[start + j]]
+                level.clamp_(scheme.code_min - zero, scheme.code_max - zero)
+                codes_IO[start + j] = level + zero
+            quantized = level.mul_(scale)
             torch.sub(weight_IO[start + j], quantized, out=error_IO[start + j])
-            target[j] = v - quantized
-        loss_O += target.mul_(diagonal[start:end, None]).square_().sum(0)
 
     codes_OI = torch.empty(weight_OI.shape, dtype=torch.int8, device=weight_OI.device)
     codes_OI[:, order] = codes_IO.T
-    return codes_OI, loss_O
+    return codes_OI
 
 
 def _bad_layer(task: LayerTask, options: SolveOptions) -> Solution:
@@ -108,4 +140,4 @@ def _bad_layer(task: LayerTask, options: SolveOptions) -> Solution:
     H_II = task.H_II
     finite = H_II is not None and bool(torch.isfinite(H_II).all())
     plain = solve_rtn(LayerTask(task.name, task.weight_OI, H_II if finite else None, task.n_tokens, task.scheme))
-    return Solution(plain.weight, plain.loss_O, ("no factorization: rounded to nearest (--on-bad-layer rtn)",))
+    return replace(plain, notes=("no factorization: rounded to nearest (--on-bad-layer rtn)",))

@@ -1,0 +1,133 @@
+"""What the solver is given for each linear, against two whole models run by hand with hooks."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import llmquant
+from llmquant import blocks
+from llmquant.hessian import default_propagation
+from llmquant.solvers import SOLVERS, LayerTask, Solution, SolveOptions
+
+TINY: dict[str, Any] = {"group_size": 32, "samples": 6, "seq_len": 32, "eval_data": "none", "method": "gptq"}
+Seen = list[tuple[LayerTask, SolveOptions]]
+GPTQ = SOLVERS["gptq"]
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """Every task that a run gives to the solver."""
+    tasks: Seen = []
+
+    def solve(task: LayerTask, options: SolveOptions) -> Solution:
+        H = None if task.H_II is None else task.H_II.clone()
+        tasks.append((LayerTask(task.name, task.weight_OI, H, task.n_tokens, task.scheme, task.drift_OI), options))
+        return GPTQ(task, options)
+
+    monkeypatch.setitem(blocks.SOLVERS, "gptq", solve)
+    return tasks
+
+
+def quantize(model: Path, out: Path, **flags: Any) -> None:
+    llmquant.quantize(model, llmquant.make_recipe(str(model), flags=TINY | flags), out)
+
+
+def inputs_of(model: Any, ids: Tensor, modules: list[str]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, name=name: found.__setitem__(name, inputs[0].flatten(0, -2))
+        )
+        for name in modules
+    ]
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def put(model: Any, name: str, solution: Tensor) -> None:
+    """Set stacked rows back into the linears of a task."""
+    start = 0
+    for module in name.split(" + "):
+        linear = model.get_submodule(module)
+        linear.weight.data = solution[start : start + linear.weight.shape[0]].clone()
+        start += linear.weight.shape[0]
+
+
+@pytest.mark.parametrize("passes", ["step", "block"])
+@pytest.mark.parametrize("max_ram", ["4GB", "1KB"])
+def test_hessian_and_drift_pair_the_original_with_the_quantized_prefix(
+    passes: str, max_ram: str, seen: Seen, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tiny_model("llama")
+    recipe = llmquant.make_recipe(str(folder), flags=TINY | {"passes": passes, "propagation": 0.5})
+    llmquant.quantize(folder, recipe, tmp_path / "out", max_ram=max_ram)
+    job = llmquant.job.prepare(folder, None, recipe, print)
+    assert job.calibration is not None
+    ids = job.calibration.ids
+    original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    quantized = copy.deepcopy(original)
+    first = [task.name.split(" + ")[0] for task, _ in seen]
+    assert len(first) == 4 * len(original.model.layers)
+    wanted = inputs_of(original, ids, first)
+    before_block = None
+    for position, (task, options) in enumerate(seen):
+        if passes == "step" or position % 4 == 0:
+            before_block = inputs_of(quantized, ids, first)
+        assert before_block is not None
+        x, x_hat = wanted[first[position]], before_block[first[position]]
+        assert options.propagation == 0.5
+        assert task.n_tokens == len(x)
+        torch.testing.assert_close(task.H_II, x_hat.T @ x_hat / len(x), rtol=1e-3, atol=1e-5)
+        expected = task.weight_OI @ ((x - x_hat).T @ x_hat / len(x))
+        torch.testing.assert_close(task.drift_OI, expected, rtol=1e-2, atol=2e-6)
+        solution = GPTQ(task, options)
+        put(quantized, task.name, solution.weight.dequantize())
+    assert seen[1][0].drift_OI is not None  # inside the first block: there is drift only where steps see each other
+    assert bool(seen[1][0].drift_OI.any()) == (passes == "step")
+    assert seen[5][0].drift_OI is not None
+    assert bool(seen[5][0].drift_OI.any())
+
+
+def test_the_strength_follows_the_tokens_and_is_switched_off_by_zero(
+    seen: Seen, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    quantize(tiny_model("llama"), tmp_path / "auto")
+    for task, options in seen:
+        width = task.weight_OI.shape[1]
+        wide = width > 64  # the tiny models' hidden size
+        assert options.propagation == default_propagation(task.n_tokens, width, wide=wide)
+        assert (task.drift_OI is None) == (options.propagation == 0)
+    assert {task.drift_OI is None for task, _ in seen} == {True, False}  # 192 tokens are too few for wide inputs
+    seen.clear()
+    quantize(tiny_model("llama"), tmp_path / "off", propagation=0)
+    assert all(task.drift_OI is None and options.propagation == 0 for task, options in seen)
+
+
+@pytest.mark.parametrize("name", ["phi3", "cohere", "gemma2"])
+def test_propagation_leaves_less_output_error_than_going_without(
+    name: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """On the calibration windows themselves, behind all blocks: what propagation is for."""
+    folder = tiny_model(name)
+    errors = []
+    recipe = llmquant.make_recipe(str(folder), flags=TINY | {"format": "fake", "samples": 64})
+    windows = llmquant.job.prepare(folder, None, recipe, print).calibration
+    assert windows is not None
+    original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for strength in (0, 1.0):
+        out = tmp_path / str(strength)
+        quantize(folder, out, format="fake", samples=64, propagation=strength, bits=3)
+        model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+        with torch.no_grad():
+            gap = model.get_decoder()(windows.ids)[0] - original.get_decoder()(windows.ids)[0]
+        errors.append(float(gap.square().sum()))
+    assert errors[1] < errors[0]
