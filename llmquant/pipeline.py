@@ -78,7 +78,7 @@ class _Pass:
         self.streams: CalibrationStreams | None = None
         if job.calibration is not None:
             original = streams.new("calibration (original)") if job.recipe.propagation != 0 else None
-            self.streams = CalibrationStreams(streams.new("calibration"), original)
+            self.streams = CalibrationStreams(streams.new("calibration"), original, streams.spare_bytes)
         self.lanes = Lanes(job.lanes, job.evaluation, streams) if job.evaluation is not None else None
         for name in streams.spilled:
             log(f"--max-ram: the {name} stream is kept in a file")
@@ -118,10 +118,8 @@ class _Pass:
             self._advance(ORIGINAL, forward)
             self._advance_baselines(specs, forward)
         with self.watch.stage("quantize"):
-            solved = quantize_block(self.skeleton, index, specs, self.job.recipe, calls, self.streams)
-        with self.watch.stage("forward"):
-            if self.streams is not None and index + 1 < len(self.skeleton.blocks):
-                self.streams.quantized.update(forward)
+            more = index + 1 < len(self.skeleton.blocks)
+            solved = quantize_block(self.skeleton, index, specs, self.job.recipe, calls, self.streams, advance=more)
         with self.watch.stage("evaluate"):
             self._advance(OURS, forward)
         with self.watch.stage("write"):

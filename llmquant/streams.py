@@ -32,6 +32,7 @@ class Streams:
 
     def __init__(self, sizes: Mapping[str, int], max_ram: int, scratch: Callable[[str], BinaryIO]) -> None:
         self.spilled = spilled(sizes, max_ram)
+        self.spare_bytes = max_ram - sum(nbytes for name, nbytes in sizes.items() if name not in self.spilled)
         self._scratch = scratch
         self._made: list[Stream] = []
 
