@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmquant.baselines import round_to_nearest
 from llmquant.errors import SolveError, SourceError
-from llmquant.formats import FORMATS, LinearSpec
+from llmquant.formats import DENSE, FORMATS, LinearSpec
 from llmquant.grid import QuantizedWeight
 from llmquant.hessian import Hessian, default_propagation
 from llmquant.paused import Paused, pausing
@@ -18,6 +18,7 @@ from llmquant.recipe import Recipe
 from llmquant.report import LayerReport
 from llmquant.skeleton import Call, Calls, Skeleton
 from llmquant.solvers import DATA_FREE, SOLVERS, LayerTask, Solution, SolveOptions
+from llmquant.solvers.refine import default_sweeps
 from llmquant.streams import Stream
 
 
@@ -73,6 +74,11 @@ class CalibrationStreams:
         self.quantized.append(hidden)
         if self.original is not None:
             self.original.append(hidden)
+
+
+def as_loaded(spec: LinearSpec, weight: QuantizedWeight, format_name: str) -> Tensor:
+    """weight_OI in float32 as a loader of the output finds it: rounded once more where the format holds no codes."""
+    return weight.dequantize(spec.dtype).float() if format_name in DENSE else weight.dequantize()
 
 
 def quantize_block(
@@ -271,7 +277,7 @@ def _solve(
         recipe.damp,
         propagation,
         recipe.refit,
-        recipe.sweeps,
+        default_sweeps(step[0].scheme.bits) if recipe.sweeps is None else recipe.sweeps,
         on_bad_layer=recipe.on_bad_layer,
     )
     solution = SOLVERS[recipe.method](task, options)
@@ -297,7 +303,7 @@ def _split(
             spec.scheme,
             None if solution.weight.zeros_OG is None else solution.weight.zeros_OG[rows].contiguous(),
         )
-        dense = quantized.dequantize()
+        dense = as_loaded(spec, quantized, recipe.format)
         report = _report(
             spec,
             weight_OI,

@@ -1,15 +1,17 @@
 """The command line: a thin caller of the Python API."""
 
 import logging
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from llmquant.errors import LLMQuantError
+from llmquant.errors import Interrupted, LLMQuantError
 from llmquant.recipe import CHOICES, DEMO_DEFAULTS, Recipe, make_recipe
 
 if TYPE_CHECKING:
@@ -112,7 +114,10 @@ def run(
             show_default=False,
         ),
     ] = None,
-    sweeps: Annotated[Optional[int], _option("Sweeps of coordinate descent on the codes", "sweeps", _SOLVER)] = None,
+    sweeps: Annotated[
+        Optional[int],
+        _option("Sweeps of coordinate descent on the codes (default: 1, and 2 below 4 bits)", "sweeps", _SOLVER),
+    ] = None,
     passes: Annotated[
         Optional[str], _option("Hessians after each step of a block, or in one pass per block", "passes", _SOLVER)
     ] = None,
@@ -132,6 +137,13 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an output folder that llmquant wrote", rich_help_panel=_RUN)
     ] = False,
+    resume: Annotated[
+        str,
+        typer.Option(
+            help="Go on with an interrupted run of the same job: auto, required, or never (throw it away)",
+            rich_help_panel=_RUN,
+        ),
+    ] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr", rich_help_panel=_RUN)] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error", rich_help_panel=_RUN)
@@ -151,7 +163,17 @@ def run(
     from llmquant.pipeline import quantize
 
     _calm_libraries()
-    report = quantize(model, settings, out, revision=revision, max_ram=max_ram, overwrite=overwrite, log=_logger(quiet))
+    with _signals():
+        report = quantize(
+            model,
+            settings,
+            out,
+            revision=revision,
+            max_ram=max_ram,
+            overwrite=overwrite,
+            resume=resume,
+            log=_logger(quiet),
+        )
     _show(report)
 
 
@@ -270,6 +292,23 @@ def _logger(quiet: bool) -> Callable[[str], None]:
     return (lambda message: None) if quiet else (lambda message: print(message, file=sys.stderr, flush=True))
 
 
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the run by an exception, a second one the process; what is finished is kept."""
+
+    def stop(number: int, frame: object) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        raise Interrupted
+
+    previous = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+
 def _calm_libraries() -> None:
     """Libraries' notes about optional kernels and dataset cards are not about this job."""
     for library in ("bitsandbytes", "huggingface_hub", "datasets"):
@@ -283,6 +322,8 @@ def main(arguments: list[str] | None = None) -> int:
         return int(app(args=arguments, prog_name="llmquant", standalone_mode=False) or 0)
     except typer.TyperException as error:  # unknown options, missing values
         message, code = error.format_message(), 2
+    except Interrupted:
+        message, code = "interrupted", 75
     except typer.Abort:
         message, code = "aborted", 1
     except LLMQuantError as error:
