@@ -67,7 +67,7 @@ def run(
     ] = None,
     asymmetric: Annotated[
         bool,
-        typer.Option("--asymmetric", help="Give every group a zero point (--format fake only)", rich_help_panel=_JOB),
+        typer.Option("--asymmetric", help="Give every group a zero point (--format awq or fake)", rich_help_panel=_JOB),
     ] = False,
     ignore: Annotated[
         Optional[list[str]],

@@ -17,7 +17,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "method": ("gptq", "rtn"),
     "bits": (2, 3, 4, 8),
     "group_size": (32, 64, 128, -1),
-    "format": ("compressed-tensors", "fake"),
+    "format": ("compressed-tensors", "gptq", "awq", "mlx", "fake"),
     "grid": ("hessian", "absmax"),
     "order": ("descending", "natural"),
     "passes": ("step", "block"),

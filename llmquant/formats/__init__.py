@@ -3,10 +3,19 @@
 A new format is one file and one line in FORMATS.
 """
 
+from llmquant.formats.awq import AWQ
 from llmquant.formats.base import Format, LinearSpec
 from llmquant.formats.compressed_tensors import CompressedTensors
 from llmquant.formats.fake import Fake
+from llmquant.formats.gptq import GPTQ
+from llmquant.formats.mlx import MLX
 
-FORMATS: dict[str, Format] = {"compressed-tensors": CompressedTensors(), "fake": Fake()}
+FORMATS: dict[str, Format] = {
+    "compressed-tensors": CompressedTensors(),
+    "gptq": GPTQ(),
+    "awq": AWQ(),
+    "mlx": MLX(),
+    "fake": Fake(),
+}
 
 __all__ = ["FORMATS", "Format", "LinearSpec"]
