@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from llmquant.cli_export import export
 from llmquant.errors import LLMQuantError
 from llmquant.recipe import CHOICES, DEMO_DEFAULTS, Recipe, make_recipe
 
@@ -199,6 +200,9 @@ def compare(
 ) -> None:
     """Several checkpoints in one table, with paired differences."""
     _compare(models, reference, _eval_flags(data, tokens, seq_len, device, dtype), max_ram, json, quiet)
+
+
+app.command(epilog="Example:  llmquant export ./out --format gguf --out ./out-gguf")(export)
 
 
 def _eval_flags(

@@ -13,6 +13,9 @@ from llmquant.errors import RecipeError
 # What the small built-in model changes: its context is short and its text fits in seconds.
 DEMO_DEFAULTS: dict[str, Any] = {"seq_len": 512, "eval_data": "builtin", "eval_tokens": 32768, "eval_seq_len": 512}
 
+# gguf is written from a finished checkpoint only
+FORMAT_NAMES = ("compressed-tensors", "gptq", "awq", "mlx", "gguf", "fake")
+
 CHOICES: dict[str, tuple[Any, ...]] = {
     "method": ("gptq", "rtn"),
     "bits": (2, 3, 4, 8),

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -87,28 +88,34 @@ class RunDir:
             raise _disk_error(self.path, error) from error
 
     # -- weights ---------------------------------------------------------------------------------------
-    def open_shards(self, layout: Layout, max_shard_bytes: int) -> None:
-        """Create the safetensors files for `layout`, filled shard by shard in its order, with headers and index."""
+    def open_shards(self, layout: Layout, max_shard_bytes: int, folder: str = "") -> None:
+        """Create the safetensors files for `layout` in `folder`, in its order, with headers and index."""
         shards = split_shards(layout, max_shard_bytes)
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
         if len(shards) == 1:
             names = ["model.safetensors"]
-        weight_map, total = {}, 0
+        weight_map: dict[str, str] = {}
+        total = 0
         for file_name, shard in zip(names, shards, strict=True):
             head, places = build_header({name: layout[name] for name in shard})
-            file = (self.path / file_name).open("w+b", buffering=0)
-            self._files[file_name] = file
-            _write_all(file, head, 0)
-            size = max(place.end for place in places.values())
-            os.posix_fallocate(file.fileno(), 0, size)  # the space is ours before hours are spent
+            self.open_file(folder + file_name, head, places)
             total += sum(place.nbytes for place in places.values())
-            for name, place in places.items():
-                self._places[name] = TensorInfo(name, file_name, place.dtype, place.shape, place.start, place.end)
-                weight_map[name] = file_name
-        self._unwritten = set(self._places)
+            weight_map |= dict.fromkeys(places, file_name)
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            self.write_json("model.safetensors.index.json", index)
+            self.write_json(f"{folder}model.safetensors.index.json", index)
+
+    def open_file(self, file_name: str, head: bytes, places: Mapping[str, TensorInfo]) -> None:
+        """Create a file that begins with `head` and whose tensors will be written to `places`; gaps are zeros."""
+        target = self.path / file_name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = self._files[file_name] = target.open("w+b", buffering=0)
+        _write_all(file, head, 0)
+        size = max(place.end for place in places.values())
+        os.posix_fallocate(file.fileno(), 0, size)  # the space is ours before hours are spent
+        for name, place in places.items():
+            self._places[name] = TensorInfo(name, file_name, place.dtype, place.shape, place.start, place.end)
+        self._unwritten |= places.keys()
 
     def write_tensor(self, name: str, tensor: Tensor) -> None:
         """Write one planned tensor to its place; dtype and shape must be the planned ones."""
@@ -129,6 +136,7 @@ class RunDir:
         for file in self._files.values():
             os.fsync(file.fileno())
             file.close()
+        self._files, self._places = {}, {}
 
     # -- other files -----------------------------------------------------------------------------------
     def write_json(self, name: str, value: Any) -> None:

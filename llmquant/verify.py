@@ -5,7 +5,7 @@ The reader below is NumPy only: its own header parsing, its own unpacking, plain
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -60,7 +60,11 @@ class Record:
 
 def verify_output(folder: Path, plan: Plan, record: Record) -> None:
     """VerifyError unless the folder's tensors are exactly the plan's, bit for bit the record's, and finite."""
-    places = read_places(folder)
+    verify_places(folder, read_places(folder), plan, record)
+
+
+def verify_places(folder: Path, places: Mapping[str, "Place"], plan: Plan, record: Record) -> None:
+    """The same for tensors that have been found already."""
     if places.keys() != plan.layout.keys():
         odd = sorted(places.keys() ^ plan.layout.keys())[0]
         raise VerifyError(str(folder), f"tensor {odd} is {'unplanned' if odd in places else 'missing'}")
@@ -162,7 +166,7 @@ def _check_index(folder: Path, places: dict[str, Place]) -> None:
 Decoded = tuple[NDArray[Any], ...]  # codes_OI int8, scales_OG float32 and, if asymmetric, zeros_OG int8
 
 
-def _decode_compressed_tensors(spec: LinearSpec, places: dict[str, Place]) -> Decoded:
+def _decode_compressed_tensors(spec: LinearSpec, places: Mapping[str, Place]) -> Decoded:
     packed, bits = places[f"{spec.prefix}weight_packed"], spec.scheme.bits
     shape = places[f"{spec.prefix}weight_shape"].raw().view("<i8")
     if tuple(shape) != spec.shape:
@@ -174,7 +178,7 @@ def _decode_compressed_tensors(spec: LinearSpec, places: dict[str, Place]) -> De
     return codes, places[f"{spec.prefix}weight_scale"].floats()
 
 
-def _decode_gptq(spec: LinearSpec, places: dict[str, Place]) -> Decoded:
+def _decode_gptq(spec: LinearSpec, places: Mapping[str, Place]) -> Decoded:
     (rows, columns), bits = spec.shape, spec.scheme.bits
     word = np.dtype("<u4")
     qweight = places[f"{spec.prefix}qweight"].raw().view(word).reshape(-1, rows)
@@ -190,7 +194,7 @@ def _decode_gptq(spec: LinearSpec, places: dict[str, Place]) -> Decoded:
     return (codes_IO.T.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8), scales_GO.T
 
 
-def _decode_awq(spec: LinearSpec, places: dict[str, Place]) -> Decoded:
+def _decode_awq(spec: LinearSpec, places: Mapping[str, Place]) -> Decoded:
     def column(place: Place) -> NDArray[np.int8]:
         words = place.raw().view("<u4").reshape(place.shape)
         # Output 8 i + j lies in word i: even j from the lowest nibble up, odd j from the fifth.
@@ -206,7 +210,7 @@ def _decode_awq(spec: LinearSpec, places: dict[str, Place]) -> Decoded:
     return codes, scales
 
 
-def _decode_mlx(spec: LinearSpec, places: dict[str, Place]) -> Decoded:
+def _decode_mlx(spec: LinearSpec, places: Mapping[str, Place]) -> Decoded:
     (rows, columns), bits = spec.shape, spec.scheme.bits
     octets = places[f"{spec.prefix}weight"].raw().reshape(rows, -1)
     stream = np.unpackbits(octets, axis=1, bitorder="little").reshape(rows, columns, bits)
@@ -217,12 +221,31 @@ def _decode_mlx(spec: LinearSpec, places: dict[str, Place]) -> Decoded:
     return codes.astype(np.int8), scales
 
 
+def _decode_gguf(spec: LinearSpec, places: Mapping[str, Place]) -> Decoded:
+    (rows, columns), groups = spec.shape, spec.scheme.groups(spec.shape[1])
+    head = {True: ["d"], False: ["d", "m"]}[spec.scheme.symmetric]
+    body = ("codes", "i1", 32) if spec.scheme.bits == 8 else ("codes", "u1", 16)
+    kind = np.dtype([*((name, "<f2") for name in head), body])
+    blocks = places[spec.key].raw().view(kind).reshape(rows, groups, -1)
+    if any((blocks[name] != blocks[name][:, :, :1]).any() for name in head):
+        raise VerifyError(spec.key, "blocks of one group differ in their scales")
+    scales = blocks["d"][:, :, 0].astype(np.float32)
+    octets = blocks["codes"].reshape(-1, body[2]).view(np.uint8)
+    if spec.scheme.bits == 4:
+        octets = np.concatenate([octets % 16, octets // 16], axis=1) - np.uint8(8)  # -8 .. 7 in two's complement
+    codes = octets.view(np.int8).reshape(rows, columns)
+    if spec.scheme.symmetric:
+        return codes, scales
+    return codes, scales, (np.rint(-blocks["m"][:, :, 0].astype(np.float32) / scales) - 8).astype(np.int8)
+
+
 # Formats that hold codes; the others are compared as dense weights.
-DECODERS: dict[str, Callable[[LinearSpec, dict[str, Place]], Decoded]] = {
+DECODERS: dict[str, Callable[[LinearSpec, Mapping[str, Place]], Decoded]] = {
     "compressed-tensors": _decode_compressed_tensors,
     "gptq": _decode_gptq,
     "awq": _decode_awq,
     "mlx": _decode_mlx,
+    "gguf": _decode_gguf,
 }
 
 

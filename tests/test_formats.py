@@ -73,10 +73,15 @@ def test_what_each_format_takes() -> None:
         "gptq": [4, 8],
         "awq": [4],
         "mlx": [2, 3, 4, 8],
+        "gguf": [4, 8],
         "fake": [2, 3, 4, 8],
     }
     assert [name for name, specs in taken.items() if any(s.transposed for s in specs)] == ["fake"]
-    assert [name for name, specs in taken.items() if any(not s.scheme.symmetric for s in specs)] == ["awq", "fake"]
+    assert [name for name, specs in taken.items() if any(not s.scheme.symmetric for s in specs)] == [
+        "awq",
+        "gguf",
+        "fake",
+    ]
 
 
 # -- contract ------------------------------------------------------------------------------------------

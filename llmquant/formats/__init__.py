@@ -7,6 +7,7 @@ from llmquant.formats.awq import AWQ
 from llmquant.formats.base import Format, LinearSpec
 from llmquant.formats.compressed_tensors import CompressedTensors
 from llmquant.formats.fake import Fake
+from llmquant.formats.gguf import GGUF
 from llmquant.formats.gptq import GPTQ
 from llmquant.formats.mlx import MLX
 
@@ -15,6 +16,7 @@ FORMATS: dict[str, Format] = {
     "gptq": GPTQ(),
     "awq": AWQ(),
     "mlx": MLX(),
+    "gguf": GGUF(),
     "fake": Fake(),
 }
 
