@@ -86,7 +86,10 @@ def _number(stream: BinaryIO, code: str) -> Any:
 
 
 def _text(stream: BinaryIO) -> str:
-    return stream.read(_number(stream, "Q")).decode("utf-8")
+    length = _number(stream, "Q")
+    if length > 2**24:
+        raise KeyError(f"a string of {length} bytes")
+    return stream.read(length).decode("utf-8")
 
 
 def _entry(stream: BinaryIO, kind: int) -> Any:
@@ -94,7 +97,7 @@ def _entry(stream: BinaryIO, kind: int) -> Any:
         return _text(stream)
     if kind == 9:
         inner, count = _number(stream, "I"), _number(stream, "Q")
-        return [_entry(stream, inner) for _ in range(count)]
+        return [_entry(stream, inner) for _ in range(count)]  # ends with the file, whatever the count
     return _number(stream, _SCALARS[kind])
 
 
