@@ -24,7 +24,10 @@ class LlamaCpp:
         params.n_ctx, params.n_parallel, params.n_gpu_layers, params.cache_ram_mib = n_ctx, 1, 0, 0
         params.warmup, params.verbosity = False, 0
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-        self.server = xllamacpp.Server(params)
+        try:
+            self.server = xllamacpp.Server(params)
+        except RuntimeError:  # it draws a port, which may be taken
+            self.server = xllamacpp.Server(params)
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         asked = json.dumps({"content": text, "add_special": special}).encode()

@@ -1,14 +1,24 @@
 """gptq, awq and mlx: literal bytes and configs, and the clients' own readers where they are installed."""
 
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from peers import dequantized, divergence, log_probs
 from test_formats import spec_of, weight_of
 from torch import Tensor
 
+import llmquant
 from llmquant.errors import FormatError, SourceError
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.grid import QuantizedWeight
+from llmquant.source import DEMO
 from llmquant.verify import Record
 
 GPTQ, AWQ, MLX = FORMATS["gptq"], FORMATS["awq"], FORMATS["mlx"]
@@ -184,3 +194,56 @@ def test_the_record_of_an_asymmetric_weight_holds_its_zeros() -> None:
     records[0].quantized(spec, weight)
     records[1].quantized(spec, other)
     assert records[0].digests != records[1].digests
+
+
+# -- the clients themselves, where they are installed --------------------------------------------------
+@pytest.fixture(scope="module")
+def demo_in(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The demo model, plainly rounded, in a format."""
+
+    def write(name: str, **flags: Any) -> Path:
+        flags = {"format": name, "group_size": 32, "method": "rtn", "eval_data": "none"} | flags
+        out = tmp_path_factory.mktemp(name) / "out"
+        llmquant.quantize("demo", llmquant.make_recipe("demo", flags=flags), out)
+        return out
+
+    return write
+
+
+IDS = torch.randint(5, 4000, (48,), generator=torch.Generator().manual_seed(0))
+
+
+def test_mlx_lm_computes_the_same_in_float32(demo_in: Callable[..., Path]) -> None:
+    utils = pytest.importorskip("mlx_lm.utils", reason="needs mlx-lm")
+    mx = pytest.importorskip("mlx.core")
+    out = demo_in("mlx")
+    model, _ = utils.load_model(out)
+    model.set_dtype(mx.float32)
+    theirs = torch.from_numpy(np.array(model(mx.array(IDS[None].numpy()))[0])).double().log_softmax(-1)
+    assert divergence(log_probs(dequantized(DEMO, out), IDS), theirs) < 1e-7
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq8", "awq", "awq-asymmetric"])
+def test_transformers_with_gptqmodel_opens_and_computes_the_same(name: str, demo_in: Callable[..., Path]) -> None:
+    """In a process of its own: gptqmodel changes global state and speaks much."""
+    for package in ("gptqmodel", "optimum"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}, which is built from source for the torch at hand")
+    flags: dict[str, Any] = {"gptq8": {"bits": 8}, "awq-asymmetric": {"symmetric": False}}.get(name, {})
+    out = demo_in(name[:4].rstrip("-"), **flags)
+    code = (
+        "import sys, torch\n"
+        "from transformers import AutoModelForCausalLM as A\n"
+        "model, info = A.from_pretrained(sys.argv[1], dtype=torch.float32, output_loading_info=True)\n"
+        "assert not any(info[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), info\n"
+        "assert 'gptqmodel' in type(model.model.layers[0].mlp.up_proj).__module__\n"
+        "ids = torch.load(sys.argv[2])\n"
+        "torch.save(model(ids[None]).logits[0].detach().double().log_softmax(-1), sys.argv[2])\n"
+    )
+    file = out.with_name("ids.pt")
+    torch.save(IDS, file)
+    done = subprocess.run([sys.executable, "-c", code, str(out), str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ours = log_probs(dequantized(DEMO, out), IDS)
+    # Their CPU kernels compute in 16 bit.
+    assert divergence(ours, torch.load(file)) < 1e-4

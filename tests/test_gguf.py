@@ -98,14 +98,11 @@ def test_the_gguf_package_dequantizes_our_blocks_to_our_weight(bits: int, symmet
 
 
 # -- llama.cpp -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ARCHITECTURES)
-@pytest.mark.parametrize("rope", ["default", "llama3"])
+@pytest.mark.parametrize(("name", "rope"), [*((name, "default") for name in ARCHITECTURES), ("llama", "llama3")])
 def test_llama_cpp_computes_the_same(name: str, rope: str, tmp_path: Path) -> None:
     """All linears but one are kept in float32, so that nothing hides a wrong name, order, norm or rope."""
     extra = dict(ARCHITECTURES[name])
     if rope == "llama3":
-        if name != "llama":
-            pytest.skip("of llama only")
         scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
         extra["rope_parameters"] = scaling | {
             "rope_type": "llama3",
@@ -127,7 +124,8 @@ def test_llama_cpp_computes_the_same(name: str, rope: str, tmp_path: Path) -> No
     llama = LlamaCpp(gguf_of(out))
     at = list(range(3, 60, 8))
     theirs = torch.stack([llama.log_probs(ids[: t + 1].tolist(), VOCAB) for t in at])
-    # Their cache of keys and values is fp16 and their products take 8-bit activations: not zero, but far below.
+    # Their cache of keys and values is fp16 and their products take 8-bit activations: about 0.01 of the cost. With
+    # a rope base 20 times too large it is 17 and more.
     assert divergence(ours[at], theirs) < 0.1 * cost
 
 
