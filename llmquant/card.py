@@ -34,6 +34,8 @@ def make_card(name: str, base_model: str, report: dict[str, Any]) -> str:
     ]
     if packages := _NEEDS.get(recipe["format"]):
         lines += ["```python", _LOAD.format(name=name).rstrip(), "```", "", f"Needs `pip install {packages}`.", ""]
+    if folders := [f"`{folder}/`" for folder in recipe.get("exports", [])]:
+        lines += [f"The same codes and scales in other formats: {', '.join(folders)}.", ""]
     if evaluation := report["evaluation"]:
         table = lanes_table(evaluation["lanes"])
         lines += [f"Measured on {describe_evaluation(evaluation)}:", "", *_markdown(table), ""]

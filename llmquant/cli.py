@@ -77,7 +77,9 @@ def run(
             rich_help_panel=_JOB,
         ),
     ] = None,
-    format: Annotated[Optional[str], _option("Output format", "format", _JOB)] = None,
+    format: Annotated[
+        Optional[str], _option("Output format, or several (compressed-tensors,gguf)", "format", _JOB)
+    ] = None,
     calibration: Annotated[Optional[str], _option(f"Text: {_DATA}", "calibration", _CALIB)] = None,
     samples: Annotated[Optional[int], _option("Windows", "samples", _CALIB)] = None,
     seq_len: Annotated[

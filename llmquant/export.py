@@ -28,7 +28,7 @@ from llmquant.plan import Plan, Row
 from llmquant.recipe import parse_size
 from llmquant.run_dir import RunDir
 from llmquant.skeleton import Skeleton, is_linear
-from llmquant.source import natural_key, safe_config
+from llmquant.source import Source, natural_key, safe_config
 from llmquant.verify import Record, verify_output
 from llmquant.verify_gguf import verify_gguf
 
@@ -60,6 +60,28 @@ def export(
         run.write_bytes("README.md", make_card(run.out.name, report["model"]["id"], report).encode())
         run.commit()
     return run.out
+
+
+def check_exports(names: Sequence[str], source: Source, skeleton: Skeleton, plan: Plan) -> None:
+    """FormatError where a run with this plan could not be exported to these formats; before the work."""
+    for name in names:
+        FORMATS[name].check(plan.specs)
+        FORMATS[name].config(plan.specs, plan.dense_linears)
+        if name == "gguf":
+            model = GGUFModel(skeleton.model.config.to_dict())
+            for row in plan.rows:
+                if row.name in skeleton.param_of:
+                    model.name(row.name)
+            tokenizer_metadata(source, skeleton.vocab_size, None)
+
+
+def export_beside(names: Sequence[str], run: RunDir, max_shard_bytes: int, log: Log) -> None:
+    """The checkpoint that `run` holds, which is written and verified, in other formats, each in its own folder."""
+    for name in names:
+        source = open_checkpoint(run.path)
+        assert isinstance(source, PackedSource)
+        source.name = run.out.name
+        Export(source, name).write(run, max_shard_bytes, log, f"{name}/")
 
 
 def open_packed(model: str | Path) -> PackedSource:
@@ -161,7 +183,7 @@ class Export:
         """The report of the checkpoint that was exported: its figures hold, since the numbers are the same."""
         report: dict[str, Any] = json.loads(self.source.local("report.json").read_text("utf-8"))
         report["exported_from"] = report["recipe"]["format"]
-        report["recipe"]["format"] = self.format_name
+        report["recipe"] |= {"format": self.format_name, "exports": []}
         report["bits_per_weight"] = self.plan.bits_per_weight(self.format_name)
         lane = ((report["evaluation"] or {}).get("lanes") or {}).get("llmquant")
         if lane is not None:

@@ -2,6 +2,7 @@
 
 Every rule names the runtime, the version that it holds for and what it was read from. `refuses`: the runtime does not
 open the checkpoint, or computes something else. `warns`: it opens it at a price. What no rule speaks of is open.
+The rules of vLLM and SGLang were read in their sources and documentation, not run.
 """
 
 from collections.abc import Callable, Sequence
@@ -74,7 +75,6 @@ def _shape(out_multiple: int, in_multiple: int) -> Breaks:
 def _marlin(runtime: str, formats: tuple[str, ...] = _PACKED) -> tuple[Rule, ...]:
     """Both servers run these formats with the same kernels."""
     return (
-        Rule(runtime, formats, "refuses", _width(4, 8), "a width without a kernel", "use --bits 4 or 8", _WNA16),
         Rule(
             runtime,
             formats,
@@ -97,6 +97,15 @@ def _marlin(runtime: str, formats: tuple[str, ...] = _PACKED) -> tuple[Rule, ...
 
 
 RULES: tuple[Rule, ...] = (
+    Rule(
+        "vllm",
+        ("compressed-tensors",),
+        "warns",
+        _width(4, 8),
+        "a width that only its newest versions have a kernel for",
+        "use --bits 4 or 8",
+        _WNA16,
+    ),
     *_marlin("vllm"),
     Rule(
         "vllm",
@@ -116,6 +125,15 @@ RULES: tuple[Rule, ...] = (
         "GGUF is experimental there and the tokenizer must be named beside it",
         "use --format compressed-tensors",
         "its documentation of GGUF",
+    ),
+    Rule(
+        "sglang",
+        ("compressed-tensors",),
+        "refuses",
+        _width(4, 8),
+        "a width without a kernel",
+        "use --bits 4 or 8",
+        _WNA16,
     ),
     *_marlin("sglang"),
     Rule(

@@ -12,6 +12,7 @@ from llmquant.blocks import CalibrationStreams, Solved, forward_of, get_weight, 
 from llmquant.card import make_card
 from llmquant.comparison import noise_floor
 from llmquant.evaluation import Figures, Lanes, figures
+from llmquant.export import check_exports, export_beside
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.job import ORIGINAL, OURS, Job, Log, prepare, refuse_damaged_weights, silent
 from llmquant.memory import trim
@@ -46,9 +47,14 @@ def quantize(
     recipe = recipe or make_recipe(str(model))
     with watch.stage("prepare"):
         job = prepare(model, revision, recipe, log)
+        check_exports(recipe.exports, job.source, job.skeleton, job.plan)
         sizes, budget = job.stream_sizes(), parse_size("--max-ram", max_ram)
         target = Path(out) if out is not None else Path(f"{job.source.name.rpartition('/')[2]}-{recipe.scheme_name}")
-        needed = job.plan.output_bytes + job.source.side_bytes + sum(spilled(sizes, budget).values())
+        needed = (
+            job.plan.output_bytes * (1 + len(recipe.exports))
+            + job.source.side_bytes
+            + sum(spilled(sizes, budget).values())
+        )
         run = RunDir(target, overwrite=overwrite, needed_bytes=needed)
         refuse_damaged_weights(job.source)
     with run, Streams(sizes, budget, run.scratch) as streams:
@@ -60,6 +66,8 @@ def quantize(
             _write_side_files(job, run)
             verify_output(run.path, job.plan, record)
         log(f"verified: {len(job.plan.layout)} tensors re-read from disk, equal to what was computed")
+        with watch.stage("export"):
+            export_beside(recipe.exports, run, parse_size("--max-shard-size", recipe.max_shard_size), log)
         floor = None if job.evaluation is None else noise_floor(job.source, job.skeleton, job.evaluation, watch)
         report = Report(_report(job, layers, lanes, floor), watch.cost(), run.out)
         run.write_json("report.json", report.data)

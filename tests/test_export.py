@@ -13,7 +13,7 @@ import torch
 import llmquant
 from llmquant.checkpoint import PackedSource, open_checkpoint
 from llmquant.cli import main
-from llmquant.errors import FormatError, OutputError, SourceError
+from llmquant.errors import FormatError, OutputError, RecipeError, SourceError
 from llmquant.export import export
 from llmquant.formats import FORMATS
 from llmquant.recipe import FORMAT_NAMES
@@ -116,3 +116,44 @@ def test_the_command_line(finished: Path, tmp_path: Path, capsys: pytest.Capture
         "report.json",
     ]
     assert main(["export", str(finished), "--format", "gguf", "--out", str(out)]) == 7
+
+
+def test_several_formats_from_one_run(finished: Path, tmp_path: Path) -> None:
+    out = quantized("demo", tmp_path / "out", format="compressed-tensors, gguf,gptq,mlx")
+    assert sha256(out / "model.safetensors") == sha256(finished / "model.safetensors")
+    for name in ("gptq", "mlx"):
+        alone = export(finished, name, tmp_path / name)
+        for file in ("model.safetensors", "config.json", "tokenizer.json"):
+            assert sha256(out / name / file) == sha256(alone / file), file
+    assert [path.name for path in (out / "gguf").iterdir()] == ["model-Q4_0.gguf"]
+    manifest, report = (json.loads((out / f"{name}.json").read_text()) for name in ("manifest", "report"))
+    assert "gguf/model-Q4_0.gguf" in manifest["files"]
+    assert report["recipe"]["exports"] == ["gguf", "gptq", "mlx"]
+    assert "`gguf/`, `gptq/`, `mlx/`" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "error", "message"),
+    [
+        ("gguf", {}, RecipeError, "compressed-tensors,gguf"),
+        ("fake,gguf", {}, RecipeError, "'fake' first"),
+        ("gptq,exl2", {}, RecipeError, "'exl2'"),
+        ("gptq,gptq", {}, RecipeError, "'gptq'; expected other ones"),
+        ("compressed-tensors,gguf", {"bits": 3}, FormatError, "3 bits in gguf"),
+        ("compressed-tensors,mlx", {"group_size": -1}, FormatError, "group size -1 in mlx"),
+    ],
+)
+def test_formats_that_do_not_go_together_are_refused_before_the_work(
+    name: str, flags: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        quantized("demo", tmp_path / "out", format=name, **flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_gguf_does_not_know_is_refused_before_the_work(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(FormatError, match="model type 'olmo2'"):
+        quantized(tiny_model("olmo2"), tmp_path / "out", format="compressed-tensors,gguf")
+    assert not list(tmp_path.iterdir())

@@ -34,10 +34,10 @@ def test_the_default_format_gives_no_warning_where_it_opens() -> None:
 
 def test_a_finding_says_what_which_and_what_to_do() -> None:
     bad = spec_of(3, 128, (256, 512), module="model.layers.1.mlp.up_proj")
-    finding = next(f for f in lint([*GOOD, bad], "compressed-tensors") if f.runtime == "vllm")
+    finding = next(f for f in lint([*GOOD, bad], "compressed-tensors") if f.runtime == "sglang")
     assert finding.layers == ("model.layers.1.mlp.up_proj",)
     assert str(finding) == (
-        "vllm 0.33 refuses: a width without a kernel (model.layers.1.mlp.up_proj); use --bits 4 or 8"
+        "sglang 0.5 refuses: a width without a kernel (model.layers.1.mlp.up_proj); use --bits 4 or 8"
     )
 
 
