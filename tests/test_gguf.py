@@ -13,7 +13,7 @@ import torch
 from peers import LlamaCpp, dequantized, divergence, log_probs
 from test_formats import spec_of, weight_of
 from test_formats_golden import counting
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import llmquant
 from llmquant.errors import FormatError, VerifyError
@@ -331,3 +331,22 @@ def test_every_tensor_of_the_demo_dequantizes_to_what_the_checkpoint_holds(demo_
             heads = 8 if ".q_proj" in key else 4
             found = found.reshape(heads, 16, 2, -1).swapaxes(1, 2).reshape(weight.shape)
         assert np.array_equal(found, weight.numpy()), key
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_transformers_opens_the_file_with_exactly_our_weights(name: str, tmp_path: Path) -> None:
+    """A second opinion on names, permutation and norms: transformers' own reader, which unpacks to dense."""
+    pytest.importorskip("gguf", reason="needs the gguf package")
+    source = tiny.build(tmp_path / "m", tiny.ARCHITECTURES[name], **ARCHITECTURES[name])
+    out = quantized(source, tmp_path / "q")
+    file = gguf_of(out)
+    # The config that it derives from the file has a pad token and a head size of its own for some; it knows no mistral.
+    config = None if name == "mistral" else AutoConfig.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, config=config, dtype=torch.float32)
+    ours = dequantized(source, out).state_dict()
+    theirs = model.state_dict()
+    assert ours.keys() == theirs.keys()
+    for key, weight in ours.items():
+        # Gemma's norms were stored with 1 added, which rounds.
+        close = 1e-7 if name == "gemma2" and "norm" in key else 0.0
+        assert (theirs[key] - weight).abs().max() <= close, key
