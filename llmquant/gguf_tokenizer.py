@@ -42,7 +42,7 @@ def tokenizer_metadata(source: Source, vocab_size: int, pre: str | None) -> dict
         meta |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
         meta["tokenizer.ggml.merges"] = [" ".join(_pair(merge)) for merge in model["merges"]]
     else:
-        space = _sentencepiece_space(table, model, steps)
+        space = _sentencepiece_space(table, model, steps, named=pre is not None)
         meta["tokenizer.ggml.pre"] = pre or "default"
         meta |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.scores": _scores(tokens, model)}
         meta |= {"tokenizer.ggml.token_type": types, "tokenizer.ggml.add_space_prefix": space}
@@ -83,7 +83,7 @@ def _recognise(table: dict[str, Any], steps: tuple[str, ...], model: dict[str, A
     return known
 
 
-def _sentencepiece_space(table: dict[str, Any], model: dict[str, Any], steps: tuple[str, ...]) -> bool:
+def _sentencepiece_space(table: dict[str, Any], model: dict[str, Any], steps: tuple[str, ...], *, named: bool) -> bool:
     """Whether a space is put in front of the text; refuses what SentencePiece would not do."""
     normalizer = table.get("normalizer") or {}
     parts = normalizer.get("normalizers", [normalizer] if normalizer else [])
@@ -96,7 +96,13 @@ def _sentencepiece_space(table: dict[str, Any], model: dict[str, Any], steps: tu
         if parts == [replaces] and (not steps or metaspace.get("pattern") == {"String": " "}):
             return False
         if not parts and metaspace.get("type") == "Metaspace" and metaspace.get("split") is False:
-            return metaspace.get("prepend_scheme") != "never"
+            if (scheme := metaspace.get("prepend_scheme")) != "never" and not named:
+                raise FormatError(
+                    "tokenizer.json",
+                    f"Metaspace, prepend_scheme {scheme!r}: llama.cpp's ids differ where a text begins with a space",
+                    remedy="accept that with export --gguf-pre default",
+                )
+            return bool(scheme != "never")
     raise FormatError(
         "tokenizer.json",
         "neither a byte-level BPE nor one of SentencePiece's",
