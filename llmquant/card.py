@@ -9,6 +9,8 @@ _LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 """
+_LIBRARIES = {"mlx": "mlx", "gguf": "gguf"}
+_NEEDS = {"compressed-tensors": "compressed-tensors", "gptq": "optimum gptqmodel", "awq": "gptqmodel"}
 
 
 def make_card(name: str, base_model: str, report: dict[str, Any]) -> str:
@@ -17,7 +19,7 @@ def make_card(name: str, base_model: str, report: dict[str, Any]) -> str:
     head = [
         f"base_model: {base_model}",
         "base_model_relation: quantized",
-        "library_name: transformers",
+        f"library_name: {_LIBRARIES.get(recipe['format'], 'transformers')}",
         "pipeline_tag: text-generation",
     ]
     tags = ["llmquant", f"{recipe['bits']}-bit", recipe["format"]]
@@ -30,15 +32,10 @@ def make_card(name: str, base_model: str, report: dict[str, Any]) -> str:
         "unchanged.",
         "",
     ]
-    if recipe["format"] == "compressed-tensors":
-        lines += [
-            "```python",
-            _LOAD.format(name=name).rstrip(),
-            "```",
-            "",
-            "Needs `pip install compressed-tensors`.",
-            "",
-        ]
+    if packages := _NEEDS.get(recipe["format"]):
+        lines += ["```python", _LOAD.format(name=name).rstrip(), "```", "", f"Needs `pip install {packages}`.", ""]
+    if folders := [f"`{folder}/`" for folder in recipe.get("exports", [])]:
+        lines += [f"The same codes and scales in other formats: {', '.join(folders)}.", ""]
     if evaluation := report["evaluation"]:
         table = lanes_table(evaluation["lanes"])
         lines += [f"Measured on {describe_evaluation(evaluation)}:", "", *_markdown(table), ""]

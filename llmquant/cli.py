@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from llmquant.cli_export import export
 from llmquant.errors import Interrupted, LLMQuantError
 from llmquant.recipe import CHOICES, DEMO_DEFAULTS, Recipe, make_recipe
 
@@ -69,7 +70,7 @@ def run(
     ] = None,
     asymmetric: Annotated[
         bool,
-        typer.Option("--asymmetric", help="Give every group a zero point (--format fake only)", rich_help_panel=_JOB),
+        typer.Option("--asymmetric", help="Give every group a zero point (--format awq or fake)", rich_help_panel=_JOB),
     ] = False,
     ignore: Annotated[
         Optional[list[str]],
@@ -78,7 +79,9 @@ def run(
             rich_help_panel=_JOB,
         ),
     ] = None,
-    format: Annotated[Optional[str], _option("Output format", "format", _JOB)] = None,
+    format: Annotated[
+        Optional[str], _option("Output format, or several (compressed-tensors,gguf)", "format", _JOB)
+    ] = None,
     calibration: Annotated[Optional[str], _option(f"Text: {_DATA}", "calibration", _CALIB)] = None,
     samples: Annotated[Optional[int], _option("Windows", "samples", _CALIB)] = None,
     seq_len: Annotated[
@@ -221,6 +224,9 @@ def compare(
 ) -> None:
     """Several checkpoints in one table, with paired differences."""
     _compare(models, reference, _eval_flags(data, tokens, seq_len, device, dtype), max_ram, json, quiet)
+
+
+app.command(epilog="Example:  llmquant export ./out --format gguf --out ./out-gguf")(export)
 
 
 def _eval_flags(

@@ -56,9 +56,9 @@ def compare(
 ) -> Report:
     """Score `models` on the evaluation windows of `recipe` (eval_data, eval_tokens, eval_seq_len, device, dtype).
 
-    Every checkpoint may be 16-bit or compressed-tensors; all must share the reference's tokenizer and vocabulary.
-    The first lane is the reference (the first model where none is given). One block of one lane is in memory at a
-    time, and at the end the heads of all lanes. The report's `differences` are paired over windows.
+    Every checkpoint may be 16-bit or quantized (`packed.LAYOUTS`); all must share the reference's tokenizer and
+    vocabulary. The first lane is the reference (the first model where none is given). One block of one lane is in
+    memory at a time, and at the end the heads of all lanes. The report's `differences` are paired over windows.
     """
     watch = Stopwatch()
     windows, lanes, scores = score_tokens(models, reference, recipe, max_ram=max_ram, log=log, watch=watch)

@@ -16,6 +16,7 @@ from llmquant.card import make_card
 from llmquant.comparison import noise_floor
 from llmquant.errors import ResumeError
 from llmquant.evaluation import Figures, Lanes, figures
+from llmquant.export import check_exports, export_beside
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.job import ORIGINAL, OURS, Job, Log, fingerprint, prepare, refuse_damaged_weights, silent
 from llmquant.memory import trim
@@ -53,9 +54,11 @@ def quantize(
     recipe = recipe or make_recipe(str(model))
     with watch.stage("prepare"):
         job = prepare(model, revision, recipe, log)
+        check_exports(recipe.exports, job.source, job.skeleton, job.plan)
         sizes, budget = job.stream_sizes(), parse_size("--max-ram", max_ram)
         target = Path(out) if out is not None else Path(f"{job.source.name.rpartition('/')[2]}-{recipe.scheme_name}")
-        needed = job.plan.output_bytes + job.source.side_bytes + sum(spilled(sizes, budget).values())
+        copies = 1 + len(recipe.exports)
+        needed = job.plan.output_bytes * copies + job.source.side_bytes + sum(spilled(sizes, budget).values())
         run = RunDir(
             target,
             overwrite=overwrite,
@@ -79,6 +82,8 @@ def quantize(
             _write_side_files(job, run)
             verify_output(run.path, job.plan, record)
         log(f"verified: {len(job.plan.layout)} tensors re-read from disk, equal to what was computed")
+        with watch.stage("export"):
+            export_beside(recipe.exports, run, parse_size("--max-shard-size", recipe.max_shard_size), log)
         floor = None if job.evaluation is None else noise_floor(job.source, job.skeleton, job.evaluation, watch)
         report = Report(_report(job, layers, lanes, floor), watch.cost(), run.out)
         run.write_json("report.json", report.data)

@@ -103,6 +103,7 @@ def make_plan(source: Source, skeleton: Skeleton, recipe: Recipe) -> Plan:
         layout |= new
     quantized = {spec.module for spec in specs}
     dense = [n for n, m in skeleton.model.named_modules() if is_linear(m) and n not in quantized]
+    fmt.config(specs, dense)  # raises here, not after hours, where the format cannot say which linears are dense
     return Plan(tuple(rows), tuple(dense), layout)
 
 

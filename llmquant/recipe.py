@@ -13,11 +13,15 @@ from llmquant.errors import RecipeError
 # What the small built-in model changes: its context is short and its text fits in seconds.
 DEMO_DEFAULTS: dict[str, Any] = {"seq_len": 512, "eval_data": "builtin", "eval_tokens": 32768, "eval_seq_len": 512}
 
+# gguf is written from a finished checkpoint only
+FORMAT_NAMES = ("compressed-tensors", "gptq", "awq", "mlx", "gguf", "fake")
+EXPORTABLE = ("compressed-tensors", "gptq", "awq")  # their codes can be read back as a grid
+
 CHOICES: dict[str, tuple[Any, ...]] = {
     "method": ("gptq", "rtn"),
     "bits": (2, 3, 4, 8),
     "group_size": (32, 64, 128, -1),
-    "format": ("compressed-tensors", "fake"),
+    "format": ("compressed-tensors", "gptq", "awq", "mlx", "fake"),
     "grid": ("hessian", "absmax"),
     "order": ("descending", "natural"),
     "passes": ("step", "block"),
@@ -36,6 +40,7 @@ class Recipe:
     symmetric: bool = True
     ignore: tuple[str, ...] = ()
     format: str = "compressed-tensors"
+    exports: tuple[str, ...] = ()  # formats written beside it, each in a folder of its name
     # solver
     grid: str = "hessian"
     order: str = "descending"
@@ -61,6 +66,7 @@ class Recipe:
     max_shard_size: str = "5GB"
 
     def __post_init__(self) -> None:
+        self._check_formats()
         for name, allowed in CHOICES.items():
             if (value := getattr(self, name)) not in allowed or isinstance(value, bool):
                 raise RecipeError(_flag(name), f"{value!r}", expected=f"one of {', '.join(map(str, allowed))}")
@@ -90,9 +96,21 @@ class Recipe:
                 raise RecipeError("--ignore", f"{pattern!r} ({error})", expected="a regular expression") from None
         parse_size("--max-shard-size", self.max_shard_size)
 
+    def _check_formats(self) -> None:
+        if self.format == "gguf":
+            raise RecipeError(
+                "--format",
+                "'gguf' alone",
+                expected="a checkpoint that it is made from: --format compressed-tensors,gguf",
+            )
+        if unknown := [name for name in self.exports if name not in FORMAT_NAMES or name == self.format]:
+            raise RecipeError("--format", repr(unknown[0]), expected=f"other ones of {', '.join(FORMAT_NAMES)}")
+        if self.exports and self.format not in EXPORTABLE:
+            raise RecipeError("--format", f"{self.format!r} first", expected=f"one of {', '.join(EXPORTABLE)} first")
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data for reports, in the order of the fields."""
-        return asdict(self) | {"ignore": list(self.ignore)}
+        return asdict(self) | {"ignore": list(self.ignore), "exports": list(self.exports)}
 
     @property
     def scheme_name(self) -> str:
@@ -117,7 +135,10 @@ def from_mapping(values: Mapping[str, Any]) -> Recipe:
         if name not in known:
             raise RecipeError(f"recipe: {name}", "unknown key", remedy=did_you_mean(name, known))
         _check_type(name, value)
-    values = {name: tuple(value) if name == "ignore" else value for name, value in values.items()}
+    values = {name: tuple(value) if name in ("ignore", "exports") else value for name, value in values.items()}
+    if "," in (names := values.get("format", "")):  # several at once: the first is the checkpoint
+        first, *others = (name.strip() for name in names.split(","))
+        values |= {"format": first, "exports": tuple(dict.fromkeys(others))}
     return Recipe(**values)
 
 
@@ -148,6 +169,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "damp": (float, int, type(None)),
     "propagation": (float, int, str),
     "ignore": (list, tuple),
+    "exports": (list, tuple),
     "eval_tokens": (int, str),
 }
 _INTEGERS = ("bits", "group_size", "samples", "seq_len", "seed", "eval_seq_len")
@@ -159,7 +181,7 @@ def _check_type(name: str, value: Any) -> None:
     if not isinstance(value, wanted) or (isinstance(value, bool) and "bool" not in expected):
         raise RecipeError(f"recipe: {name}", f"{value!r}", expected=expected)
     if isinstance(value, list | tuple) and not all(isinstance(item, str) for item in value):
-        raise RecipeError("recipe: ignore", f"{value!r}", expected="a list of regular expressions")
+        raise RecipeError(f"recipe: {name}", f"{value!r}", expected="a list of texts")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -238,8 +238,8 @@ class RunDir:
         self._fds, self._journal, self._lock = {}, None, None
 
     # -- weights ---------------------------------------------------------------------------------------
-    def open_shards(self, layout: Layout, max_shard_bytes: int) -> None:
-        """Open the safetensors files for `layout`, filled shard by shard in its order, with headers and index.
+    def open_shards(self, layout: Layout, max_shard_bytes: int, folder: str = "") -> None:
+        """Open the safetensors files for `layout` in `folder`, in its order, with headers and index.
 
         Files of an earlier run are gone on with where blocks of it are committed.
         """
@@ -247,31 +247,38 @@ class RunDir:
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
         if len(shards) == 1:
             names = ["model.safetensors"]
-        weight_map, total = {}, 0
+        weight_map: dict[str, str] = {}
+        total = 0
         for file_name, shard in zip(names, shards, strict=True):
             head, places = build_header({name: layout[name] for name in shard})
-            size = max(place.end for place in places.values())
-            self._open_shard(file_name, head, size)
+            self.open_file(folder + file_name, head, places, go_on=bool(self.records) and not folder)
             total += sum(place.nbytes for place in places.values())
-            for name, place in places.items():
-                self._places[name] = TensorInfo(name, file_name, place.dtype, place.shape, place.start, place.end)
-                weight_map[name] = file_name
-        fsync_path(self._disk, self.path)
-        self._unwritten = set(self._places) - {name for record in self.records for name in record["tensors"]}
+            weight_map |= dict.fromkeys(places, file_name)
+        fsync_path(self._disk, self.path / folder)
+        self._unwritten -= {name for record in self.records for name in record["tensors"]} if not folder else set()
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            self.write_json("model.safetensors.index.json", index)
+            self.write_json(f"{folder}model.safetensors.index.json", index)
 
-    def _open_shard(self, file_name: str, head: bytes, size: int) -> None:
-        path = self.path / file_name
-        if self.records:
+    def open_file(self, file_name: str, head: bytes, places: Mapping[str, TensorInfo], *, go_on: bool = False) -> None:
+        """A file that begins with `head` and whose tensors will be written to `places`; gaps are zeros.
+
+        `go_on`: it was begun by an earlier run.
+        """
+        path, size = self.path / file_name, max(place.end for place in places.values())
+        if go_on:
             if not path.is_file() or path.stat().st_size != size:
                 raise ResumeError(str(path), "is not the file that was begun", remedy="start again with --resume never")
             self._fds[file_name] = self._disk.open(path, os.O_RDWR)
-            return
-        fd = self._fds[file_name] = self._disk.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-        write_all(self._disk, fd, head, 0)
-        self._disk.allocate(fd, size)  # the space is ours before hours are spent
+        else:
+            if not path.parent.exists():
+                self._disk.mkdir(path.parent)
+            fd = self._fds[file_name] = self._disk.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            write_all(self._disk, fd, head, 0)
+            self._disk.allocate(fd, size)  # the space is ours before hours are spent
+        for name, place in places.items():
+            self._places[name] = TensorInfo(name, file_name, place.dtype, place.shape, place.start, place.end)
+        self._unwritten |= places.keys()
 
     def read_tensor(self, name: str) -> Tensor:
         """A tensor that was written before."""
@@ -317,6 +324,8 @@ class RunDir:
             raise VerifyError(sorted(self._unwritten)[0], "was planned but never written")
         for fd in self._fds.values():
             self._disk.fsync(fd)
+            os.close(fd)
+        self._fds, self._places = {}, {}
 
     # -- other files -----------------------------------------------------------------------------------
     def write_json(self, name: str, value: Any) -> None:

@@ -5,7 +5,7 @@ The reader below is NumPy only: its own header parsing, its own unpacking, plain
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -31,6 +31,7 @@ _DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "U32": torch.uint32,
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
@@ -68,13 +69,17 @@ class Record:
             dense = weight.dequantize(spec.dtype)
             self.copied(spec.key, dense.T if spec.transposed else dense)
         else:
-            codes, scales = weight.codes_OI.cpu().contiguous().numpy(), weight.scales_OG.cpu().contiguous().numpy()
-            self._note(spec.key, _digest(codes, scales))
+            parts = [weight.codes_OI, weight.scales_OG, weight.zeros_OG]
+            self._note(spec.key, _digest(*[p.cpu().contiguous().numpy() for p in parts if p is not None]))
 
 
 def verify_output(folder: Path, plan: Plan, record: Record) -> None:
     """VerifyError unless the folder's tensors are exactly the plan's, bit for bit the record's, and finite."""
-    places = read_places(folder)
+    verify_places(folder, read_places(folder), plan, record)
+
+
+def verify_places(folder: Path, places: Mapping[str, "Place"], plan: Plan, record: Record) -> None:
+    """The same for tensors that have been found already."""
     if places.keys() != plan.layout.keys():
         odd = sorted(places.keys() ^ plan.layout.keys())[0]
         raise VerifyError(str(folder), f"tensor {odd} is {'unplanned' if odd in places else 'missing'}")
@@ -88,10 +93,10 @@ def verify_output(folder: Path, plan: Plan, record: Record) -> None:
                 raise VerifyError(row.name, "a weight that is not finite was written")
             found = _digest(places[row.name].raw())
         else:
-            codes, scales = decode(row.spec, places)
-            if not np.isfinite(scales).all() or (scales == 0).any():
+            decoded = decode(row.spec, places)
+            if not np.isfinite(decoded[1]).all() or (decoded[1] == 0).any():
                 raise VerifyError(row.name, "a scale that is zero or not finite was written")
-            found = _digest(codes, scales)
+            found = _digest(*decoded)
         if found != record.digests.get(row.name):
             raise VerifyError(
                 row.name, "the bytes on disk do not decode to what was computed", remedy="do not use this output"
@@ -173,10 +178,10 @@ def _check_index(folder: Path, places: dict[str, Place]) -> None:
         raise VerifyError(index.name, f"total_size {total}", expected=str(nbytes))
 
 
-Decoded = tuple[NDArray[np.int8], NDArray[np.float32]]
+Decoded = tuple[NDArray[Any], ...]  # codes_OI int8, scales_OG float32 and, if asymmetric, zeros_OG int8
 
 
-def _decode_compressed_tensors(spec: LinearSpec, places: dict[str, Place]) -> Decoded:
+def _decode_compressed_tensors(spec: LinearSpec, places: Mapping[str, Place]) -> Decoded:
     packed, bits = places[f"{spec.prefix}weight_packed"], spec.scheme.bits
     shape = places[f"{spec.prefix}weight_shape"].raw().view("<i8")
     if tuple(shape) != spec.shape:
@@ -188,9 +193,74 @@ def _decode_compressed_tensors(spec: LinearSpec, places: dict[str, Place]) -> De
     return codes, places[f"{spec.prefix}weight_scale"].floats()
 
 
+def _decode_gptq(spec: LinearSpec, places: Mapping[str, Place]) -> Decoded:
+    (rows, columns), bits = spec.shape, spec.scheme.bits
+    word = np.dtype("<u4")
+    qweight = places[f"{spec.prefix}qweight"].raw().view(word).reshape(-1, rows)
+    shifts = np.arange(0, 32, bits, dtype=word)
+    codes_IO = (qweight[:, None, :] >> shifts[None, :, None] & (2**bits - 1)).reshape(columns, rows)
+    zeros = places[f"{spec.prefix}qzeros"].raw().view(word)[:, None] >> shifts & (2**bits - 1)
+    if (zeros != 2 ** (bits - 1) - 1).any():
+        raise VerifyError(spec.key, "a zero point off the middle was written")
+    scales_GO = places[f"{spec.prefix}scales"].floats()
+    group = places[f"{spec.prefix}g_idx"].raw().view("<i4")
+    if (group != np.repeat(np.arange(len(scales_GO)), columns // len(scales_GO))).any():
+        raise VerifyError(spec.key, "g_idx does not count the groups in order")
+    return (codes_IO.T.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8), scales_GO.T
+
+
+def _decode_awq(spec: LinearSpec, places: Mapping[str, Place]) -> Decoded:
+    def column(place: Place) -> NDArray[np.int8]:
+        words = place.raw().view("<u4").reshape(place.shape)
+        # Output 8 i + j lies in word i: even j from the lowest nibble up, odd j from the fifth.
+        nibbles = [words >> 4 * (j // 2 + 4 * (j % 2)) & 15 for j in range(8)]
+        return (np.stack(nibbles, axis=-1).reshape(len(words), -1).T.astype(np.int16) - 8).astype(np.int8)
+
+    codes, zeros = column(places[f"{spec.prefix}qweight"]), column(places[f"{spec.prefix}qzeros"])
+    scales = places[f"{spec.prefix}scales"].floats().T
+    if not spec.scheme.symmetric:
+        return codes, scales, zeros
+    if zeros.any():
+        raise VerifyError(spec.key, "a zero point off the middle was written")
+    return codes, scales
+
+
+def _decode_mlx(spec: LinearSpec, places: Mapping[str, Place]) -> Decoded:
+    (rows, columns), bits = spec.shape, spec.scheme.bits
+    octets = places[f"{spec.prefix}weight"].raw().reshape(rows, -1)
+    stream = np.unpackbits(octets, axis=1, bitorder="little").reshape(rows, columns, bits)
+    codes = (stream.astype(np.int16) << np.arange(bits)).sum(-1) - 2 ** (bits - 1)
+    scales, biases = (places[f"{spec.prefix}{part}"].floats() for part in ("scales", "biases"))
+    if (biases != -scales * 2.0 ** (bits - 1)).any():
+        raise VerifyError(spec.key, "a bias that is not the scale's was written")
+    return codes.astype(np.int8), scales
+
+
+def _decode_gguf(spec: LinearSpec, places: Mapping[str, Place]) -> Decoded:
+    (rows, columns), groups = spec.shape, spec.scheme.groups(spec.shape[1])
+    head = {True: ["d"], False: ["d", "m"]}[spec.scheme.symmetric]
+    body = ("codes", "i1", 32) if spec.scheme.bits == 8 else ("codes", "u1", 16)
+    kind = np.dtype([*((name, "<f2") for name in head), body])
+    blocks = places[spec.key].raw().view(kind).reshape(rows, groups, -1)
+    if any((blocks[name] != blocks[name][:, :, :1]).any() for name in head):
+        raise VerifyError(spec.key, "blocks of one group differ in their scales")
+    scales = blocks["d"][:, :, 0].astype(np.float32)
+    octets = blocks["codes"].reshape(-1, body[2]).view(np.uint8)
+    if spec.scheme.bits == 4:
+        octets = np.concatenate([octets % 16, octets // 16], axis=1) - np.uint8(8)  # -8 .. 7 in two's complement
+    codes = octets.view(np.int8).reshape(rows, columns)
+    if spec.scheme.symmetric:
+        return codes, scales
+    return codes, scales, (np.rint(-blocks["m"][:, :, 0].astype(np.float32) / scales) - 8).astype(np.int8)
+
+
 # Formats that hold codes; the others are compared as dense weights.
-DECODERS: dict[str, Callable[[LinearSpec, dict[str, Place]], Decoded]] = {
-    "compressed-tensors": _decode_compressed_tensors
+DECODERS: dict[str, Callable[[LinearSpec, Mapping[str, Place]], Decoded]] = {
+    "compressed-tensors": _decode_compressed_tensors,
+    "gptq": _decode_gptq,
+    "awq": _decode_awq,
+    "mlx": _decode_mlx,
+    "gguf": _decode_gguf,
 }
 
 

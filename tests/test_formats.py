@@ -28,8 +28,9 @@ def spec_of(
     kind: str = "Linear",
     dtype: torch.dtype = torch.bfloat16,
     module: str = "model.layers.0.mlp.up_proj",
+    symmetric: bool = True,
 ) -> LinearSpec:
-    return LinearSpec(f"{module}.weight", module, kind, shape, dtype, QuantScheme(bits, group))
+    return LinearSpec(f"{module}.weight", module, kind, shape, dtype, QuantScheme(bits, group, symmetric))
 
 
 def weight_of(spec: LinearSpec, seed: int = 0) -> QuantizedWeight:
@@ -39,20 +40,47 @@ def weight_of(spec: LinearSpec, seed: int = 0) -> QuantizedWeight:
     codes = torch.randint(low, high, spec.shape, generator=generator, dtype=torch.int8)
     groups = (spec.shape[0], spec.scheme.groups(spec.shape[1]))
     scales = torch.randn(groups, generator=generator) * 4.0 ** torch.randint(-12, 3, groups, generator=generator)
-    return QuantizedWeight(codes, round_scales(scales), spec.scheme)
+    zeros = None if spec.scheme.symmetric else torch.randint(low, high, groups, generator=generator, dtype=torch.int8)
+    return QuantizedWeight(codes, round_scales(scales), spec.scheme, zeros)
 
 
-def kinds_of(name: str) -> list[str]:
-    return ["Linear"] if name == "compressed-tensors" else ["Linear", "Conv1D"]
+def takes(name: str, spec: LinearSpec) -> bool:
+    try:
+        FORMATS[name].check([spec])
+    except FormatError:
+        return False
+    return True
 
 
 def specs_for(name: str) -> list[LinearSpec]:
-    return [
-        spec_of(bits, group, shape, kind=kind, dtype=dtype)
+    """All that the format takes of many shapes, widths, dtypes and kinds."""
+    shapes = ((32, (6, 96)), (64, (3, 64)), (-1, (5, 37)), (32, (32, 96)), (64, (64, 128)), (-1, (32, 64)))
+    specs = [
+        spec_of(bits, group, shape, kind=kind, dtype=dtype, symmetric=symmetric)
         for bits in (2, 3, 4, 8)
-        for group, shape in ((32, (6, 96)), (64, (3, 64)), (-1, (5, 37)))
+        for group, shape in shapes
         for dtype in (torch.bfloat16, torch.float16, torch.float32)
-        for kind in kinds_of(name)
+        for kind in ("Linear", "Conv1D")
+        for symmetric in (True, False)
+    ]
+    return [spec for spec in specs if takes(name, spec)]
+
+
+def test_what_each_format_takes() -> None:
+    taken = {name: specs_for(name) for name in FORMATS}
+    assert {name: sorted({s.scheme.bits for s in specs}) for name, specs in taken.items()} == {
+        "compressed-tensors": [2, 3, 4, 8],
+        "gptq": [4, 8],
+        "awq": [4],
+        "mlx": [2, 3, 4, 8],
+        "gguf": [4, 8],
+        "fake": [2, 3, 4, 8],
+    }
+    assert [name for name, specs in taken.items() if any(s.transposed for s in specs)] == ["fake"]
+    assert [name for name, specs in taken.items() if any(not s.scheme.symmetric for s in specs)] == [
+        "awq",
+        "gguf",
+        "fake",
     ]
 
 
@@ -74,6 +102,8 @@ def test_reading_inverts_writing(name: str) -> None:
             assert torch.equal(found.codes_OI, weight.codes_OI)
             assert torch.equal(found.scales_OG, weight.scales_OG)
             assert found.scheme == weight.scheme
+            if weight.zeros_OG is not None and found.zeros_OG is not None:
+                assert torch.equal(found.zeros_OG, weight.zeros_OG)
         else:
             assert found.shape == spec.shape
             assert torch.equal(found, weight.dequantize(spec.dtype))
@@ -105,8 +135,10 @@ def test_weight_bits_of_int4_in_groups_of_128_are_4_and_an_eighth() -> None:
 
 @every_format
 def test_a_format_takes_plain_symmetric_linears(name: str) -> None:
-    FORMATS[name].check([spec_of(), spec_of(8, -1)])
-    assert FORMATS[name].config([spec_of()], ["lm_head"]).keys() <= {"quantization_config"}
+    spec = spec_of(4, 32, (32, 96))
+    FORMATS[name].check([spec])
+    keys = {"quantization_config", "quantization"} if name == "mlx" else {"quantization_config"}
+    assert FORMATS[name].config([spec], ["lm_head"]).keys() <= keys
 
 
 # -- compressed-tensors --------------------------------------------------------------------------------

@@ -3,11 +3,22 @@
 A new format is one file and one line in FORMATS.
 """
 
+from llmquant.formats.awq import AWQ
 from llmquant.formats.base import Format, LinearSpec
 from llmquant.formats.compressed_tensors import CompressedTensors
 from llmquant.formats.fake import Fake
+from llmquant.formats.gguf import GGUF
+from llmquant.formats.gptq import GPTQ
+from llmquant.formats.mlx import MLX
 
-FORMATS: dict[str, Format] = {"compressed-tensors": CompressedTensors(), "fake": Fake()}
+FORMATS: dict[str, Format] = {
+    "compressed-tensors": CompressedTensors(),
+    "gptq": GPTQ(),
+    "awq": AWQ(),
+    "mlx": MLX(),
+    "gguf": GGUF(),
+    "fake": Fake(),
+}
 # Formats that hold the dequantized weights in the checkpoint's own dtype, and no codes.
 DENSE = frozenset({"fake"})
 

@@ -1,5 +1,6 @@
 """The interface of a format."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -7,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from llmquant.errors import FormatError
 from llmquant.grid import QuantizedWeight, QuantScheme
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # tensor name -> dtype and shape
@@ -60,3 +62,75 @@ class Format(Protocol):
 
     def read(self, spec: LinearSpec, read: Callable[[str], Tensor]) -> QuantizedWeight | Tensor:
         """Inverse of `tensors`, from a reader of stored tensors by name; a dense weight_OI where nothing is packed."""
+
+
+def unsigned(weight: QuantizedWeight) -> Tensor:
+    """codes_OI + 2^(bits-1) as uint8: 0 .. 2^bits - 1."""
+    shifted: Tensor = weight.codes_OI.short() + 2 ** (weight.scheme.bits - 1)
+    return shifted.to(torch.uint8)
+
+
+def signed(codes_OI: Tensor, bits: int) -> Tensor:
+    """Inverse of `unsigned`."""
+    shifted: Tensor = codes_OI.short() - 2 ** (bits - 1)
+    return shifted.to(torch.int8)
+
+
+def in_block(module: str) -> tuple[str, str] | None:
+    """The block of a linear and its name in there, by the first number in its path; None outside any list.
+
+    >>> in_block("model.layers.3.mlp.up_proj"), in_block("lm_head")
+    (('model.layers.3', 'mlp.up_proj'), None)
+    """
+    match = re.match(r"(.*?\.\d+)\.(.+)", module)
+    return None if match is None else (match[1], match[2])
+
+
+def half_dtype(spec: LinearSpec) -> torch.dtype:
+    """bf16 where the checkpoint is in bf16, else fp16; canonical scales are exact in both."""
+    return torch.bfloat16 if spec.dtype == torch.bfloat16 else torch.float16
+
+
+def require_plain(
+    name: str,
+    specs: Sequence[LinearSpec],
+    *,
+    bits: Sequence[int],
+    in_multiple: int,
+    out_multiple: int,
+    one_scheme: bool,
+    asymmetric: bool = False,
+) -> None:
+    """FormatError, with the offender's name, where a linear is not one that the format `name` can hold."""
+    for spec in specs:
+        rows, columns = spec.shape
+        where, scheme = spec.module, spec.scheme
+        if spec.transposed:
+            raise FormatError(
+                where, f"{name} cannot hold {spec.kind} layers", expected="nn.Linear", remedy="use --format fake"
+            )
+        if scheme.bits not in bits:
+            raise FormatError(
+                where, f"{scheme.bits} bits in {name}", expected=" or ".join(map(str, bits)), remedy="change --bits"
+            )
+        if not scheme.symmetric and not asymmetric:
+            raise FormatError(
+                where,
+                f"an asymmetric grid in {name}",
+                expected="a symmetric grid",
+                remedy="leave --asymmetric out, or use --format awq or --format fake",
+            )
+        if columns % in_multiple or rows % out_multiple:
+            raise FormatError(
+                where,
+                f"{rows} outputs, {columns} inputs in {name}",
+                expected=f"multiples of {out_multiple} and {in_multiple}",
+                remedy="keep it in 16 bit with --ignore, or use --format compressed-tensors",
+            )
+        if one_scheme and scheme != specs[0].scheme:
+            raise FormatError(
+                where,
+                f"{scheme.bits} bits, group size {scheme.group_size}",
+                expected=f"{name} knows one scheme for all layers, as {specs[0].module} has",
+                remedy="use --format compressed-tensors",
+            )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import FormatError
-from llmquant.formats.base import Layout, LinearSpec
+from llmquant.formats.base import Layout, LinearSpec, signed, unsigned
 from llmquant.grid import QuantizedWeight, QuantScheme
 from llmquant.packing import pack_rows, unpack_rows
 
@@ -31,7 +31,7 @@ class CompressedTensors:
                 "compressed-tensors",
                 "an asymmetric grid, which its loader cannot open by default",
                 expected="a symmetric grid",
-                remedy="leave --asymmetric out, or use --format fake",
+                remedy="leave --asymmetric out, or use --format awq (4 bit) or --format fake",
             )
 
     def layout(self, spec: LinearSpec) -> Layout:
@@ -43,9 +43,8 @@ class CompressedTensors:
         }
 
     def tensors(self, spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
-        unsigned = (weight.codes_OI.short() + 2 ** (spec.scheme.bits - 1)).to(torch.uint8)
         return {
-            f"{spec.prefix}weight_packed": pack_rows(unsigned, spec.scheme.bits),
+            f"{spec.prefix}weight_packed": pack_rows(unsigned(weight), spec.scheme.bits),
             f"{spec.prefix}weight_scale": weight.scales_OG.to(spec.dtype),
             f"{spec.prefix}weight_shape": torch.tensor(spec.shape, dtype=torch.int64),
         }
@@ -90,5 +89,5 @@ class CompressedTensors:
 
     def read(self, spec: LinearSpec, read: Callable[[str], Tensor]) -> QuantizedWeight:
         codes = unpack_rows(read(f"{spec.prefix}weight_packed"), spec.scheme.bits, spec.shape[1])
-        signed = (codes.short() - 2 ** (spec.scheme.bits - 1)).to(torch.int8)
-        return QuantizedWeight(signed, read(f"{spec.prefix}weight_scale").float(), spec.scheme)
+        scales = read(f"{spec.prefix}weight_scale").float()
+        return QuantizedWeight(signed(codes, spec.scheme.bits), scales, spec.scheme)

@@ -1,0 +1,86 @@
+"""GPTQ, version 1, symmetric, columns in their own order: opened by transformers (optimum, gptqmodel), vLLM, SGLang.
+
+For a weight [N, K] of b bits in groups of g (layout of AutoGPTQ): qweight int32 [K b / 32, N], codes q + 2^(b-1) from
+the lowest bit up along K; scales [K / g, N]; qzeros int32 [K / g, N b / 32] along N, each zero MINUS ONE, which for a
+symmetric grid is 2^(b-1) - 1 everywhere; g_idx int32 [K] = k // g. Asymmetric grids are refused: a zero of 0 would be
+stored as -1 and carry into its neighbour.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmquant.errors import FormatError
+from llmquant.formats.base import Layout, LinearSpec, half_dtype, in_block, require_plain, signed, unsigned
+from llmquant.grid import QuantizedWeight
+from llmquant.packing import pack_rows, unpack_rows
+
+_ZEROS = {4: 0x77777777, 8: 0x7F7F7F7F}
+
+
+class GPTQ:
+    def check(self, specs: Sequence[LinearSpec]) -> None:
+        # 32 is what its kernels in transformers ask of both sides.
+        require_plain("gptq", specs, bits=(4, 8), in_multiple=32, out_multiple=32, one_scheme=True)
+
+    def layout(self, spec: LinearSpec) -> Layout:
+        (rows, columns), bits = spec.shape, spec.scheme.bits
+        groups = spec.scheme.groups(columns)
+        return {
+            f"{spec.prefix}qweight": (torch.int32, (columns * bits // 32, rows)),
+            f"{spec.prefix}qzeros": (torch.int32, (groups, rows * bits // 32)),
+            f"{spec.prefix}scales": (half_dtype(spec), (groups, rows)),
+            f"{spec.prefix}g_idx": (torch.int32, (columns,)),
+        }
+
+    def tensors(self, spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
+        columns, bits = spec.shape[1], spec.scheme.bits
+        zeros = self.layout(spec)[f"{spec.prefix}qzeros"][1]
+        return {
+            f"{spec.prefix}qweight": pack_rows(unsigned(weight), bits).T.contiguous(),
+            f"{spec.prefix}qzeros": torch.full(zeros, _ZEROS[bits], dtype=torch.int32),
+            f"{spec.prefix}scales": weight.scales_OG.T.contiguous().to(half_dtype(spec)),
+            f"{spec.prefix}g_idx": torch.arange(columns, dtype=torch.int32) // spec.scheme.group(columns),
+        }
+
+    def weight_bits(self, spec: LinearSpec) -> int:
+        return sum(8 * dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self.layout(spec).values())
+
+    def config(self, specs: Sequence[LinearSpec], dense_linears: Sequence[str]) -> dict[str, Any]:
+        scheme = specs[0].scheme
+        return {
+            "quantization_config": {
+                "quant_method": "gptq",
+                "checkpoint_format": "gptq",
+                "bits": scheme.bits,
+                "group_size": scheme.group_size,
+                "sym": True,
+                "desc_act": False,
+                "true_sequential": True,
+                "lm_head": False,
+                **self._only(specs, dense_linears),
+                "meta": {"quantizer": ["llmquant"]},
+            }
+        }
+
+    def _only(self, specs: Sequence[LinearSpec], dense_linears: Sequence[str]) -> dict[str, Any]:
+        """The linears of a block that are quantized, where not all are: the same ones in every block."""
+        dense = {name for _, name in filter(None, map(in_block, dense_linears))}
+        if not dense:
+            return {}
+        quantized = [name for _, name in filter(None, (in_block(spec.module) for spec in specs))]
+        if both := sorted(dense.intersection(quantized)):
+            raise FormatError(
+                both[0],
+                "is quantized in some blocks and dense in others",
+                expected="gptq knows one list of linears for all blocks",
+                remedy="let --ignore match it in every block, or use --format compressed-tensors",
+            )
+        return {"modules_in_block_to_quantize": [[name] for name in dict.fromkeys(quantized)]}
+
+    def read(self, spec: LinearSpec, read: Callable[[str], Tensor]) -> QuantizedWeight:
+        codes = unpack_rows(read(f"{spec.prefix}qweight").T, spec.scheme.bits, spec.shape[1])
+        scales = read(f"{spec.prefix}scales").T.float().contiguous()
+        return QuantizedWeight(signed(codes, spec.scheme.bits), scales, spec.scheme)

@@ -1,0 +1,194 @@
+"""What llama.cpp wants to know about a model: metadata, tensor names, and the few weights it stores differently.
+
+Llama and Mistral rows of q and k are permuted, since llama.cpp rotates neighbouring pairs where transformers rotates
+halves; Gemma's norms are stored with their 1 added. Everything that llama.cpp would compute otherwise is refused.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmquant.errors import FormatError
+
+_ARCHITECTURES = {"mistral": "llama"} | {name: name for name in ("llama", "qwen2", "qwen3", "gemma2", "phi3")}
+_ACTIVATIONS = {"gemma2": "gelu_pytorch_tanh"}
+
+_OUTER = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+_INNER = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate_up_proj": "ffn_up",  # Phi3: gate and up in one, gate first, in llama.cpp too
+}
+_GEMMA2 = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
+@dataclass(frozen=True)
+class GGUFModel:
+    """A model that llama.cpp knows, by the config of its checkpoint."""
+
+    config: dict[str, Any]  # transformers' own, with every default filled in
+
+    def __post_init__(self) -> None:
+        kind = self.config.get("model_type")
+        if kind not in _ARCHITECTURES:
+            raise FormatError(
+                "gguf", f"model type {kind!r}", expected=", ".join(_ARCHITECTURES), remedy="use another --format"
+            )
+        self._refuse_differences()
+
+    @property
+    def architecture(self) -> str:
+        return _ARCHITECTURES[self.config["model_type"]]
+
+    @property
+    def head_dim(self) -> int:
+        return int(self.config.get("head_dim") or self.config["hidden_size"] // self.config["num_attention_heads"])
+
+    @property
+    def rope(self) -> dict[str, Any]:
+        """rope_theta, rope_type and what belongs to the type, from either spelling of the config."""
+        old = self.config.get("rope_scaling") or {}
+        rope = {"rope_type": old.get("type", "default"), **old, **(self.config.get("rope_parameters") or {})}
+        rope.setdefault("rope_theta", self.config.get("rope_theta", 10000.0))
+        return rope
+
+    def _refuse_differences(self) -> None:
+        def refuse(what: str, got: object, expected: object) -> None:
+            raise FormatError("gguf", f"{what} {got!r}", expected=f"{expected}, as llama.cpp computes it")
+
+        config, kind = self.config, self.architecture
+        act = config.get("hidden_activation") or config.get("hidden_act")
+        if act != (wanted := _ACTIVATIONS.get(kind, "silu")):
+            refuse("activation", act, wanted)
+        types = ("default", "llama3") if kind == "llama" else ("default",)
+        if self.rope["rope_type"] not in (*types, "linear"):
+            refuse("rope type", self.rope["rope_type"], " or ".join((*types, "linear")))
+        if kind == "gemma2":
+            scalar = config.get("query_pre_attn_scalar", 256)
+            if scalar != self.head_dim:
+                refuse("query_pre_attn_scalar", scalar, f"head_dim, {self.head_dim}")
+            sliding = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(self.n_layers)]
+            if config.get("layer_types", sliding) != sliding:
+                refuse("layer_types", "of another order", "every second layer sliding, the first one too")
+            for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+                if not config.get(name):
+                    refuse(name, config.get(name), "a number")
+
+    @property
+    def n_layers(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def context(self) -> int:
+        """Positions for which llama.cpp computes what transformers does: it knows no sliding window but Gemma's."""
+        context, window = int(self.config["max_position_embeddings"]), self.config.get("sliding_window") or 0
+        if not window or self.architecture == "gemma2" or not self.config.get("use_sliding_window", True):
+            return context
+        return min(context, int(window))
+
+    def metadata(self, name: str, file_type: int, vocab_size: int) -> dict[str, Any]:
+        """The entries `general.*` and those of the architecture."""
+        config, arch = self.config, self.architecture
+        heads = int(config["num_attention_heads"])
+        own: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "context_length": self.context,
+            "embedding_length": int(config["hidden_size"]),
+            "block_count": self.n_layers,
+            "feed_forward_length": int(config["intermediate_size"]),
+            "attention.head_count": heads,
+            "attention.head_count_kv": int(config.get("num_key_value_heads") or heads),
+            "attention.key_length": self.head_dim,
+            "attention.value_length": self.head_dim,
+            "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+            "rope.dimension_count": int(self.head_dim * self._rotary_share),
+            "rope.freq_base": float(self.rope["rope_theta"]),
+        }
+        if self.rope["rope_type"] == "linear":
+            own |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(self.rope["factor"])}
+        if arch == "phi3":
+            original = config.get("original_max_position_embeddings") or config["max_position_embeddings"]
+            own["rope.scaling.original_context_length"] = int(original)
+        if arch == "gemma2":
+            own |= {
+                "attn_logit_softcapping": float(config["attn_logit_softcapping"]),
+                "final_logit_softcapping": float(config["final_logit_softcapping"]),
+                "attention.sliding_window": int(config["sliding_window"]),
+            }
+        general = {
+            "general.architecture": arch,
+            "general.type": "model",
+            "general.name": name,
+            "general.file_type": file_type,
+            "general.quantization_version": 2,
+        }
+        return general | {f"{arch}.{key}": value for key, value in own.items()}
+
+    @property
+    def _rotary_share(self) -> float:
+        return float(self.rope.get("partial_rotary_factor", self.config.get("partial_rotary_factor") or 1.0))
+
+    def name(self, key: str) -> str:
+        """llama.cpp's name of a tensor; FormatError where it has none."""
+        if match := re.fullmatch(r"(?:model\.)?layers\.(\d+)\.(.+)\.(weight|bias)", key):
+            table = _INNER | _GEMMA2 if self.architecture == "gemma2" else _INNER
+            if match[2] in table:
+                return f"blk.{match[1]}.{table[match[2]]}.{match[3]}"
+        elif match := re.fullmatch(r"(?:model\.)?(embed_tokens|norm|lm_head)\.(weight|bias)", key):
+            return f"{_OUTER[match[1]]}.{match[2]}"
+        raise FormatError(key, "llama.cpp knows no such tensor", remedy="use another --format")
+
+    def heads_of(self, key: str) -> int | None:
+        """Heads of a tensor whose rows llama.cpp wants permuted, else None."""
+        match = re.search(r"\.self_attn\.([qk])_proj\.", key)
+        if match is None or self.architecture != "llama":
+            return None
+        heads = int(self.config["num_attention_heads"])
+        return heads if match[1] == "q" else int(self.config.get("num_key_value_heads") or heads)
+
+    def rows(self, key: str, tensor: Tensor) -> Tensor:
+        """`tensor` with its rows in llama.cpp's order: of each head, (half, pair) becomes (pair, half)."""
+        heads = self.heads_of(key)
+        if heads is None:
+            return tensor
+        split = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, -1)
+        return split.transpose(1, 2).reshape(tensor.shape).contiguous()
+
+    def dense(self, key: str, tensor: Tensor) -> Tensor:
+        """A tensor that is not quantized, but for `rows`: vectors in float32, matrices in their own dtype."""
+        if tensor.dim() > 1:
+            return tensor
+        tensor = tensor.float()
+        return tensor + 1 if self.architecture == "gemma2" and "norm" in key else tensor
+
+    def rope_factors(self) -> Tensor | None:
+        """llama3 rope as llama.cpp stores it: what each frequency is divided by; None for other types.
+
+        With wavelength l = 2 pi / f and original context n: `factor` where l > n / low_freq_factor, 1 where
+        l < n / high_freq_factor, and in between f is interpolated as transformers does.
+        """
+        if self.rope["rope_type"] != "llama3":
+            return None
+        rope, size = self.rope, self.head_dim
+        factor, low, high = (float(rope[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+        context = float(rope["original_max_position_embeddings"])
+        frequency = float(rope["rope_theta"]) ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+        smooth = ((context * frequency / (2 * torch.pi) - low) / (high - low)).clamp(0, 1)
+        return (1 / ((1 - smooth) / factor + smooth)).float()
