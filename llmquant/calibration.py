@@ -198,11 +198,15 @@ def _column(where: str, rows: Any, column: str | None, limit: int) -> Iterator[s
             yield document.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates; tokenizers refuse them
 
 
+def has_tokenizer(source: Source) -> bool:
+    return any(file.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for file in source.side_files())
+
+
 def load_tokenizer(source: Source) -> Any:
     """The checkpoint's own tokenizer."""
     from transformers import AutoTokenizer
 
-    if not any(file.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for file in source.side_files()):
+    if not has_tokenizer(source):
         raise CalibrationError(
             source.name,
             "no tokenizer",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from llmquant import commands
 from llmquant.errors import LLMQuantError
 from llmquant.recipe import CHOICES, DEMO_DEFAULTS, Recipe, make_recipe
 
@@ -132,6 +133,12 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an output folder that llmquant wrote", rich_help_panel=_RUN)
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, as `llmquant plan` does", rich_help_panel=_RUN)
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Progress as JSON lines on stderr", rich_help_panel=_RUN)
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr", rich_help_panel=_RUN)] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error", rich_help_panel=_RUN)
@@ -148,9 +155,11 @@ def run(
     if eval_tokens is not None:
         flags["eval_tokens"] = _count(eval_tokens)
     settings = make_recipe(model, recipe, flags)
+    _calm_libraries()
+    if dry_run:
+        return commands.show_plan(model, settings, out, revision, max_ram, overwrite, json)
     from llmquant.pipeline import quantize
 
-    _calm_libraries()
     report = quantize(model, settings, out, revision=revision, max_ram=max_ram, overwrite=overwrite, log=_logger(quiet))
     _show(report)
 
@@ -268,6 +277,9 @@ def _show(report: "Report") -> None:
 def _logger(quiet: bool) -> Callable[[str], None]:
     """Progress goes to stderr, so that stdout holds results only."""
     return (lambda message: None) if quiet else (lambda message: print(message, file=sys.stderr, flush=True))
+
+
+commands.register(app, run)
 
 
 def _calm_libraries() -> None:

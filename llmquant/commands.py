@@ -1,0 +1,143 @@
+"""The commands that look and do not write: plan, inspect, doctor."""
+
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmquant.recipe import Recipe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from llmquant.estimate import Estimate
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout in place of the tables")]
+# What makes no sense where nothing runs; `json` gets another meaning.
+_NOT_IN_PLAN = ("dry_run", "json", "quiet")
+
+
+def register(app: typer.Typer, run: Callable[..., Any]) -> None:
+    """Add the commands to `app`. `plan` takes the options of `run`, whatever those are."""
+    app.command(name="plan", epilog="Example:  llmquant plan --model ./checkpoint --bits 4")(_plan_of(run))
+
+
+def _plan_of(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` with --dry-run on."""
+
+    def plan(**options: Any) -> None:
+        """What `run` with the same options would do and cost. Reads headers only, writes nothing."""
+        run(**options, dry_run=True)
+
+    signature = inspect.signature(run, eval_str=True)
+    parameters = [p for name, p in signature.parameters.items() if name not in _NOT_IN_PLAN]
+    parameters.append(inspect.Parameter("json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json))
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    # What typer reads its options from.
+    plan.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    plan.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+    return plan
+
+
+def show_plan(
+    model: str, recipe: Recipe, out: Path | None, revision: str | None, max_ram: str, overwrite: bool, as_json: bool
+) -> None:
+    """Print the estimate; exit with the code of the first problem that would end the run."""
+    from llmquant.estimate import estimate
+
+    found = estimate(model, recipe, out, revision=revision, max_ram=max_ram, overwrite=overwrite)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        _print_plan(found)
+    if found.exit_code:
+        raise typer.Exit(found.exit_code)
+
+
+def _print_plan(found: "Estimate") -> None:
+    console = new_console()
+    if found.kinds:
+        rows = [["tensors", "", "shape", "dtype", "what", "why"]]
+        for kind in found.kinds:
+            what = "copy" if kind.bits is None else f"{kind.bits} bits, {_group(kind.group_size)}"
+            shape = " x ".join(map(str, kind.shape)) or "scalar"
+            rows.append([kind.name, f"{kind.count} x", shape, kind.dtype, what, kind.reason])
+        print_rows(console, rows, bold=lambda row: row[4] != "copy")
+        console.print()
+    summary = [["model", found.model + (f" @ {found.revision[:12]}" if found.revision else "")]]
+    if found.bits_per_weight is not None:
+        summary += [
+            ["compute", f"{found.compute['dtype']} on {found.compute['device']}"],
+            ["size", f"{size(found.source_bytes)} -> {size(found.output_bytes)}"],
+            ["bits per weight", f"{found.bits_per_weight:.3f} in the quantized linears, scales included"],
+            ["peak memory", _sum_of(found.memory, size, "at most ")],
+            ["disk", _sum_of(found.disk, size)],
+            ["time", _sum_of(found.seconds, duration, "about ")],
+        ]
+    for name, text in summary:
+        console.print(f"[bold]{name:16}[/]", end="")
+        console.print(text, markup=False, soft_wrap=True)
+    for line in found.assumptions:
+        console.print(f"({line})", style="dim", markup=False, soft_wrap=True)
+    for problem in found.problems:
+        style, word = ("bold red", "problem") if problem.blocking else ("yellow", "note")
+        console.print(f"{word}: {problem.message}", style=style, markup=False, soft_wrap=True)
+    if not found.problems:
+        console.print("no problems found")
+
+
+def _group(group_size: int | None) -> str:
+    return "by row" if group_size == -1 else f"groups of {group_size}"
+
+
+def _sum_of(parts: dict[str, Any], text: Callable[[float], str], prefix: str = "") -> str:
+    shown = ", ".join(f"{name} {text(value)}" for name, value in parts.items() if value)
+    return f"{prefix}{text(sum(parts.values()))} ({shown})"
+
+
+def new_console() -> "Console":
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+
+
+def print_rows(
+    console: "Console", rows: list[list[str]], bold: Callable[[list[str]], bool] = lambda row: False
+) -> None:
+    """A table of plain text, the header first. Names are strangers' strings: no markup in them is obeyed."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*rows[0], box=None, pad_edge=False)
+    for row in rows[1:]:
+        table.add_row(*map(Text, row), style="bold" if bold(row) else None)
+    console.print(table)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def size(count: float) -> str:
+    """
+    >>> size(716e6), size(141.2e9), size(12)
+    ('716 MB', '141.2 GB', '12 bytes')
+    """
+    for unit, factor, digits in (("GB", 1e9, 1), ("MB", 1e6, 0), ("KB", 1e3, 0)):
+        if count >= factor:
+            return f"{count / factor:.{digits}f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(49), duration(3000), duration(40000)
+    ('49 s', '50 min', '11.1 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,95 @@
+"""Arithmetic of a run, counted from shapes, and how long this machine may take for it.
+
+Counted as 2 FLOPs per multiply-add: forwards of the blocks and the head, sums of Hessians, factorization, products of
+the solver. Attention scores, norms and activations are left out: they are small beside the linears.
+Shapes: O out_features, I in_features, N tokens.
+"""
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from llmquant.formats import LinearSpec
+from llmquant.plan import Plan
+from llmquant.recipe import Recipe
+from llmquant.skeleton import Skeleton
+
+# Seconds per weight of the grid search and the column loop: bound by memory, not by FLOPs. Fitted on the demo model
+# on one core (CPU); a GPU has some fifty times the bandwidth.
+_SOLVER_SECONDS = {"cpu": 1.6e-6, "cuda": 3e-8}
+# Seconds per column of a stack of linears: the column loop is a loop of Python.
+_COLUMN_SECONDS = {"cpu": 3e-5, "cuda": 1e-4}
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of forwards (compute dtype) and of Hessians and solves (float32); weights and columns to solve."""
+
+    forward_flops: float
+    solve_flops: float
+    weights: int
+    columns: int
+    efficiency: float = 0.6  # of a large product's speed, that smaller ones reach on average
+
+    def seconds(self, forward_rate: float, solve_rate: float, device: str) -> dict[str, float]:
+        """By part, from FLOP/s of both dtypes."""
+        elementwise = self.weights * _SOLVER_SECONDS[device] + self.columns * _COLUMN_SECONDS[device]
+        return {
+            "forwards": self.forward_flops / (forward_rate * self.efficiency),
+            "Hessians and solving": self.solve_flops / (solve_rate * self.efficiency) + elementwise,
+        }
+
+
+def work_of(
+    plan: Plan, skeleton: Skeleton, recipe: Recipe, n_calibration: int, n_evaluation: int, seq_len: int, lanes: object
+) -> Work:
+    """The work of a run over `n_calibration` and `n_evaluation` tokens with `lanes` (a sized collection of names)."""
+    n_lanes = len(lanes) if isinstance(lanes, tuple) else 0
+    block_weights = sum(skeleton.get(n).numel() for n in skeleton.params if skeleton.block_of(n) is not None)
+    head = skeleton.vocab_size * skeleton.hidden_size
+    drift = recipe.propagation != 0
+    order = {name: i for i, (name, _) in enumerate(skeleton.model.named_modules())}
+    inputs = _inputs(sorted(plan.specs, key=lambda spec: order[spec.module]))
+    # With steps, each block runs up to the next step for each of them: about half of it again, four times.
+    forwards = (2 if recipe.passes == "step" else 1) * (2 if drift else 1) + 1
+    forward_flops = 2.0 * block_weights * (n_calibration * forwards + n_evaluation * n_lanes)
+    forward_flops += 2.0 * head * n_evaluation * n_lanes
+    solve_flops, columns = 0.0, 0
+    for rows, width in inputs if n_calibration else ():
+        columns += width
+        solve_flops += 2.0 * n_calibration * width**2 * (2 if drift else 1) + width**3 / 3
+        # feedback, loss and plain rounding's loss and energy, two products per sweep, and the drift's three
+        solve_flops += rows * width**2 * (1 + 6 + 2 * recipe.sweeps + (6 if drift else 0))
+    weights = sum(spec.shape[0] * spec.shape[1] for spec in plan.specs) if n_calibration else 0
+    return Work(forward_flops, solve_flops, weights, columns)
+
+
+def _inputs(specs: list[LinearSpec]) -> list[tuple[int, int]]:
+    """(O of all linears that share it, I) of each distinct input, guessed from the order of definition:
+    the linears of one module of one width share their input, but the last of several (o_proj, down_proj) reads what
+    the others made."""
+    by_parent: dict[str, list[LinearSpec]] = defaultdict(list)
+    for spec in specs:
+        by_parent[spec.module.rpartition(".")[0]].append(spec)
+    found: list[tuple[int, int]] = []
+    for siblings in by_parent.values():
+        *others, last = siblings if len(siblings) > 1 else [siblings[0]]
+        shared: dict[int, int] = defaultdict(int)
+        for spec in others:
+            shared[spec.shape[1]] += spec.shape[0]
+        found += [(rows, width) for width, rows in shared.items()] + [last.shape]
+    return found
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """FLOP/s of a square product on `device`, the best of a few: a fifth of a second on a small CPU."""
+    size = size or (1024 if device.type == "cpu" else 8192)
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):  # the first one warms up
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - begin)
+    return 2.0 * size**3 / best
