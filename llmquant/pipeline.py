@@ -13,6 +13,7 @@ from llmquant.card import make_card
 from llmquant.comparison import noise_floor
 from llmquant.evaluation import Figures, Lanes, figures
 from llmquant.formats import FORMATS, LinearSpec
+from llmquant.html_report import make_html
 from llmquant.job import ORIGINAL, OURS, Job, Log, prepare, refuse_damaged_weights, silent
 from llmquant.memory import trim
 from llmquant.recipe import Recipe, make_recipe, parse_size
@@ -65,6 +66,7 @@ def quantize(
         run.write_json("report.json", report.data)
         run.write_json("cost.json", report.cost)
         run.write_bytes("README.md", make_card(run.out.name, job.source.name, report.data).encode())
+        run.write_bytes("report.html", make_html(run.out.name, report.data).encode())
         run.commit()
     return report
 
