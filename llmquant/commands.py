@@ -3,9 +3,9 @@
 import inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -24,6 +24,12 @@ _NOT_IN_PLAN = ("dry_run", "json", "quiet")
 def register(app: typer.Typer, run: Callable[..., Any]) -> None:
     """Add the commands to `app`. `plan` takes the options of `run`, whatever those are."""
     app.command(name="plan", epilog="Example:  llmquant plan --model ./checkpoint --bits 4")(_plan_of(run))
+    app.command(
+        name="inspect",
+        epilog="Examples:  llmquant inspect ./demo-W4A16-G128  |  "
+        "llmquant inspect ./demo-W4A16-G128 --layer model.layers.0.mlp.up_proj",
+    )(inspect_command)
+    app.command(epilog="Example:  llmquant doctor --json")(doctor)
 
 
 def _plan_of(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,8 +70,7 @@ def _print_plan(found: "Estimate") -> None:
         rows = [["tensors", "", "shape", "dtype", "what", "why"]]
         for kind in found.kinds:
             what = "copy" if kind.bits is None else f"{kind.bits} bits, {_group(kind.group_size)}"
-            shape = " x ".join(map(str, kind.shape)) or "scalar"
-            rows.append([kind.name, f"{kind.count} x", shape, kind.dtype, what, kind.reason])
+            rows.append([kind.name, f"{kind.count} x", _shape(kind.shape), kind.dtype, what, kind.reason])
         print_rows(console, rows, bold=lambda row: row[4] != "copy")
         console.print()
     summary = [["model", found.model + (f" @ {found.revision[:12]}" if found.revision else "")]]
@@ -88,6 +93,99 @@ def _print_plan(found: "Estimate") -> None:
         console.print(f"{word}: {problem.message}", style=style, markup=False, soft_wrap=True)
     if not found.problems:
         console.print("no problems found")
+
+
+def inspect_command(
+    model: Annotated[str, typer.Argument(help="demo, a local folder, or a Hub id: 16 bit or quantized")],
+    layer: Annotated[Optional[str], typer.Option(help="Statistics of this tensor or module")] = None,
+    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit on the Hub")] = None,
+    json: Json = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")] = False,
+) -> None:
+    """What a checkpoint is: schemes, sizes and bits by kind of tensor."""
+    from llmquant.inspection import inspect_checkpoint, inspect_layer
+
+    found = inspect_layer(model, layer, revision) if layer else inspect_checkpoint(model, revision)
+    if json:
+        return print_json(found)
+    console = new_console()
+    if layer:
+        return _print_layer(console, found)
+    rows = [["tensors", "", "shape", "scheme", "stored as", "size", "bits/weight"]]
+    for kind in found["kinds"]:
+        sizes = (size(kind["bytes"]), f"{kind['bits_per_weight']:.3f}")
+        rows.append(
+            [kind["name"], f"{kind['count']} x", _shape(kind["shape"]), _scheme(kind["scheme"]), kind["stored"], *sizes]
+        )
+    print_rows(console, rows, bold=lambda row: row[3] != "-")
+    what = "in the quantized linears, scales included" if found["quantized"] else "over all tensors"
+    files = f"{found['files']} file{'s' if found['files'] > 1 else ''}"
+    text = (
+        f"{found['model']}: {found['model_type']}, {found['weights'] / 1e6:.1f} M weights, {size(found['bytes'])} in "
+        f"{files}, {found['bits_per_weight']:.3f} bits per weight {what}"
+    )
+    console.print(text, markup=False, soft_wrap=True)
+
+
+def _print_layer(console: "Console", found: dict[str, Any]) -> None:
+    console.print(f"{found['name']}  {_shape(found['shape'])}  {_scheme(found['scheme'])}", markup=False, style="bold")
+    parts = [[p["name"], p["dtype"], _shape(p["shape"]), size(p["bytes"])] for p in found["stored"]]
+    print_rows(console, [["stored as", "dtype", "shape", "size"], *parts])
+    spreads = {name: found[name] for name in ("values", "scales", "zeros") if name in found}
+    figures = list(dict.fromkeys(key for spread in spreads.values() for key in spread))
+    body = [[name, *(f"{s[key]:.6g}" if key in s else "" for key in figures)] for name, s in spreads.items()]
+    print_rows(console, [["", *figures], *body])
+    if codes := found.get("codes"):
+        most = max(codes["histogram"].values())
+        if len(codes["histogram"]) <= 32:
+            for code, count in codes["histogram"].items():
+                console.print(f"{code:>5} {count:>12} {'#' * round(50 * count / most)}", markup=False)
+        console.print(
+            f"codes: entropy {codes['entropy_bits']:.3f} bits, {codes['at_ends']:.2%} at the ends of the range, "
+            f"{codes['zero']:.2%} zero"
+        )
+
+
+def doctor(json: Json = False) -> None:
+    """What this installation and machine can do: versions, devices, disk, Hub, formats."""
+    from llmquant.doctor import diagnose
+
+    found = diagnose()
+    if json:
+        return print_json(found)
+    console, machine, hub = new_console(), found["machine"], found["hub"]
+    versions = ", ".join(f"{name} {v or 'missing'}" for name, v in found["versions"].items())
+    online = f"{'offline' if hub['offline'] else 'online'}, token {'set' if hub['token'] else 'not set'}"
+    memory = "" if machine["memory_bytes"] is None else f", {size(machine['memory_bytes'])} memory"
+    rows = [
+        ["python", found["python"]],
+        ["packages", versions],
+        ["machine", f"{machine['system']}, {machine['cores']} cores, {machine['instruction_set']}{memory}"],
+        ["devices", ", ".join(f"{d['name']} ({d['what']})" for d in found["devices"])],
+        ["disk", f"{size(found['disk']['free_bytes'])} free in {found['disk']['folder']}"],
+        ["Hub", f"{hub['endpoint']}, {online}, cache {hub['cache']}"],
+        [
+            "formats",
+            ", ".join(
+                f"{n} ({'opens' if f['installed'] else 'cannot be opened'} here)" for n, f in found["formats"].items()
+            ),
+        ],
+    ]
+    for name, text in rows:
+        console.print(f"[bold]{name:10}[/]", end="")
+        console.print(text, markup=False, soft_wrap=True)
+    for problem in found["problems"]:
+        console.print(f"note: {problem}", style="yellow", markup=False, soft_wrap=True)
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def _scheme(scheme: dict[str, Any] | None) -> str:
+    if scheme is None:
+        return "-"
+    return f"{scheme['bits']} bits, {_group(scheme['group_size'])}" + ("" if scheme["symmetric"] else ", asymmetric")
 
 
 def _group(group_size: int | None) -> str:

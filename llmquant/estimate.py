@@ -1,7 +1,6 @@
 """What a run would do and cost, from headers alone: the ledger by kind, sizes, memory, disk, time and problems."""
 
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from llmquant.skeleton import Skeleton
 from llmquant.solvers import DATA_FREE
 from llmquant.source import HubSource, Source, open_source
 from llmquant.streams import spilled
+from llmquant.summary import without_numbers
 from llmquant.work import Work, matmul_rate, work_of
 
 T = TypeVar("T")
@@ -146,14 +146,6 @@ def kinds_of(plan: Plan) -> list[Kind]:
 
     counts = Counter(kind(row) for row in plan.rows)
     return [Kind(**(asdict(one) | {"count": count, "shape": one.shape})) for one, count in counts.items()]
-
-
-def without_numbers(name: str) -> str:
-    """
-    >>> without_numbers("model.layers.10.mlp.experts.3.up_proj.weight")
-    'model.layers.*.mlp.experts.*.up_proj.weight'
-    """
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def _tokens(

@@ -110,7 +110,16 @@ def place_of(name: str) -> tuple[int | None, str]:
     match = re.match(r".*?\.(\d+)\.(.+)", name)
     if match is None:
         return None, name
-    return int(match[1]), re.sub(r"(?<=\.)\d+(?=\.)", "*", match[2])
+    return int(match[1]), without_numbers(match[2])
+
+
+def without_numbers(name: str) -> str:
+    """A tensor's name with the numbers of its path taken out: its kind.
+
+    >>> without_numbers("model.layers.10.mlp.experts.3.up_proj.weight")
+    'model.layers.*.mlp.experts.*.up_proj.weight'
+    """
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def command_of(report: dict[str, Any]) -> str:
