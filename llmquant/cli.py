@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from llmquant import commands
+from llmquant.arguments import normalise, suggestion
 from llmquant.errors import LLMQuantError
-from llmquant.recipe import CHOICES, DEMO_DEFAULTS, Recipe, make_recipe
+from llmquant.recipe import CHOICES, DEMO_DEFAULTS, Recipe, make_recipe, recipe_folder
 
 if TYPE_CHECKING:
     from llmquant.report import Report
@@ -22,6 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    epilog=commands.EXAMPLES,
 )
 
 _DEFAULTS = Recipe()
@@ -36,7 +38,13 @@ def _option(text: str, name: str, panel: str) -> Any:
         text += f" [dim]\\[default: {default}]"
     if name in DEMO_DEFAULTS:
         text += f" [dim]\\[demo: {DEMO_DEFAULTS[name]}]"
-    return typer.Option(f"--{name.replace('_', '-')}", help=text, rich_help_panel=panel, show_default=False)
+    flag = f"--{name.replace('_', '-')}"
+    complete = commands.starting_with([str(choice) for choice in CHOICES.get(name, ())])
+    return typer.Option(flag, help=text, rich_help_panel=panel, show_default=False, autocompletion=complete)
+
+
+def _recipes() -> list[str]:
+    return sorted(path.stem for path in recipe_folder().glob("*.toml"))
 
 
 _JOB, _SOLVER, _CALIB, _EVAL, _RUN = "What", "How codes are chosen", "Calibration", "Evaluation", "Where and with what"
@@ -48,10 +56,7 @@ def _root() -> None:
     pass
 
 
-@app.command(
-    epilog="Examples:  llmquant run --model demo  |  llmquant run --model Qwen/Qwen3-8B --bits 4  |  "
-    "llmquant run --model ./checkpoint --recipe w8g128 --out ./checkpoint-int8"
-)
+@app.command(rich_help_panel=commands.MAKE, epilog=commands.RUN_EXAMPLES)
 def run(
     model: Annotated[str, typer.Option(help="demo, a local folder, or a Hub id", rich_help_panel=_JOB)],
     out: Annotated[
@@ -59,7 +64,11 @@ def run(
     ] = None,
     recipe: Annotated[
         Optional[str],
-        typer.Option(help="A recipe: a .toml file or a name in pipelines/; flags override it", rich_help_panel=_JOB),
+        typer.Option(
+            help="A recipe: a .toml file or a name in pipelines/; flags override it",
+            rich_help_panel=_JOB,
+            autocompletion=lambda incomplete: commands.starting_with(_recipes())(incomplete),
+        ),
     ] = None,
     method: Annotated[Optional[str], _option("How codes are chosen", "method", _JOB)] = None,
     bits: Annotated[Optional[int], _option("Bits per code", "bits", _JOB)] = None,
@@ -174,7 +183,11 @@ _SeqLen = Annotated[
 _Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file")]
 
 
-@app.command(name="eval", epilog="Example:  llmquant eval --model ./demo-W4A16-G128 --reference demo")
+@app.command(
+    name="eval",
+    rich_help_panel=commands.JUDGE,
+    epilog="Example:  llmquant eval --model ./demo-W4A16-G128 --reference demo",
+)
 def evaluate(
     model: Annotated[str, typer.Option(help="demo, a local folder, or a Hub id: 16 bit or compressed-tensors")],
     reference: Annotated[Optional[str], typer.Option(help="The original, for divergences")] = None,
@@ -192,7 +205,9 @@ def evaluate(
     _compare([model], reference, _eval_flags(data, tokens, seq_len, device, dtype), max_ram, json, quiet)
 
 
-@app.command(epilog="Example:  llmquant compare ./a-W4A16-G128 ./b-W4A16-G128 --reference ./a")
+@app.command(
+    rich_help_panel=commands.JUDGE, epilog="Example:  llmquant compare ./a-W4A16-G128 ./b-W4A16-G128 --reference ./a"
+)
 def compare(
     models: Annotated[list[str], typer.Argument(help="Checkpoints: local folders or Hub ids")],
     reference: Annotated[Optional[str], typer.Option(help="The original, for divergences")] = None,
@@ -292,9 +307,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code. Every error of ours is one line on stderr."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return int(app(args=arguments, prog_name="llmquant", standalone_mode=False) or 0)
+        return int(
+            app(args=normalise(arguments, commands.options_of(app)), prog_name="llmquant", standalone_mode=False) or 0
+        )
     except typer.TyperException as error:  # unknown options, missing values
-        message, code = error.format_message(), 2
+        message, code = suggestion(error) or error.format_message(), 2
     except typer.Abort:
         message, code = "aborted", 1
     except LLMQuantError as error:

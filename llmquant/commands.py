@@ -16,6 +16,48 @@ if TYPE_CHECKING:
 
     from llmquant.estimate import Estimate
 
+MAKE, JUDGE, LOOK = "Quantize", "Judge", "Look"
+# Blank lines keep typer from joining the lines.
+EXAMPLES = """[bold]Try it[/], offline, in a minute
+
+  llmquant run --model demo
+
+[bold]Look before[/] hours of work
+
+  llmquant plan --model Qwen/Qwen3-8B --bits 4
+
+[bold]Quantize[/] a model of the Hub, or a folder
+
+  llmquant run --model Qwen/Qwen3-8B --bits 4
+
+[bold]Judge[/] finished checkpoints
+
+  llmquant compare ./a-W4A16-G128 ./b-W4A16-G128 --reference ./original
+
+[bold]Something is wrong[/]
+
+  llmquant doctor
+"""
+RUN_EXAMPLES = """[bold]On the built-in model[/]
+
+  llmquant run --model demo
+
+[bold]8 bits, from a folder, by a recipe[/]
+
+  llmquant run --model ./checkpoint --recipe w8g128 --out ./checkpoint-int8
+
+[bold]Your own calibration text[/]
+
+  llmquant run --model Qwen/Qwen3-8B --calibration notes.jsonl --samples 256
+
+[bold]Fast and without data[/]
+
+  llmquant run --model ./checkpoint --method rtn --eval-data none
+
+[bold]Keep some layers in 16 bit[/]
+
+  llmquant run --model ./checkpoint --ignore down_proj
+"""
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout in place of the tables")]
 # What makes no sense where nothing runs; `json` gets another meaning.
 _NOT_IN_PLAN = ("dry_run", "json", "quiet")
@@ -23,13 +65,16 @@ _NOT_IN_PLAN = ("dry_run", "json", "quiet")
 
 def register(app: typer.Typer, run: Callable[..., Any]) -> None:
     """Add the commands to `app`. `plan` takes the options of `run`, whatever those are."""
-    app.command(name="plan", epilog="Example:  llmquant plan --model ./checkpoint --bits 4")(_plan_of(run))
+    app.command(name="plan", rich_help_panel=MAKE, epilog="Example:  llmquant plan --model ./checkpoint --bits 4")(
+        _plan_of(run)
+    )
     app.command(
         name="inspect",
+        rich_help_panel=LOOK,
         epilog="Examples:  llmquant inspect ./demo-W4A16-G128  |  "
         "llmquant inspect ./demo-W4A16-G128 --layer model.layers.0.mlp.up_proj",
     )(inspect_command)
-    app.command(epilog="Example:  llmquant doctor --json")(doctor)
+    app.command(rich_help_panel=LOOK, epilog="Example:  llmquant doctor --json")(doctor)
 
 
 def _plan_of(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,6 +92,24 @@ def _plan_of(run: Callable[..., Any]) -> Callable[..., Any]:
     plan.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     plan.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
     return plan
+
+
+def options_of(app: typer.Typer) -> dict[str, list[str]]:
+    """The option names of every command."""
+    group: Any = typer.main.get_command(app)
+    return {
+        name: [name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)]
+        for name, command in group.commands.items()
+    }
+
+
+def starting_with(choices: Sequence[str]) -> Callable[[str], list[str]]:
+    """A completion of the shell: those of `choices` that start with what has been typed."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return complete
 
 
 def show_plan(
