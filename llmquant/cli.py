@@ -3,19 +3,17 @@
 import logging
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from llmquant import commands
 from llmquant.arguments import normalise, suggestion
+from llmquant.console import show_report
 from llmquant.errors import LLMQuantError
+from llmquant.progress import JsonLines, progress
 from llmquant.recipe import CHOICES, DEMO_DEFAULTS, Recipe, make_recipe, recipe_folder
-
-if TYPE_CHECKING:
-    from llmquant.report import Report
 
 app = typer.Typer(
     name="llmquant",
@@ -169,8 +167,9 @@ def run(
         return commands.show_plan(model, settings, out, revision, max_ram, overwrite, json)
     from llmquant.pipeline import quantize
 
-    report = quantize(model, settings, out, revision=revision, max_ram=max_ram, overwrite=overwrite, log=_logger(quiet))
-    _show(report)
+    with progress(quiet, json) as log:
+        report = quantize(model, settings, out, revision=revision, max_ram=max_ram, overwrite=overwrite, log=log)
+    show_report(report)
 
 
 _Data = Annotated[Optional[str], typer.Option("--data", help=f"Text: {_DATA} [dim]\\[default: {_DEFAULTS.eval_data}]")]
@@ -259,39 +258,11 @@ def _compare(
     from llmquant.run_dir import write_json_file
 
     _calm_libraries()
-    report = score(models, reference=reference, recipe=settings, max_ram=max_ram, log=_logger(quiet))
-    _show(report)
+    with progress(quiet) as log:
+        report = score(models, reference=reference, recipe=settings, max_ram=max_ram, log=log)
+    show_report(report)
     if json is not None:
         write_json_file(json, report.data)
-
-
-def _show(report: "Report") -> None:
-    """The closing table, on stdout."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from llmquant.report import describe_evaluation, differences_table, lanes_table
-
-    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
-    for rows in (lanes_table(report.lanes), differences_table(report.data.get("differences", []))):
-        if len(rows) > 1:
-            table = Table(*rows[0], box=None, pad_edge=False)
-            for column in table.columns[1:]:
-                column.justify = "right"
-            for row in rows[1:]:
-                table.add_row(*row, style="bold" if row[0] == "llmquant" else None)
-            console.print(table)
-    if report.lanes:
-        console.print(f"[dim]on {describe_evaluation(report.data['evaluation'])}; ± is one standard error")
-    cost = report.cost
-    done = f"wrote {report.out}" if report.out is not None else "done"
-    memory = f"peak memory {cost['peak_rss_bytes'] / 1e6:.0f} MB"
-    console.print(f"{done} in {cost['total_seconds']:.0f} s, {memory}", soft_wrap=True)
-
-
-def _logger(quiet: bool) -> Callable[[str], None]:
-    """Progress goes to stderr, so that stdout holds results only."""
-    return (lambda message: None) if quiet else (lambda message: print(message, file=sys.stderr, flush=True))
 
 
 commands.register(app, run)
@@ -318,5 +289,9 @@ def main(arguments: list[str] | None = None) -> int:
         message, code = str(error), error.exit_code
         if "--debug" in arguments:
             traceback.print_exc()
-    print("llmquant: " + " ".join(message.split()), file=sys.stderr)
+    message = " ".join(message.split())
+    if arguments[:1] == ["run"] and "--json" in arguments:
+        JsonLines().say("error", message=message, exit_code=code)
+    else:
+        print(f"llmquant: {message}", file=sys.stderr)
     return code

@@ -1,14 +1,14 @@
 """The commands that look and do not write: plan, inspect, doctor."""
 
 import inspect
-import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from llmquant.console import new_console, print_json, print_rows
+from llmquant.progress import duration, size
 from llmquant.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -258,47 +258,3 @@ def _group(group_size: int | None) -> str:
 def _sum_of(parts: dict[str, Any], text: Callable[[float], str], prefix: str = "") -> str:
     shown = ", ".join(f"{name} {text(value)}" for name, value in parts.items() if value)
     return f"{prefix}{text(sum(parts.values()))} ({shown})"
-
-
-def new_console() -> "Console":
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-
-
-def print_rows(
-    console: "Console", rows: list[list[str]], bold: Callable[[list[str]], bool] = lambda row: False
-) -> None:
-    """A table of plain text, the header first. Names are strangers' strings: no markup in them is obeyed."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*rows[0], box=None, pad_edge=False)
-    for row in rows[1:]:
-        table.add_row(*map(Text, row), style="bold" if bold(row) else None)
-    console.print(table)
-
-
-def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
-
-
-def size(count: float) -> str:
-    """
-    >>> size(716e6), size(141.2e9), size(12)
-    ('716 MB', '141.2 GB', '12 bytes')
-    """
-    for unit, factor, digits in (("GB", 1e9, 1), ("MB", 1e6, 0), ("KB", 1e3, 0)):
-        if count >= factor:
-            return f"{count / factor:.{digits}f} {unit}"
-    return f"{count:.0f} bytes"
-
-
-def duration(seconds: float) -> str:
-    """
-    >>> duration(49), duration(3000), duration(40000)
-    ('49 s', '50 min', '11.1 h')
-    """
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,6 +1,5 @@
 """All that is decided before any weight is read: source, skeleton, plan and token windows of one run."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from llmquant import calibration as text
 from llmquant.baselines import BASELINES, default_baselines
 from llmquant.errors import RecipeError, SourceError
+from llmquant.log import Log
 from llmquant.plan import Plan, make_plan
 from llmquant.recipe import Recipe
 from llmquant.skeleton import Skeleton
@@ -17,11 +17,6 @@ from llmquant.solvers import DATA_FREE
 from llmquant.source import Source, open_source
 
 ORIGINAL, OURS = "original", "llmquant"
-Log = Callable[[str], None]
-
-
-def silent(message: str) -> None:
-    """A log that says nothing."""
 
 
 @dataclass(frozen=True)

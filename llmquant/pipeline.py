@@ -14,7 +14,8 @@ from llmquant.comparison import noise_floor
 from llmquant.evaluation import Figures, Lanes, figures
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.html_report import make_html
-from llmquant.job import ORIGINAL, OURS, Job, Log, prepare, refuse_damaged_weights, silent
+from llmquant.job import ORIGINAL, OURS, Job, prepare, refuse_damaged_weights
+from llmquant.log import Event, Log, silent, stages_of
 from llmquant.memory import trim
 from llmquant.recipe import Recipe, make_recipe, parse_size
 from llmquant.report import SCHEMA_VERSION, LaneReport, LayerReport, Report, Stopwatch, evaluation_report, versions
@@ -43,7 +44,7 @@ def quantize(
     max_ram   what the streams of hidden states may hold before they go to files
     Returns the report that is also written beside the weights. Raises an LLMQuantError; `out` is then as it was.
     """
-    watch = Stopwatch()
+    watch = Stopwatch(stages_of(log))
     recipe = recipe or make_recipe(str(model))
     with watch.stage("prepare"):
         job = prepare(model, revision, recipe, log)
@@ -168,7 +169,8 @@ class _Pass:
     def _say(self, index: int, n_blocks: int, solved: Sequence[Solved], seconds: float) -> None:
         errors = [item.report.relative_error for item in solved if item.report.relative_error is not None]
         worst = f", largest relative error {max(errors):.2e}" if errors else ""
-        self.log(f"block {index + 1}/{n_blocks}: {len(solved)} linears, {seconds:.1f} s{worst}")
+        line = f"block {index + 1}/{n_blocks}: {len(solved)} linears, {seconds:.1f} s{worst}"
+        self.log(Event(line, done=index + 1, total=n_blocks, seconds=seconds))
         for item in solved:
             for note in item.report.notes:
                 self.log(f"  {item.report.name}: {note}")
