@@ -85,7 +85,9 @@ def run(
         ),
     ] = None,
     format: Annotated[Optional[str], _option("Output format", "format", _JOB)] = None,
-    calibration: Annotated[Optional[str], _option(f"Text: {_DATA}", "calibration", _CALIB)] = None,
+    calibration: Annotated[
+        Optional[str], _option(f"Text: {_DATA}; or a mixture a:0.5,b:0.5", "calibration", _CALIB)
+    ] = None,
     samples: Annotated[Optional[int], _option("Windows", "samples", _CALIB)] = None,
     seq_len: Annotated[
         Optional[int], _option("Tokens in a window, at most the model's context", "seq_len", _CALIB)

@@ -10,6 +10,7 @@ from llmquant import calibration as text
 from llmquant.baselines import BASELINES, default_baselines
 from llmquant.errors import RecipeError, SourceError
 from llmquant.log import Log
+from llmquant.overlap import refuse_overlap
 from llmquant.plan import Plan, make_plan
 from llmquant.recipe import Recipe
 from llmquant.skeleton import Skeleton
@@ -68,6 +69,10 @@ def prepare(model: str | Path, revision: str | None, recipe: Recipe, log: Log) -
             evaluation = prepare_evaluation(
                 skeleton, tokenizer, recipe.eval_data, recipe.eval_tokens, recipe.eval_seq_len, log
             )
+    if calibration is not None and evaluation is not None:
+        share = refuse_overlap(calibration.ids, evaluation.ids, (recipe.calibration, recipe.eval_data))
+        if share:
+            log(f"evaluation: {share:.2%} of its tokens are in runs that the calibration text holds too")
     key_of = {param: key for key, param in skeleton.param_of.items()}
     return Job(source, recipe, skeleton, plan, calibration, evaluation, lanes, key_of)
 

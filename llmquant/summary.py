@@ -75,7 +75,7 @@ def _evaluation_notes(report: dict[str, Any]) -> list[str]:
     if calibration is not None and calibration["dataset"] == evaluation["dataset"]:
         notes.append(
             f"Calibration and evaluation text come from the same dataset ({evaluation['dataset']}), from parts that "
-            "share no text: text of another kind may fare worse."
+            "share next to no runs of text: text of another kind may fare worse."
         )
     for name, lane in evaluation["lanes"].items():
         if lane["n_nonfinite"]:
