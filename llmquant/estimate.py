@@ -13,6 +13,7 @@ import torch
 from llmquant.calibration import has_tokenizer
 from llmquant.errors import CalibrationError, LLMQuantError, OutputError
 from llmquant.job import ORIGINAL, OURS, pick_baselines, pick_device, pick_dtype, refuse_quantized
+from llmquant.mixture import parse_mixture
 from llmquant.plan import Plan, Row, make_plan
 from llmquant.recipe import Recipe, make_recipe, parse_size
 from llmquant.run_dir import RunDir
@@ -21,7 +22,7 @@ from llmquant.solvers import DATA_FREE
 from llmquant.source import HubSource, Source, open_source
 from llmquant.streams import spilled
 from llmquant.summary import without_numbers
-from llmquant.work import Work, matmul_rate, work_of
+from llmquant.work import Tokens, Work, matmul_rate, work_of
 
 T = TypeVar("T")
 
@@ -132,7 +133,7 @@ def estimate(
     target = Path(out) if out is not None else Path(f"{source.name.rpartition('/')[2]}-{recipe.scheme_name}")
     needed = found.disk["output"] + found.disk["streams in files"]
     found.attempt(lambda: _check_target(target, overwrite, needed))
-    _time(found, work_of(plan, skeleton, recipe, *tokens, lanes), skeleton)
+    _time(found, work_of(plan, skeleton, recipe, tokens, len(lanes)), skeleton)
     return found
 
 
@@ -148,10 +149,8 @@ def kinds_of(plan: Plan) -> list[Kind]:
     return [Kind(**(asdict(one) | {"count": count, "shape": one.shape})) for one, count in counts.items()]
 
 
-def _tokens(
-    found: Estimate, source: Source, skeleton: Skeleton, recipe: Recipe, evaluated: bool
-) -> tuple[int, int, int]:
-    """Calibration tokens, evaluation tokens and the length of their windows, as the run would clip them."""
+def _tokens(found: Estimate, source: Source, skeleton: Skeleton, recipe: Recipe, evaluated: bool) -> Tokens:
+    """What will go through the model, with windows clipped as the run clips them; problems with the texts are noted."""
     calibrated = recipe.method not in DATA_FREE
     context = skeleton.context or max(recipe.seq_len, recipe.eval_seq_len)
     for flag, length, wanted in (
@@ -160,12 +159,11 @@ def _tokens(
     ):
         if wanted and length > context:
             found.warn(f"{flag}: {length} is shortened to the model's context of {context}")
-    for flag, spec, wanted in (
-        ("--calibration", recipe.calibration, calibrated),
-        ("--eval-data", recipe.eval_data, evaluated),
-    ):
-        if wanted and spec.endswith((".txt", ".jsonl")) and "," not in spec:
-            found.attempt(lambda flag=flag, spec=spec: _check_file(flag, spec))  # type: ignore[misc]
+    parts = (found.attempt(lambda: parse_mixture(recipe.calibration)) or []) if calibrated else []
+    for flag, spec in (*(("--calibration", name) for name, _ in parts), ("--eval-data", recipe.eval_data)):
+        if spec.endswith((".txt", ".jsonl")) and not Path(spec).expanduser().is_file():
+            error = CalibrationError(f"{flag} {spec}", "no such file")
+            found.problems.append(Problem(str(error), True, error.exit_code))
     if (calibrated or evaluated) and not has_tokenizer(source):
         error = CalibrationError(
             source.name, "no tokenizer", remedy="add its files, or use --method rtn --eval-data none"
@@ -176,25 +174,18 @@ def _tokens(
     n_evaluation = (_FULL_TOKENS if full else int(recipe.eval_tokens)) if evaluated else 0
     if evaluated and full:
         found.assumptions.append(f"--eval-tokens full is taken for {_FULL_TOKENS} tokens")
-    return n_calibration, n_evaluation, min(recipe.seq_len, context)
+    return Tokens(n_calibration, n_evaluation, min(recipe.seq_len, context), min(recipe.eval_seq_len, context))
 
 
-def _check_file(flag: str, spec: str) -> None:
-    if not Path(spec).expanduser().is_file():
-        raise CalibrationError(f"{flag} {spec}", "no such file")
-
-
-def _stream_sizes(
-    skeleton: Skeleton, recipe: Recipe, tokens: tuple[int, int, int], lanes: tuple[str, ...]
-) -> dict[str, int]:
+def _stream_sizes(skeleton: Skeleton, recipe: Recipe, tokens: Tokens, lanes: tuple[str, ...]) -> dict[str, int]:
     """As Job.stream_sizes, before the texts are read."""
     row = skeleton.hidden_size * skeleton.dtype.itemsize
     sizes = {}
-    if tokens[0]:
-        sizes["calibration"] = tokens[0] * row
+    if tokens.calibration:
+        sizes["calibration"] = tokens.calibration * row
         if recipe.propagation != 0:
             sizes["calibration (original)"] = sizes["calibration"]
-    return sizes | dict.fromkeys(lanes, tokens[1] * row)
+    return sizes | dict.fromkeys(lanes, tokens.evaluation * row)
 
 
 def _memory(found: Estimate, plan: Plan, skeleton: Skeleton, sizes: dict[str, int], budget: int) -> None:
@@ -258,7 +249,7 @@ def _time(found: Estimate, work: Work, skeleton: Skeleton) -> None:
     found.assumptions += [
         f"time: {work.forward_flops + work.solve_flops:.2e} FLOPs at {work.efficiency:.0%} of the {rate / 1e9:.0f} "
         f"GFLOP/s that this machine showed in {time.perf_counter() - begin:.1f} s, elementwise work of the solver at a "
-        "rate fitted on the demo model; "
+        "fitted rate; "
         f"files at {_DISK_RATE / 1e6:.0f} MB/s; downloads not counted; it can be wrong by a factor of two",
         "memory is a bound by parts, not a forecast",
     ]

@@ -1,7 +1,7 @@
 """Arithmetic of a run, counted from shapes, and how long this machine may take for it.
 
-Counted as 2 FLOPs per multiply-add: forwards of the blocks and the head, sums of Hessians, factorization, products of
-the solver. Attention scores, norms and activations are left out: they are small beside the linears.
+Counted as 2 FLOPs per multiply-add: forwards of the blocks (attention as if every layer saw its whole window) and the
+head, sums of Hessians, factorization, products of the solver. Norms and activations are left out: they are small.
 Shapes: O out_features, I in_features, N tokens.
 """
 
@@ -16,11 +16,21 @@ from llmquant.plan import Plan
 from llmquant.recipe import Recipe
 from llmquant.skeleton import Skeleton
 
-# Seconds per weight of the grid search and the column loop: bound by memory, not by FLOPs. Fitted on the demo model
-# on one core (CPU); a GPU has some fifty times the bandwidth.
-_SOLVER_SECONDS = {"cpu": 1.6e-6, "cuda": 3e-8}
+# Seconds per weight of the grid search and the column loop, which memory bounds, not FLOPs: 2.0e-7 to 3.2e-7 on one
+# core, for layers of 512 x 256 to 4096 x 1024. A GPU has some fifty times the bandwidth; not measured.
+_SOLVER_SECONDS = {"cpu": 2.3e-7, "cuda": 5e-9}
 # Seconds per column of a stack of linears: the column loop is a loop of Python.
-_COLUMN_SECONDS = {"cpu": 3e-5, "cuda": 1e-4}
+_COLUMN_SECONDS = {"cpu": 5e-5, "cuda": 1e-4}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How many go through the model, in windows of which length; 0 where there is no calibration or evaluation."""
+
+    calibration: int
+    evaluation: int
+    seq_len: int
+    eval_seq_len: int
 
 
 @dataclass(frozen=True)
@@ -42,20 +52,20 @@ class Work:
         }
 
 
-def work_of(
-    plan: Plan, skeleton: Skeleton, recipe: Recipe, n_calibration: int, n_evaluation: int, seq_len: int, lanes: object
-) -> Work:
-    """The work of a run over `n_calibration` and `n_evaluation` tokens with `lanes` (a sized collection of names)."""
-    n_lanes = len(lanes) if isinstance(lanes, tuple) else 0
+def work_of(plan: Plan, skeleton: Skeleton, recipe: Recipe, tokens: Tokens, n_lanes: int) -> Work:
+    """The work of a run with `n_lanes` evaluation lanes."""
     block_weights = sum(skeleton.get(n).numel() for n in skeleton.params if skeleton.block_of(n) is not None)
-    head = skeleton.vocab_size * skeleton.hidden_size
+    attention = 2 * len(skeleton.blocks) * skeleton.hidden_size  # multiply-adds per token and position
     drift = recipe.propagation != 0
     order = {name: i for i, (name, _) in enumerate(skeleton.model.named_modules())}
     inputs = _inputs(sorted(plan.specs, key=lambda spec: order[spec.module]))
     # With steps, each block runs up to the next step for each of them: about half of it again, four times.
     forwards = (2 if recipe.passes == "step" else 1) * (2 if drift else 1) + 1
-    forward_flops = 2.0 * block_weights * (n_calibration * forwards + n_evaluation * n_lanes)
-    forward_flops += 2.0 * head * n_evaluation * n_lanes
+    calibrated, evaluated = tokens.calibration * forwards, tokens.evaluation * n_lanes
+    forward_flops = 2.0 * calibrated * (block_weights + attention * tokens.seq_len)
+    forward_flops += 2.0 * evaluated * (block_weights + attention * tokens.eval_seq_len)
+    forward_flops += 2.0 * evaluated * skeleton.vocab_size * skeleton.hidden_size
+    n_calibration = tokens.calibration
     solve_flops, columns = 0.0, 0
     for rows, width in inputs if n_calibration else ():
         columns += width

@@ -102,6 +102,8 @@ def test_sizes_are_those_of_the_run(tiny_model: Callable[[str], Path], tmp_path:
         (["--group-size", "128"], 2, "not divisible by group size 128; use --group-size 32"),
         (["--ignore", "nowhere"], 2, "'nowhere' matches no tensor"),
         (["--calibration", "gone.txt"], 5, "--calibration gone.txt: no such file"),
+        (["--calibration", "builtin:0.5,gone.txt:0.5"], 5, "--calibration gone.txt: no such file"),
+        (["--calibration", "builtin:0.5,c4:0.6"], 5, "shares add up to 1.1"),
         (["--device", "cuda:99"], 2, "--device"),
         (["--seq-len", "4096"], 0, "--seq-len: 4096 is shortened to the model's context of 128"),
         (["--samples", "1", "--seq-len", "32"], 0, "fewer calibration tokens than the 96 inputs"),
