@@ -246,6 +246,8 @@ def _time(found: Estimate, work: Work, skeleton: Skeleton) -> None:
     forward_rate = rate if skeleton.dtype == torch.float32 else matmul_rate(skeleton.device, skeleton.dtype)
     found.seconds = work.seconds(forward_rate, rate, skeleton.device.type)
     found.seconds["reading and writing"] = (2 * found.source_bytes + 2 * found.output_bytes) / _DISK_RATE
+    if skeleton.device.type == "cpu" and (days := sum(found.seconds.values()) / 86400) > 1:
+        found.warn(f"time: about {days:.0f} days on this CPU; use a GPU, fewer --samples, or --method rtn")
     found.assumptions += [
         f"time: {work.forward_flops + work.solve_flops:.2e} FLOPs at {work.efficiency:.0%} of the {rate / 1e9:.0f} "
         f"GFLOP/s that this machine showed in {time.perf_counter() - begin:.1f} s, elementwise work of the solver at a "

@@ -111,9 +111,10 @@ def size(count: float) -> str:
 
 def duration(seconds: float) -> str:
     """
-    >>> duration(49), duration(3000), duration(40000)
-    ('49 s', '50 min', '11.1 h')
+    >>> duration(49), duration(3000), duration(40000), duration(5e6)
+    ('49 s', '50 min', '11.1 h', '58 days')
     """
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    for unit, factor, limit, digits in (("s", 1, 120, 0), ("min", 60, 7200, 0), ("h", 3600, 172800, 1)):
+        if seconds < limit:
+            return f"{seconds / factor:.{digits}f} {unit}"
+    return f"{seconds / 86400:.0f} days"

@@ -80,6 +80,8 @@ def test_70b_is_planned_from_its_headers_within_seconds(tmp_path: Path, monkeypa
     }
     assert found.disk["output"] > found.output_bytes
     assert found.seconds["Hessians and solving"] > 3600
+    assert any("days on this CPU" in problem.message and not problem.blocking for problem in found.problems)
+    assert found.exit_code == 0
     assert not (tmp_path / "big-W4A16-G128.partial").exists()
 
 
