@@ -278,11 +278,9 @@ def _calm_libraries() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code. Every error of ours is one line on stderr."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = normalise(sys.argv[1:] if arguments is None else arguments, commands.options_of(app))
     try:
-        return int(
-            app(args=normalise(arguments, commands.options_of(app)), prog_name="llmquant", standalone_mode=False) or 0
-        )
+        return int(app(args=arguments, prog_name="llmquant", standalone_mode=False) or 0)
     except typer.TyperException as error:  # unknown options, missing values
         message, code = suggestion(error) or error.format_message(), 2
     except typer.Abort:

@@ -114,6 +114,8 @@ def estimate(
     source = open_source(model, revision)
     found = Estimate(source.name, source.revision, source.weight_bytes, recipe.as_dict())
     found.attempt(lambda: refuse_quantized(source))
+    if found.problems:  # nothing else about it would make sense
+        return found
     device = found.attempt(lambda: pick_device(recipe.device)) or torch.device("cpu")
     skeleton = found.attempt(lambda: Skeleton(source, device, pick_dtype(recipe.dtype, device, source)))
     if skeleton is None:

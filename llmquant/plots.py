@@ -31,9 +31,10 @@ def kl_against_size(lanes: dict[str, dict[str, Any]]) -> str:
 
     def draw(axes: "Axes") -> None:
         for i, (name, lane) in enumerate(_compared(lanes)):
+            colour, marker = _COLOURS[i % N_COLOURS], MARKERS[_shape(i)]
             bar = None if lane["kl_se"] is None else [[1.96 * lane["kl_se"]]]
             x, y = lane["bits_per_weight"], _positive(lane["kl_mean"])
-            axes.errorbar([x], [y], yerr=bar, fmt=MARKERS[i % N_COLOURS], color=_COLOURS[i % N_COLOURS], capsize=4)
+            axes.errorbar([x], [y], yerr=bar, fmt=marker, color=colour, capsize=4)
             axes.annotate(name, (x, y), xytext=(8, 0), textcoords="offset points", va="center", color=_INK)
         axes.set_yscale("log")
         axes.margins(x=0.35, y=0.2)
@@ -75,9 +76,13 @@ def error_by_depth(kinds: dict[str, dict[int, float]], label: str) -> str:
 def legend(names: Sequence[str]) -> list[dict[str, str]]:
     """Name, glyph and CSS colour of each series, in the order in which they were drawn."""
     return [
-        {"name": name, "glyph": GLYPHS[i % N_COLOURS], "colour": f"var(--c{i % N_COLOURS})"}
-        for i, name in enumerate(names)
+        {"name": name, "glyph": GLYPHS[_shape(i)], "colour": f"var(--c{i % N_COLOURS})"} for i, name in enumerate(names)
     ]
+
+
+def _shape(i: int) -> int:
+    """Marker of a series: moved on by one with every round of colours, so that 64 series differ."""
+    return (i + i // N_COLOURS) % len(MARKERS)
 
 
 def _compared(lanes: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
@@ -90,7 +95,7 @@ def _positive(value: float) -> float:
 
 
 def _line(axes: "Axes", i: int, x: Sequence[int], y: Sequence[float]) -> None:
-    axes.plot(x, y, marker=MARKERS[i % N_COLOURS], color=_COLOURS[i % N_COLOURS], markersize=4, linewidth=1.2)
+    axes.plot(x, y, marker=MARKERS[_shape(i)], color=_COLOURS[i % N_COLOURS], markersize=4, linewidth=1.2)
 
 
 def _svg(name: str, draw: Callable[["Axes"], None]) -> str:

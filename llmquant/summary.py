@@ -25,9 +25,12 @@ def verdict(report: dict[str, Any]) -> str:
         return f"{bits} per weight in the quantized layers; quality was not measured (--eval-data none)."
     lanes = report["evaluation"]["lanes"]
     before, after = lanes[ORIGINAL], lanes[OURS]
-    change = f"{100 * (after['perplexity_ratio'] - 1):+.1f}%"
-    if (interval := after["perplexity_ratio_ci"]) is not None:
-        change += f" ± {100 * (interval[1] - interval[0]) / (2 * _Z95):.1f}"
+    ratio, interval = 100 * (after["perplexity_ratio"] - 1), after["perplexity_ratio_ci"]
+    change = f"{ratio:+.1f}%"
+    if interval is not None:
+        error = 100 * (interval[1] - interval[0]) / (2 * _Z95)
+        digits = 1 if error >= 0.05 else 2
+        change = f"{ratio:+.{digits}f}% ± {error:.{digits}f}"
     text = f"{bits}: perplexity {before['perplexity']:.2f} → {after['perplexity']:.2f} ({change}), "
     text += f"KL {after['kl_mean']:.2g}"
     ranked: dict[str, list[str]] = {"better than": [], "as good as": [], "worse than": []}

@@ -131,6 +131,14 @@ def test_what_would_end_a_run_is_listed(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["something"]
 
 
+def test_a_quantized_checkpoint_is_one_problem(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    rtn = llmquant.make_recipe("x", flags={"group_size": 32, "method": "rtn", "eval_data": "none"})
+    llmquant.quantize(tiny_model("llama"), rtn, tmp_path / "out")
+    (problem,) = estimate(tmp_path / "out", rtn).problems
+    assert "quantized already" in problem.message
+    assert problem.exit_code == 4
+
+
 def test_dry_run_prints_what_plan_prints(
     tiny_model: Callable[[str], Path],
     tmp_path: Path,
