@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import SourceError
-from llmquant.grid import QuantScheme
 from llmquant.packing import unpack_rows
 from llmquant.safetensors_header import TensorInfo
 from llmquant.source import Source, open_source
@@ -28,23 +27,7 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Source:
     return READERS[method](source, config)
 
 
-class QuantizedSource(Source):
-    """A quantized checkpoint seen as a dense one, and what `llmquant inspect` asks of it beside that."""
-
-    def scheme(self, name: str) -> QuantScheme | None:
-        """Of a dense tensor's codes; None where the tensor is stored as it is."""
-        raise NotImplementedError
-
-    def stored(self, name: str) -> list[TensorInfo]:
-        """The tensors that a dense one is stored in."""
-        raise NotImplementedError
-
-    def codes(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """codes_OI (signed), scales_OG (float32) and zeros_OG of a tensor that has a scheme, as any tool wrote them."""
-        raise NotImplementedError
-
-
-class PackedSource(QuantizedSource):
+class PackedSource(Source):
     """A compressed-tensors checkpoint (pack-quantized, symmetric) seen as a dense one.
 
     Width and group of each linear follow from its shapes, so any number of config groups can be read:
@@ -118,27 +101,11 @@ class PackedSource(QuantizedSource):
         """A dense weight_OI in float32 for packed tensors; others as stored."""
         if name not in self.packed:
             return self._stored.read(name)
-        codes, scales, _ = self.codes(name)
-        return codes.float().view(*scales.shape, -1).mul_(scales[..., None]).view(self.tensors[name].shape)
-
-    def codes(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
         prefix, bits = self.packed[name]
         codes = unpack_rows(self._stored.read(f"{prefix}.{_PACKED}"), bits, self.tensors[name].shape[1])
-        signed = codes.to(torch.int16) - (1 << (bits - 1))
-        return signed, self._stored.read(f"{prefix}.{_SCALE}").float(), None
-
-    def scheme(self, name: str) -> QuantScheme | None:
-        if name not in self.packed:
-            return None
-        prefix, bits = self.packed[name]
-        groups = self._stored.tensors[f"{prefix}.{_SCALE}"].shape[1]
-        return QuantScheme(bits, -1 if groups == 1 else self.tensors[name].shape[1] // groups)
-
-    def stored(self, name: str) -> list[TensorInfo]:
-        if name not in self.packed:
-            return [self._stored.tensors[name]]
-        prefix = self.packed[name][0]
-        return [self._stored.tensors[f"{prefix}.{part}"] for part in (_PACKED, _SCALE, _SHAPE)]
+        scales = self._stored.read(f"{prefix}.{_SCALE}").float()
+        signed = (codes.to(torch.int16) - (1 << (bits - 1))).float()
+        return signed.view(*scales.shape, -1).mul_(scales[..., None]).view(self.tensors[name].shape)
 
     def files(self) -> list[str]:
         return self._stored.files()

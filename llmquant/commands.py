@@ -194,7 +194,7 @@ def _print_layer(console: "Console", found: dict[str, Any]) -> None:
     console.print(f"{found['name']}  {_shape(found['shape'])}  {_scheme(found['scheme'])}", markup=False, style="bold")
     parts = [[p["name"], p["dtype"], _shape(p["shape"]), size(p["bytes"])] for p in found["stored"]]
     print_rows(console, [["stored as", "dtype", "shape", "size"], *parts])
-    spreads = {name: found[name] for name in ("values", "scales", "zeros") if name in found}
+    spreads = {name: found[name] for name in ("values", "scales") if name in found}
     figures = list(dict.fromkeys(key for spread in spreads.values() for key in spread))
     body = [[name, *(f"{s[key]:.6g}" if key in s else "" for key in figures)] for name, s in spreads.items()]
     print_rows(console, [["", *figures], *body])

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.checkpoint import QuantizedSource, bits_per_weight, open_checkpoint
+from llmquant.checkpoint import PackedSource, bits_per_weight, open_checkpoint
 from llmquant.errors import SourceError
 from llmquant.grid import QuantScheme
+from llmquant.packing import unpack_rows
 from llmquant.recipe import did_you_mean
 from llmquant.safetensors_header import TensorInfo
 from llmquant.source import Source, natural_key
@@ -40,7 +41,7 @@ def inspect_checkpoint(model: str | Path, revision: str | None = None) -> dict[s
         "model": source.name,
         "revision": source.revision,
         "model_type": source.config.get("model_type"),
-        "quantized": isinstance(source, QuantizedSource),
+        "quantized": isinstance(source, PackedSource),
         "weights": sum(info.numel for info in source.tensors.values()),
         "bytes": source.weight_bytes,
         "files": len({part.file for name in source.tensors for part in _stored(source, name)}),
@@ -77,11 +78,9 @@ def inspect_layer(model: str | Path, layer: str, revision: str | None = None) ->
         ],
         "values": _spread(source.read(name)),
     }
-    if scheme is not None and isinstance(source, QuantizedSource):
-        codes, scales, zeros = source.codes(name)
+    if scheme is not None and isinstance(source, PackedSource):
+        codes, scales = _codes_and_scales(source, name)
         data |= {"codes": code_statistics(codes, scheme), "scales": _spread(scales)}
-        if zeros is not None:
-            data["zeros"] = _spread(zeros)
     return data
 
 
@@ -125,12 +124,30 @@ def _spread(values: Tensor) -> dict[str, Any]:
     }
 
 
+def _parts(source: PackedSource, name: str) -> list[TensorInfo]:
+    """The stored tensors of a packed linear: codes, scales, shape."""
+    prefix = source.packed[name][0]
+    return [source._stored.tensors[f"{prefix}.{part}"] for part in ("weight_packed", "weight_scale", "weight_shape")]
+
+
+def _codes_and_scales(source: PackedSource, name: str) -> tuple[Tensor, Tensor]:
+    """codes_OI (signed) and scales_OG as any tool wrote them: a QuantizedWeight would refuse scales unlike ours."""
+    codes, scales, _ = (source._stored.read(part.name) for part in _parts(source, name))
+    bits = source.packed[name][1]
+    return unpack_rows(codes, bits, source.tensors[name].shape[1]).short() - 2 ** (bits - 1), scales.float()
+
+
 def _stored(source: Source, name: str) -> list[TensorInfo]:
-    return source.stored(name) if isinstance(source, QuantizedSource) else [source.tensors[name]]
+    if isinstance(source, PackedSource):
+        return _parts(source, name) if name in source.packed else [source._stored.tensors[name]]
+    return [source.tensors[name]]
 
 
 def _scheme(source: Source, name: str) -> QuantScheme | None:
-    return source.scheme(name) if isinstance(source, QuantizedSource) else None
+    if not isinstance(source, PackedSource) or name not in source.packed:
+        return None
+    groups, in_features = _parts(source, name)[1].shape[1], source.tensors[name].shape[1]
+    return QuantScheme(source.packed[name][1], -1 if groups == 1 else in_features // groups)
 
 
 def _scheme_dict(scheme: QuantScheme | None) -> dict[str, Any] | None:
