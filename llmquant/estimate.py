@@ -27,6 +27,7 @@ from llmquant.work import Tokens, Work, matmul_rate, work_of
 T = TypeVar("T")
 
 _BASE_BYTES = 600_000_000  # interpreter, torch, transformers, tokenizer
+_START_SECONDS = 4.0  # to import torch and transformers, open the model and cut the texts into windows
 _FULL_TOKENS = 300_000  # what --eval-tokens full is taken for: wikitext-2's test split has about that many
 _DISK_RATE = 300e6  # bytes per second, taken for reading the source twice and writing and re-reading the output
 
@@ -246,7 +247,7 @@ def _time(found: Estimate, work: Work, skeleton: Skeleton) -> None:
     begin = time.perf_counter()
     rate = matmul_rate(skeleton.device, torch.float32)
     forward_rate = rate if skeleton.dtype == torch.float32 else matmul_rate(skeleton.device, skeleton.dtype)
-    found.seconds = work.seconds(forward_rate, rate, skeleton.device.type)
+    found.seconds = {"starting": _START_SECONDS} | work.seconds(forward_rate, rate, skeleton.device.type)
     found.seconds["reading and writing"] = (2 * found.source_bytes + 2 * found.output_bytes) / _DISK_RATE
     if skeleton.device.type == "cpu" and (days := sum(found.seconds.values()) / 86400) > 1:
         found.warn(f"time: about {days:.0f} days on this CPU; use a GPU, fewer --samples, or --method rtn")
