@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import CalibrationError
+from llmquant.mixture import parse_mixture, split_samples
 from llmquant.source import DEMO, TIMEOUT, Source
 
 _WIKITEXT = "Salesforce/wikitext"
@@ -198,11 +199,15 @@ def _column(where: str, rows: Any, column: str | None, limit: int) -> Iterator[s
             yield document.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates; tokenizers refuse them
 
 
+def has_tokenizer(source: Source) -> bool:
+    return any(file.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for file in source.side_files())
+
+
 def load_tokenizer(source: Source) -> Any:
     """The checkpoint's own tokenizer."""
     from transformers import AutoTokenizer
 
-    if not any(file.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for file in source.side_files()):
+    if not has_tokenizer(source):
         raise CalibrationError(
             source.name,
             "no tokenizer",
@@ -259,12 +264,33 @@ def check_ids(ids: Tensor, vocab_size: int, where: str) -> None:
 
 
 def calibration_windows(tokenizer: Any, spec: str, samples: int, seq_len: int, seed: int) -> Windows:
-    """`samples` windows of `seq_len` tokens of the text, chosen by `seed`.
+    """`samples` windows of `seq_len` tokens of the text (or a mixture `a:0.5,b:0.5` of texts), chosen by `seed`.
 
     Windows are drawn without overlap; where the text has room for at least half of them, they are spread evenly
     and overlap. Where the tokenizer starts texts with BOS, so does every other window: models lean on their
     first token, and text from the middle of a document alone would never show it.
     """
+    parts = parse_mixture(spec)
+    counts = split_samples(parts, samples)
+    drawn = [_draw(tokenizer, name, n, seq_len, seed) for (name, _), n in zip(parts, counts, strict=True)]
+    windows = torch.cat([ids for ids, _ in drawn])
+    bos = leading_bos(tokenizer)
+    if bos is not None:
+        windows[::2, 1:] = windows[::2, :-1].clone()
+        windows[::2, 0] = bos
+    revisions = [text.revision for _, text in drawn]
+    return Windows(
+        windows,
+        drawn[0][1].name
+        if len(drawn) == 1
+        else ",".join(f"{t.name}:{n}" for (_, t), n in zip(drawn, counts, strict=True)),
+        ",".join(map(str, revisions)) if any(revisions) else None,
+        "none" if bos is None else "every other",
+    )
+
+
+def _draw(tokenizer: Any, spec: str, samples: int, seq_len: int, seed: int) -> tuple[Tensor, Text]:
+    """Windows [samples, T] of one text."""
     # Characters that surely hold enough tokens: eight per token, and twice that to choose from.
     text = load_text(spec, "train", samples * seq_len * 16)
     joined = "\n\n".join(text.documents)
@@ -283,12 +309,7 @@ def calibration_windows(tokenizer: Any, spec: str, samples: int, seq_len: int, s
             expected=f"at least {enough} for {samples} windows of {seq_len}",
             remedy="use fewer --samples, a shorter --seq-len or more text",
         )
-    windows = torch.stack([ids[start : start + seq_len] for start in starts])
-    bos = leading_bos(tokenizer)
-    if bos is not None:
-        windows[::2, 1:] = windows[::2, :-1].clone()
-        windows[::2, 0] = bos
-    return Windows(windows, text.name, text.revision, "none" if bos is None else "every other")
+    return torch.stack([ids[start : start + seq_len] for start in starts]), text
 
 
 def evaluation_windows(tokenizer: Any, spec: str, max_tokens: int | None, seq_len: int) -> Windows:

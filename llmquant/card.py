@@ -3,6 +3,7 @@
 from typing import Any
 
 from llmquant.report import describe_evaluation, lanes_table
+from llmquant.summary import command_of, verdict
 
 _LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,6 +38,7 @@ def make_card(name: str, base_model: str, report: dict[str, Any]) -> str:
     if folders := [f"`{folder}/`" for folder in recipe.get("exports", [])]:
         lines += [f"The same codes and scales in other formats: {', '.join(folders)}.", ""]
     if evaluation := report["evaluation"]:
+        lines += [f"**{verdict(report)}**", ""]
         table = lanes_table(evaluation["lanes"])
         lines += [f"Measured on {describe_evaluation(evaluation)}:", "", *_markdown(table), ""]
         lines += ["KL is the divergence from the original per token; ± is one standard error over windows.", ""]
@@ -44,7 +46,12 @@ def make_card(name: str, base_model: str, report: dict[str, Any]) -> str:
     lines += [
         f"Recipe: {settings}.",
         "",
-        "Every tensor is listed in `report.json`, every file with its hash in `manifest.json`.",
+        "```bash",
+        command_of(report),
+        "```",
+        "",
+        "`report.html` shows all of this with plots. Every tensor is listed in `report.json`, every file with its hash "
+        "in `manifest.json`.",
         "",
     ]
     return "\n".join(lines)

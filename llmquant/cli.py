@@ -4,19 +4,20 @@ import logging
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
+from llmquant import commands
+from llmquant.arguments import normalise, suggestion
 from llmquant.cli_export import export
+from llmquant.console import show_report
 from llmquant.errors import Interrupted, LLMQuantError
-from llmquant.recipe import CHOICES, DEMO_DEFAULTS, Recipe, make_recipe
-
-if TYPE_CHECKING:
-    from llmquant.report import Report
+from llmquant.progress import JsonLines, progress
+from llmquant.recipe import CHOICES, DEMO_DEFAULTS, Recipe, make_recipe, recipe_folder
 
 app = typer.Typer(
     name="llmquant",
@@ -24,6 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
+    epilog=commands.EXAMPLES,
 )
 
 _DEFAULTS = Recipe()
@@ -38,7 +40,13 @@ def _option(text: str, name: str, panel: str) -> Any:
         text += f" [dim]\\[default: {default}]"
     if name in DEMO_DEFAULTS:
         text += f" [dim]\\[demo: {DEMO_DEFAULTS[name]}]"
-    return typer.Option(f"--{name.replace('_', '-')}", help=text, rich_help_panel=panel, show_default=False)
+    flag = f"--{name.replace('_', '-')}"
+    complete = commands.starting_with([str(choice) for choice in CHOICES.get(name, ())])
+    return typer.Option(flag, help=text, rich_help_panel=panel, show_default=False, autocompletion=complete)
+
+
+def _recipes() -> list[str]:
+    return sorted(path.stem for path in recipe_folder().glob("*.toml"))
 
 
 _JOB, _SOLVER, _CALIB, _EVAL, _RUN = "What", "How codes are chosen", "Calibration", "Evaluation", "Where and with what"
@@ -50,10 +58,7 @@ def _root() -> None:
     pass
 
 
-@app.command(
-    epilog="Examples:  llmquant run --model demo  |  llmquant run --model Qwen/Qwen3-8B --bits 4  |  "
-    "llmquant run --model ./checkpoint --recipe w8g128 --out ./checkpoint-int8"
-)
+@app.command(rich_help_panel=commands.MAKE, epilog=commands.RUN_EXAMPLES)
 def run(
     model: Annotated[str, typer.Option(help="demo, a local folder, or a Hub id", rich_help_panel=_JOB)],
     out: Annotated[
@@ -61,7 +66,11 @@ def run(
     ] = None,
     recipe: Annotated[
         Optional[str],
-        typer.Option(help="A recipe: a .toml file or a name in pipelines/; flags override it", rich_help_panel=_JOB),
+        typer.Option(
+            help="A recipe: a .toml file or a name in pipelines/; flags override it",
+            rich_help_panel=_JOB,
+            autocompletion=lambda incomplete: commands.starting_with(_recipes())(incomplete),
+        ),
     ] = None,
     method: Annotated[Optional[str], _option("How codes are chosen", "method", _JOB)] = None,
     bits: Annotated[Optional[int], _option("Bits per code", "bits", _JOB)] = None,
@@ -82,7 +91,9 @@ def run(
     format: Annotated[
         Optional[str], _option("Output format, or several (compressed-tensors,gguf)", "format", _JOB)
     ] = None,
-    calibration: Annotated[Optional[str], _option(f"Text: {_DATA}", "calibration", _CALIB)] = None,
+    calibration: Annotated[
+        Optional[str], _option(f"Text: {_DATA}; or a mixture a:0.5,b:0.5", "calibration", _CALIB)
+    ] = None,
     samples: Annotated[Optional[int], _option("Windows", "samples", _CALIB)] = None,
     seq_len: Annotated[
         Optional[int], _option("Tokens in a window, at most the model's context", "seq_len", _CALIB)
@@ -147,6 +158,12 @@ def run(
             rich_help_panel=_RUN,
         ),
     ] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, as `llmquant plan` does", rich_help_panel=_RUN)
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Progress as JSON lines on stderr", rich_help_panel=_RUN)
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr", rich_help_panel=_RUN)] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error", rich_help_panel=_RUN)
@@ -163,10 +180,12 @@ def run(
     if eval_tokens is not None:
         flags["eval_tokens"] = _count(eval_tokens)
     settings = make_recipe(model, recipe, flags)
+    _calm_libraries()
+    if dry_run:
+        return commands.show_plan(model, settings, out, revision, max_ram, overwrite, json)
     from llmquant.pipeline import quantize
 
-    _calm_libraries()
-    with _signals():
+    with progress(quiet, json) as log, _signals():
         report = quantize(
             model,
             settings,
@@ -175,9 +194,9 @@ def run(
             max_ram=max_ram,
             overwrite=overwrite,
             resume=resume,
-            log=_logger(quiet),
+            log=log,
         )
-    _show(report)
+    show_report(report)
 
 
 _Data = Annotated[Optional[str], typer.Option("--data", help=f"Text: {_DATA} [dim]\\[default: {_DEFAULTS.eval_data}]")]
@@ -190,7 +209,11 @@ _SeqLen = Annotated[
 _Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file")]
 
 
-@app.command(name="eval", epilog="Example:  llmquant eval --model ./demo-W4A16-G128 --reference demo")
+@app.command(
+    name="eval",
+    rich_help_panel=commands.JUDGE,
+    epilog="Example:  llmquant eval --model ./demo-W4A16-G128 --reference demo",
+)
 def evaluate(
     model: Annotated[str, typer.Option(help="demo, a local folder, or a Hub id: 16 bit or compressed-tensors")],
     reference: Annotated[Optional[str], typer.Option(help="The original, for divergences")] = None,
@@ -208,7 +231,9 @@ def evaluate(
     _compare([model], reference, _eval_flags(data, tokens, seq_len, device, dtype), max_ram, json, quiet)
 
 
-@app.command(epilog="Example:  llmquant compare ./a-W4A16-G128 ./b-W4A16-G128 --reference ./a")
+@app.command(
+    rich_help_panel=commands.JUDGE, epilog="Example:  llmquant compare ./a-W4A16-G128 ./b-W4A16-G128 --reference ./a"
+)
 def compare(
     models: Annotated[list[str], typer.Argument(help="Checkpoints: local folders or Hub ids")],
     reference: Annotated[Optional[str], typer.Option(help="The original, for divergences")] = None,
@@ -263,39 +288,14 @@ def _compare(
     from llmquant.run_dir import write_json_file
 
     _calm_libraries()
-    report = score(models, reference=reference, recipe=settings, max_ram=max_ram, log=_logger(quiet))
-    _show(report)
+    with progress(quiet) as log:
+        report = score(models, reference=reference, recipe=settings, max_ram=max_ram, log=log)
+    show_report(report)
     if json is not None:
         write_json_file(json, report.data)
 
 
-def _show(report: "Report") -> None:
-    """The closing table, on stdout."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from llmquant.report import describe_evaluation, differences_table, lanes_table
-
-    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
-    for rows in (lanes_table(report.lanes), differences_table(report.data.get("differences", []))):
-        if len(rows) > 1:
-            table = Table(*rows[0], box=None, pad_edge=False)
-            for column in table.columns[1:]:
-                column.justify = "right"
-            for row in rows[1:]:
-                table.add_row(*row, style="bold" if row[0] == "llmquant" else None)
-            console.print(table)
-    if report.lanes:
-        console.print(f"[dim]on {describe_evaluation(report.data['evaluation'])}; ± is one standard error")
-    cost = report.cost
-    done = f"wrote {report.out}" if report.out is not None else "done"
-    memory = f"peak memory {cost['peak_rss_bytes'] / 1e6:.0f} MB"
-    console.print(f"{done} in {cost['total_seconds']:.0f} s, {memory}", soft_wrap=True)
-
-
-def _logger(quiet: bool) -> Callable[[str], None]:
-    """Progress goes to stderr, so that stdout holds results only."""
-    return (lambda message: None) if quiet else (lambda message: print(message, file=sys.stderr, flush=True))
+commands.register(app, run)
 
 
 @contextmanager
@@ -323,11 +323,11 @@ def _calm_libraries() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code. Every error of ours is one line on stderr."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = normalise(sys.argv[1:] if arguments is None else arguments, commands.options_of(app))
     try:
         return int(app(args=arguments, prog_name="llmquant", standalone_mode=False) or 0)
     except typer.TyperException as error:  # unknown options, missing values
-        message, code = error.format_message(), 2
+        message, code = suggestion(error) or error.format_message(), 2
     except Interrupted:
         message, code = "interrupted", 75
     except typer.Abort:
@@ -336,5 +336,9 @@ def main(arguments: list[str] | None = None) -> int:
         message, code = str(error), error.exit_code
         if "--debug" in arguments:
             traceback.print_exc()
-    print("llmquant: " + " ".join(message.split()), file=sys.stderr)
+    message = " ".join(message.split())
+    if arguments[:1] == ["run"] and "--json" in arguments:
+        JsonLines().say("error", message=message, exit_code=code)
+    else:
+        print(f"llmquant: {message}", file=sys.stderr)
     return code

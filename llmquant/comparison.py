@@ -1,5 +1,6 @@
 """Score finished checkpoints against a reference, all streamed block by block over the same windows."""
 
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,7 +18,8 @@ from llmquant.blocks import forward_of
 from llmquant.checkpoint import bits_per_weight, open_checkpoint
 from llmquant.errors import SourceError
 from llmquant.evaluation import Figures, Lanes, TokenScores, bootstrap_ratio, figures, standard_error
-from llmquant.job import ORIGINAL, Log, pick_device, pick_dtype, prepare_evaluation, silent
+from llmquant.job import ORIGINAL, pick_device, pick_dtype, prepare_evaluation
+from llmquant.log import Event, Log, silent, stages_of
 from llmquant.memory import trim
 from llmquant.recipe import Recipe, make_recipe, parse_size
 from llmquant.report import SCHEMA_VERSION, LaneReport, Report, Stopwatch, evaluation_report, versions
@@ -60,7 +62,7 @@ def compare(
     vocabulary. The first lane is the reference (the first model where none is given). One block of one lane is in
     memory at a time, and at the end the heads of all lanes. The report's `differences` are paired over windows.
     """
-    watch = Stopwatch()
+    watch = Stopwatch(stages_of(log))
     windows, lanes, scores = score_tokens(models, reference, recipe, max_ram=max_ram, log=log, watch=watch)
     first = next(iter(scores.values()))
     reports = {
@@ -87,7 +89,7 @@ def score_tokens(
     watch: Stopwatch | None = None,
 ) -> tuple[text.Windows, dict[str, Lane], dict[str, TokenScores]]:
     """What `compare` sums up: the windows, the lanes, and every token's scores by lane, the reference first."""
-    watch = watch or Stopwatch()
+    watch = watch or Stopwatch(stages_of(log))
     paths = [*([reference] if reference is not None else []), *models]
     recipe = recipe or make_recipe(str(paths[0]))
     with watch.stage("prepare"):
@@ -154,12 +156,14 @@ def _stream(lanes: dict[str, Lane], streams: Lanes, watch: Stopwatch, log: Log) 
             lane.calls = lane.skeleton.record(batches, lane.read, streams.streams[name].append)
     n_blocks = [len(lane.skeleton.blocks) for lane in lanes.values()]
     for index in range(max(n_blocks)):
+        begin = time.perf_counter()
         with watch.stage("evaluate"):
             for name, lane in lanes.items():
                 if index < len(lane.skeleton.blocks):
                     _advance(name, lane, index, streams)
         trim()
-        log(f"block {index + 1}/{max(n_blocks)}")
+        line, seconds = f"block {index + 1}/{max(n_blocks)}", time.perf_counter() - begin
+        log(Event(line, done=index + 1, total=max(n_blocks), seconds=seconds))
     with watch.stage("head"), ExitStack() as heads:
         logits_of = {name: heads.enter_context(lane.skeleton.head(lane.read)) for name, lane in lanes.items()}
         return streams.score(lambda name, hidden: logits_of[name](hidden))

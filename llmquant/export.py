@@ -22,7 +22,7 @@ from llmquant.gguf_file import FLOATS, Entry, build_gguf
 from llmquant.gguf_model import GGUFModel
 from llmquant.gguf_tokenizer import tokenizer_metadata
 from llmquant.grid import QuantizedWeight, QuantScheme
-from llmquant.job import Log, silent
+from llmquant.log import Log, silent
 from llmquant.packed import PackedLinear
 from llmquant.plan import Plan, Row
 from llmquant.recipe import parse_size

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from torch import Tensor
 from llmquant import calibration as text
 from llmquant.baselines import BASELINES, default_baselines
 from llmquant.errors import RecipeError, SourceError
+from llmquant.log import Log
+from llmquant.overlap import refuse_overlap
 from llmquant.plan import Plan, make_plan
 from llmquant.recipe import Recipe
 from llmquant.report import versions
@@ -21,11 +22,6 @@ from llmquant.solvers import DATA_FREE
 from llmquant.source import Source, open_source
 
 ORIGINAL, OURS = "original", "llmquant"
-Log = Callable[[str], None]
-
-
-def silent(message: str) -> None:
-    """A log that says nothing."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +101,10 @@ def prepare(model: str | Path, revision: str | None, recipe: Recipe, log: Log) -
             evaluation = prepare_evaluation(
                 skeleton, tokenizer, recipe.eval_data, recipe.eval_tokens, recipe.eval_seq_len, log
             )
+    if calibration is not None and evaluation is not None:
+        share = refuse_overlap(calibration.ids, evaluation.ids, (recipe.calibration, recipe.eval_data))
+        if share:
+            log(f"evaluation: {share:.2%} of its tokens are in runs that the calibration text holds too")
     key_of = {param: key for key, param in skeleton.param_of.items()}
     return Job(source, recipe, skeleton, plan, calibration, evaluation, lanes, key_of)
 

@@ -18,7 +18,9 @@ from llmquant.errors import ResumeError
 from llmquant.evaluation import Figures, Lanes, figures
 from llmquant.export import check_exports, export_beside
 from llmquant.formats import FORMATS, LinearSpec
-from llmquant.job import ORIGINAL, OURS, Job, Log, fingerprint, prepare, refuse_damaged_weights, silent
+from llmquant.html_report import make_html
+from llmquant.job import ORIGINAL, OURS, Job, fingerprint, prepare, refuse_damaged_weights
+from llmquant.log import Event, Log, silent, stages_of
 from llmquant.memory import trim
 from llmquant.recipe import Recipe, make_recipe, parse_size
 from llmquant.report import SCHEMA_VERSION, LaneReport, LayerReport, Report, Stopwatch, evaluation_report, versions
@@ -50,7 +52,7 @@ def quantize(
     Returns the report that is also written beside the weights. Raises an LLMQuantError; `out` is then as it was, and
     finished blocks are kept in `<out>.partial`.
     """
-    watch = Stopwatch()
+    watch = Stopwatch(stages_of(log))
     recipe = recipe or make_recipe(str(model))
     with watch.stage("prepare"):
         job = prepare(model, revision, recipe, log)
@@ -89,6 +91,7 @@ def quantize(
         run.write_json("report.json", report.data)
         run.write_json("cost.json", report.cost)
         run.write_bytes("README.md", make_card(run.out.name, job.source.name, report.data).encode())
+        run.write_bytes("report.html", make_html(run.out.name, report.data).encode())
         run.commit()
     return report
 
@@ -255,7 +258,8 @@ class _Pass:
     def _say(self, index: int, n_blocks: int, solved: Sequence[Solved], seconds: float) -> None:
         errors = [item.report.relative_error for item in solved if item.report.relative_error is not None]
         worst = f", largest relative error {max(errors):.2e}" if errors else ""
-        self.log(f"block {index + 1}/{n_blocks}: {len(solved)} linears, {seconds:.1f} s{worst}")
+        line = f"block {index + 1}/{n_blocks}: {len(solved)} linears, {seconds:.1f} s{worst}"
+        self.log(Event(line, done=index + 1, total=n_blocks, seconds=seconds))
         for item in solved:
             for note in item.report.notes:
                 self.log(f"  {item.report.name}: {note}")

@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from llmquant.calibration import Windows
 from llmquant.evaluation import Figures
+from llmquant.log import silent
 from llmquant.memory import peak_rss
 
 SCHEMA_VERSION = 1
@@ -70,14 +71,16 @@ class Report:
 
 @dataclass
 class Stopwatch:
-    """Seconds by stage."""
+    """Seconds by stage; `on_stage` hears of each as it begins."""
 
+    on_stage: Callable[[str], None] = silent
     seconds: dict[str, float] = field(default_factory=dict)
     start: float = field(default_factory=time.perf_counter)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         begin = time.perf_counter()
+        self.on_stage(name)
         try:
             yield
         finally:

@@ -17,7 +17,7 @@ from llmquant.source import DEMO, INDEX, SINGLE
 
 SMALL = [
     *("--samples", "4", "--seq-len", "32", "--eval-tokens", "64", "--eval-seq-len", "32", "--group-size", "32"),
-    *("--calibration", "some.txt", "--eval-data", "some.txt"),
+    *("--calibration", "some.txt", "--eval-data", "other.txt"),
 ]
 RECIPE, SOLVE, SOURCE, TEXT, FORMAT, OUTPUT = 2, 3, 4, 5, 6, 7
 Spoil = Callable[[Path], object]
@@ -45,7 +45,9 @@ def refused(
 ) -> Iterator[Callable[..., str]]:
     """Runs the command line and returns its line on stderr; fails where anything is written or said beside it."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "some.txt").write_text((DEMO / "heldout.txt").read_text("utf-8")[:5000], "utf-8")
+    text = (DEMO / "heldout.txt").read_text("utf-8")
+    (tmp_path / "some.txt").write_text(text[:5000], "utf-8")
+    (tmp_path / "other.txt").write_text(text[5000:10000], "utf-8")
 
     def run(code: int, model: str | Path, *options: str, out: str = "out") -> str:
         before = tree(tmp_path)

@@ -22,6 +22,7 @@ from tiny import ARCHITECTURES, build
 
 from llmquant import source as source_module
 from llmquant.errors import SourceError
+from llmquant.estimate import estimate
 from llmquant.safetensors_header import build_header
 from llmquant.source import INDEX, SINGLE, Source, open_source
 
@@ -64,6 +65,7 @@ def child_online(folder: Path) -> dict[str, Any]:
         time.sleep(0.02)
     flags = {"bits": 4, "group_size": 32, "samples": 4, "seq_len": 32, "eval_tokens": 64, "eval_seq_len": 32}
     report = llmquant.quantize("user/llama", llmquant.make_recipe("user/llama", flags=flags), folder / "out")
+    planned = estimate("user/planned", llmquant.make_recipe("user/planned", flags=flags), folder / "planned")
     rangeless = open_source("user/rangeless")
     errors = {f"user/{name}": message_of(f"user/{name}") for name in (*BAD, "unknown", "empty-shard")}
     errors |= {"revision": message_of("user/opened", "v9"), "id": message_of("not/a/hub/id")}
@@ -79,6 +81,7 @@ def child_online(folder: Path) -> dict[str, Any]:
         },
         "read": {"after_first": after_first, "tensors": {name: digest(read.read(name)) for name in read.tensors}},
         "prefetched": local_shards(prefetched),
+        "planned": {"estimate": planned.as_dict(), "local_shards": local_shards(open_source("user/planned"))},
         "rangeless": {name: list(info.shape) for name, info in rangeless.tensors.items()},
         "errors": errors,
         "report": report.data,
@@ -160,6 +163,7 @@ def hub(folder: Path) -> Iterator[FakeHub]:
         hub.repos = dict.fromkeys(("user/opened", "user/read", "user/prefetched"), sharded)
         hub.repos |= {f"user/{failure}": small for failure in (*BAD, "silent")} | {"user/empty-shard": damaged}
         hub.repos["user/llama"] = build(folder / "llama", ARCHITECTURES["llama"], shard="100KB")
+        hub.repos["user/planned"] = hub.repos["user/llama"]
         hub.repos["user/rangeless"] = write_large(folder / "large")
         hub.failures = {f"user/{failure}": failure for failure in (*BAD, "silent", "rangeless")}
         yield hub
@@ -199,6 +203,16 @@ def test_opening_reads_headers_by_ranges_and_no_whole_shard(online: dict[str, An
     assert all(r.range is not None and r.status == 206 for r in requests)
     assert all(r.sent < (folder / "sharded" / SHARDS[0]).stat().st_size / 4 for r in requests)
     assert online["opened"]["local_shards"] == []
+
+
+def test_a_plan_fetches_no_shard_and_counts_the_download(online: dict[str, Any], hub: FakeHub, folder: Path) -> None:
+    found = online["planned"]["estimate"]
+    assert online["planned"]["local_shards"] == []
+    assert all(r.range is not None for r in weight_requests(hub, "user/planned"))
+    weights = open_source(folder / "llama").weight_bytes
+    assert found["disk"]["download into the Hub's cache"] == weights == found["source_bytes"]
+    assert found["revision"] == commit_of("user/planned")
+    assert found["problems"] == []
 
 
 def test_header_is_read_without_the_rest_where_ranges_are_ignored(online: dict[str, Any], hub: FakeHub) -> None:

@@ -16,6 +16,7 @@ from llmquant.comparison import noise_floor
 from llmquant.report import Stopwatch, describe_evaluation, lanes_table
 from llmquant.skeleton import Skeleton
 from llmquant.source import open_source
+from llmquant.summary import command_of, verdict
 
 SCHEMAS = Path(__file__).parents[1] / "eval"
 FLAGS = {"group_size": 32, "samples": 4, "seq_len": 32, "eval_tokens": 128, "eval_seq_len": 64}
@@ -56,6 +57,8 @@ def test_the_card_and_the_table_show_the_reports_figures(tiny_model: Callable[[s
     for row in lanes_table(report.lanes):
         assert "| " + " | ".join(row) + " |" in card
     assert describe_evaluation(report.data["evaluation"]) in card
+    assert f"**{verdict(report.data)}**" in card
+    assert f"```bash\n{command_of(report.data)}\n```" in card
     assert card.startswith("---\nbase_model: llama\nbase_model_relation: quantized\n")
     assert str(tmp_path) not in card + json.dumps(report.data)
 

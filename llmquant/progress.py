@@ -1,0 +1,120 @@
+"""What is said on stderr while a run goes on: a live display, plain lines, JSON lines, or nothing."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from llmquant.log import Event, Log
+from llmquant.memory import peak_rss
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class JsonLines:
+    """One JSON object per line: {"event": "stage" | "block" | "message" | "done" | "error", ...}."""
+
+    def __init__(self, write: Callable[[str], object] | None = None) -> None:
+        self._write = write or (lambda line: print(line, file=sys.stderr, flush=True))
+        self._start = time.perf_counter()
+
+    def say(self, event: str, **facts: Any) -> None:
+        facts |= {"elapsed_seconds": round(time.perf_counter() - self._start, 3), "peak_rss_bytes": peak_rss()}
+        self._write(json.dumps({"event": event, **facts}, ensure_ascii=False))
+
+    def __call__(self, message: str) -> None:
+        facts = message.as_dict() if isinstance(message, Event) else {}
+        self.say("block" if facts else "message", message=str(message), **facts)
+
+    def stage(self, name: str) -> None:
+        self.say("stage", stage=name)
+
+
+class Live:
+    """A bar over the blocks with stage, time left and peak memory; other messages scroll by above it."""
+
+    def __init__(self, console: "Console") -> None:
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        columns = (
+            TextColumn("{task.fields[stage]:9}", markup=False),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[blocks]}", markup=False),
+            TextColumn("{task.fields[left]}", markup=False),
+            TextColumn("{task.fields[memory]}", markup=False),
+        )
+        self.display = Progress(*columns, console=console, transient=True, refresh_per_second=2)
+        self._task = self.display.add_task("", total=None, stage="", blocks="", left="", memory="")
+        self._seconds = 0.0
+
+    def __call__(self, message: str) -> None:
+        if not isinstance(message, Event):
+            self.display.console.print(message, markup=False, highlight=False, soft_wrap=True)
+            return
+        self._seconds += message.seconds
+        left = duration(self._seconds / message.done * (message.total - message.done))
+        self.display.update(
+            self._task,
+            completed=message.done,
+            total=message.total,
+            blocks=f"block {message.done}/{message.total}",
+            left=f"{left} left for the blocks",
+            memory=_memory(),
+        )
+
+    def stage(self, name: str) -> None:
+        self.display.update(self._task, stage=name, memory=_memory())
+
+
+def _memory() -> str:
+    return f"peak {size(peak_rss())}"
+
+
+@contextmanager
+def progress(quiet: bool, as_json: bool = False) -> Iterator[Log]:
+    """The log for a run: nothing, JSON lines, a live display on a terminal, or plain lines."""
+    if quiet:
+        yield lambda message: None
+    elif as_json:
+        yield JsonLines()
+    elif sys.stderr.isatty():
+        from rich.console import Console
+
+        console = Console(stderr=True)
+        if console.is_dumb_terminal:
+            yield _plain
+        else:
+            live = Live(console)
+            with live.display:
+                yield live
+    else:
+        yield _plain
+
+
+def _plain(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def size(count: float) -> str:
+    """
+    >>> size(716e6), size(141.2e9), size(12)
+    ('716 MB', '141.2 GB', '12 bytes')
+    """
+    for unit, factor, digits in (("GB", 1e9, 1), ("MB", 1e6, 0), ("KB", 1e3, 0)):
+        if count >= factor:
+            return f"{count / factor:.{digits}f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(49), duration(3000), duration(40000), duration(5e6)
+    ('49 s', '50 min', '11.1 h', '58 days')
+    """
+    for unit, factor, limit, digits in (("s", 1, 120, 0), ("min", 60, 7200, 0), ("h", 3600, 172800, 1)):
+        if seconds < limit:
+            return f"{seconds / factor:.{digits}f} {unit}"
+    return f"{seconds / 86400:.0f} days"
