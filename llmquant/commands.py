@@ -75,6 +75,11 @@ def register(app: typer.Typer, run: Callable[..., Any]) -> None:
         "llmquant inspect ./demo-W4A16-G128 --layer model.layers.0.mlp.up_proj",
     )(inspect_command)
     app.command(rich_help_panel=LOOK, epilog="Example:  llmquant doctor --json")(doctor)
+    app.command(
+        name="verify",
+        rich_help_panel=JUDGE,
+        epilog="Example:  llmquant verify ./demo-W4A16-G128 --source demo",
+    )(verify_command)
 
 
 def _plan_of(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -207,6 +212,22 @@ def _print_layer(console: "Console", found: dict[str, Any]) -> None:
             f"codes: entropy {codes['entropy_bits']:.3f} bits, {codes['at_ends']:.2%} at the ends of the range, "
             f"{codes['zero']:.2%} zero"
         )
+
+
+def verify_command(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder that llmquant wrote")],
+    source: Annotated[
+        Optional[str], typer.Option(help="Compare with the original too: demo, a local folder, or a Hub id")
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")] = False,
+) -> None:
+    """Re-read a finished folder: every file, code, scale and copied tensor is what the run computed."""
+    from llmquant.check import verify_folder
+
+    found = verify_folder(checkpoint, source)
+    beside = "" if found.against is None else f", compared with {found.against}"
+    tensors = f"{found.quantized} quantized and {found.copied} copied tensors"
+    print(f"{checkpoint}: {found.files} files, {tensors} are right{beside}")
 
 
 def doctor(json: Json = False) -> None:

@@ -58,7 +58,7 @@ def export(
         report = exporter.report()
         run.write_json("report.json", report)
         run.write_bytes("README.md", make_card(run.out.name, report["model"]["id"], report).encode())
-        run.commit()
+        run.commit(exporter.record.digests)
     return run.out
 
 
@@ -104,6 +104,7 @@ class Export:
         self.skeleton = Skeleton(source, torch.device("cpu"), torch.float32)
         self.plan = self._make_plan()
         self.gguf = None
+        self.record = Record(format_name)
         if format_name == "gguf":
             self.gguf = _GGUFWriter(self, gguf_pre)
             self.plan = self.gguf.plan
@@ -159,7 +160,7 @@ class Export:
             self.gguf.write(run, folder)
             log(f"verified: {len(self.gguf.names)} tensors re-read from disk, equal to those of {self.source.name}")
             return
-        record = Record(self.format_name)
+        record = self.record
         run.open_shards(self.plan.layout, max_shard_bytes, folder)
         for row in self.plan.rows:
             if row.spec is not None:
@@ -240,7 +241,7 @@ class _GGUFWriter:
 
     def write(self, run: RunDir, folder: str) -> None:
         """Header first, then tensor by tensor; then re-read."""
-        file, record = f"{folder}model-{self.kind}.gguf", Record("gguf")
+        file, record = f"{folder}model-{self.kind}.gguf", self.export.record
         head, places = build_gguf(file, self.metadata, self.entries)
         run.open_file(file, head, places)
         for row in self.plan.rows:

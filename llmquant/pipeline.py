@@ -92,7 +92,7 @@ def quantize(
         run.write_json("cost.json", report.cost)
         run.write_bytes("README.md", make_card(run.out.name, job.source.name, report.data).encode())
         run.write_bytes("report.html", make_html(run.out.name, report.data).encode())
-        run.commit()
+        run.commit({row.name: record.digests[row.name] for row in job.plan.rows})
     return report
 
 

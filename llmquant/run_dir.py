@@ -358,8 +358,11 @@ class RunDir:
     def files(self) -> list[str]:
         return sorted(str(path.relative_to(self.path)) for path in self.path.rglob("*") if path.is_file())
 
-    def commit(self) -> None:
-        """Write the manifest, then make the folder visible under its own name."""
+    def commit(self, digests: Mapping[str, str] | None = None) -> None:
+        """Write the manifest, then make the folder visible under its own name.
+
+        `digests` were taken of the tensors when they were computed; `llmquant verify` asks for them.
+        """
         self._check_target()
         for leftover in self.path.rglob("*.tmp"):
             self._disk.unlink(leftover)
@@ -370,7 +373,7 @@ class RunDir:
             for name in self.files()
             if name != MANIFEST  # of a commit that was killed
         }
-        self.write_json(MANIFEST, {"schema_version": 1, "files": table})
+        self.write_json(MANIFEST, {"schema_version": 1, "files": table, "tensors": dict(digests or {})})
         for folder in sorted({path.parent for path in self.path.rglob("*")}):
             fsync_path(self._disk, folder)
         manifest = sha256(self.path / MANIFEST)

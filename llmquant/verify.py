@@ -62,7 +62,7 @@ class Record:
 
     def copied(self, name: str, tensor: Tensor) -> None:
         flat = tensor.contiguous().reshape(-1)
-        self._note(name, _digest(flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)))
+        self._note(name, digest(flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)))
 
     def quantized(self, spec: LinearSpec, weight: QuantizedWeight) -> None:
         if self.format_name in DENSE:  # its weights are what can be compared
@@ -70,7 +70,7 @@ class Record:
             self.copied(spec.key, dense.T if spec.transposed else dense)
         else:
             parts = [weight.codes_OI, weight.scales_OG, weight.zeros_OG]
-            self._note(spec.key, _digest(*[p.cpu().contiguous().numpy() for p in parts if p is not None]))
+            self._note(spec.key, digest(*[p.cpu().contiguous().numpy() for p in parts if p is not None]))
 
 
 def verify_output(folder: Path, plan: Plan, record: Record) -> None:
@@ -91,12 +91,12 @@ def verify_places(folder: Path, places: Mapping[str, "Place"], plan: Plan, recor
         if row.spec is None or decode is None:
             if row.spec is not None and not np.isfinite(places[row.name].floats()).all():
                 raise VerifyError(row.name, "a weight that is not finite was written")
-            found = _digest(places[row.name].raw())
+            found = digest(places[row.name].raw())
         else:
             decoded = decode(row.spec, places)
             if not np.isfinite(decoded[1]).all() or (decoded[1] == 0).any():
                 raise VerifyError(row.name, "a scale that is zero or not finite was written")
-            found = _digest(*decoded)
+            found = digest(*decoded)
         if found != record.digests.get(row.name):
             raise VerifyError(
                 row.name, "the bytes on disk do not decode to what was computed", remedy="do not use this output"
@@ -264,8 +264,9 @@ DECODERS: dict[str, Callable[[LinearSpec, Mapping[str, Place]], Decoded]] = {
 }
 
 
-def _digest(*arrays: NDArray[Any]) -> str:
-    digest = hashlib.sha256()
+def digest(*arrays: NDArray[Any]) -> str:
+    """SHA-256 of the arrays' bytes, one after the other."""
+    total = hashlib.sha256()
     for array in arrays:
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
+        total.update(np.ascontiguousarray(array).data)
+    return total.hexdigest()

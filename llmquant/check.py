@@ -1,0 +1,167 @@
+"""Is a finished folder still what was computed? `llmquant verify`: manifest, key set, codes and scales, side files.
+
+The bytes are read by the NumPy reader of `verify.py`, which shares no code with what wrote them.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmquant.errors import VerifyError
+from llmquant.formats import DENSE, FORMATS, LinearSpec
+from llmquant.grid import QuantScheme
+from llmquant.log import Log, silent
+from llmquant.run_dir import COST, MANIFEST, sha256
+from llmquant.source import Source, open_source
+from llmquant.verify import DECODERS, Decoded, Place, digest, read_places
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found to be in order; `against` is the original that weights were compared with."""
+
+    files: int
+    quantized: int
+    copied: int
+    against: str | None
+
+
+def verify_folder(folder: str | Path, original: str | Path | None = None, log: Log = silent) -> Checked:
+    """VerifyError unless everything in `folder` is what the run that wrote it computed.
+
+    With `original` also: every copied tensor equals the original's, and every quantized one is as far from it as the
+    report says (||W - W^||^2 / ||W||^2, to one part in a thousand).
+    """
+    root = Path(folder)
+    manifest = _json(root, MANIFEST)
+    n_files = _check_files(root, manifest["files"])
+    log(f"{n_files} files are those of the manifest")
+    report = _json(root, "report.json")
+    format_name = report["recipe"]["format"]
+    if format_name == "gguf":
+        raise VerifyError(
+            str(root), "its tensors lie in a GGUF file", expected="safetensors", remedy="its files are right"
+        )
+    source = None if original is None else open_source(original)
+    places = read_places(root)
+    known, expected = manifest["tensors"], set[str]()
+    for row in report["tensors"]:
+        spec = _spec(row)
+        names = {row["name"]} if spec is None else set(FORMATS[format_name].layout(spec))
+        if missing := sorted(names - places.keys()):
+            raise VerifyError(missing[0], "is missing", expected=f"all tensors of {row['name']}")
+        expected |= names
+        _check_row(row, spec, places, format_name, known)
+        if source is not None:
+            _check_original(row, spec, places, format_name, report, source)
+    if odd := sorted(places.keys() - expected):
+        raise VerifyError(odd[0], "is in no row of the report's ledger")
+    _check_config(root, format_name)
+    quantized = sum(row["action"] == "quantized" for row in report["tensors"])
+    return Checked(n_files, quantized, len(report["tensors"]) - quantized, None if source is None else source.name)
+
+
+def _json(root: Path, name: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((root / name).read_bytes())
+    except (OSError, ValueError) as error:
+        raise VerifyError(str(root / name), f"cannot be read ({error})", expected="a folder llmquant wrote") from None
+    return found
+
+
+def _check_files(root: Path, table: dict[str, dict[str, Any]]) -> int:
+    present = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()} - {MANIFEST}
+    hidden = {name for name in present if name.startswith((".git", ".cache/"))}  # what a download leaves
+    if odd := sorted((present - hidden) ^ table.keys()):
+        raise VerifyError(odd[0], "is not in the manifest" if odd[0] in present else "is missing")
+    for name, entry in table.items():
+        if name == COST:
+            continue
+        if (size := (root / name).stat().st_size) != entry["bytes"]:
+            raise VerifyError(name, f"{size} bytes", expected=str(entry["bytes"]))
+        if sha256(root / name) != entry["sha256"]:
+            raise VerifyError(name, "its bytes have changed", remedy="fetch or make it again")
+    return len(table)
+
+
+def _spec(row: dict[str, Any]) -> LinearSpec | None:
+    """What the decoder needs of a quantized row. A Conv1D's shape is the stored one."""
+    if row["action"] != "quantized":
+        return None
+    scheme = QuantScheme(row["bits"], row["group_size"], row["symmetric"])
+    rows, columns = row["shape"]
+    module = row["name"].removesuffix(".weight")
+    return LinearSpec(row["name"], module, "Linear", (rows, columns), getattr(torch, row["dtype"]), scheme)
+
+
+def _check_row(
+    row: dict[str, Any], spec: LinearSpec | None, places: dict[str, Place], format_name: str, known: dict[str, str]
+) -> None:
+    """Shape, range and finiteness, and the digest that was taken when the tensor was computed."""
+    name = row["name"]
+    if spec is None or format_name in DENSE:
+        place = places[name]
+        if list(place.shape) != row["shape"]:
+            raise VerifyError(name, f"shape {list(place.shape)}", expected=str(row["shape"]))
+        if place.dtype in ("F32", "F16", "BF16") and not np.isfinite(place.floats()).all():
+            raise VerifyError(name, "holds NaN or Inf")
+        found = digest(place.raw())
+    else:
+        decoded = DECODERS[format_name](spec, places)
+        _check_range(spec, decoded)
+        found = digest(*decoded)
+    if known.get(name) != found:
+        raise VerifyError(name, "does not decode to what was computed", remedy="do not use this checkpoint")
+
+
+def _check_range(spec: LinearSpec, decoded: Decoded) -> None:
+    codes, scales, *_ = decoded
+    low, high = int(codes.min()), int(codes.max())
+    if low < spec.scheme.code_min or high > spec.scheme.code_max:
+        raise VerifyError(spec.key, f"codes {low}..{high}", expected=f"{spec.scheme.code_min}..{spec.scheme.code_max}")
+    if not np.isfinite(scales).all() or (scales == 0).any():
+        raise VerifyError(spec.key, "a scale is zero or not finite")
+
+
+def _check_original(
+    row: dict[str, Any],
+    spec: LinearSpec | None,
+    places: dict[str, Place],
+    format_name: str,
+    report: dict[str, Any],
+    source: Source,
+) -> None:
+    name = row["name"]
+    if name not in source.tensors:
+        raise VerifyError(name, f"is not in {source.name}", remedy="name the original that it was made from")
+    original = source.read(name)
+    if spec is None:
+        if digest(original.contiguous().reshape(-1).view(torch.uint8).numpy()) != digest(places[name].raw()):
+            raise VerifyError(name, f"is not that of {source.name}")
+        return
+    dense = places[name].floats() if format_name in DENSE else _dequantized(DECODERS[format_name](spec, places))
+    weight = original.float()
+    error = float((weight - torch.from_numpy(dense)).square().sum()) / max(float(weight.square().sum()), 1e-30)
+    modules = [layer for layer in report["layers"] if f"{layer['name']}.weight" == name or name.endswith(layer["name"])]
+    said = next((layer["weight_error"] for layer in modules), None)
+    if said is not None and abs(error - said) > 1e-3 * max(said, 1e-9):
+        raise VerifyError(name, f"relative error {error:.3e} against {source.name}", expected=f"{said:.3e}")
+
+
+def _dequantized(decoded: Decoded) -> np.ndarray[Any, np.dtype[np.float32]]:
+    codes, scales, *zeros = decoded
+    groups = codes.astype(np.float32).reshape(*scales.shape, -1)
+    if zeros:
+        groups -= zeros[0].astype(np.float32)[..., None]
+    dense: np.ndarray[Any, np.dtype[np.float32]] = (groups * scales[..., None]).reshape(codes.shape)
+    return dense
+
+
+def _check_config(root: Path, format_name: str) -> None:
+    config = _json(root, "config.json")
+    if format_name not in DENSE and not {"quantization_config", "quantization"} & config.keys():
+        raise VerifyError("config.json", "says nothing of the quantization", expected="quantization_config")

@@ -1,0 +1,125 @@
+"""`llmquant verify` on a finished folder: right ones pass, every kind of change is found."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import llmquant
+from llmquant import cli
+from llmquant.check import verify_folder
+from llmquant.errors import VerifyError
+from llmquant.run_dir import sha256
+
+TINY: dict[str, Any] = {"group_size": 32, "samples": 4, "seq_len": 32, "eval_data": "none"}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "out"
+    llmquant.quantize(tiny_model("llama"), llmquant.make_recipe("x", flags=TINY), out)
+    return out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"format": "fake"}, {"format": "awq", "symmetric": False}, {"format": "gptq"}, {"format": "mlx"}],
+    ids=str,
+)
+def test_what_a_run_wrote_is_right(flags: dict[str, Any], tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    source = tiny_model("qwen2")
+    llmquant.quantize(source, llmquant.make_recipe("x", flags=TINY | flags), tmp_path / "out")
+    found = verify_folder(tmp_path / "out", source)
+    assert found.quantized > 0
+    assert found.copied > 0
+    assert found.against is not None
+
+
+def repaired(folder: Path) -> None:
+    """A manifest that fits the changed files: as if the packer itself had been wrong."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, entry in manifest["files"].items():
+        if "bytes" in entry:
+            entry |= {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def changed(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    repaired(folder)
+
+
+Q = "model.layers.1.self_attn.q_proj."
+BUGS: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
+    "one bit of a code": lambda t: t[Q + "weight_packed"].view(torch.uint8)[0, :1].bitwise_xor_(1),
+    "nibbles swapped": lambda t: t[Q + "weight_packed"].copy_((t[Q + "weight_packed"] & 0x0F0F0F0F) << 4),
+    "words in another order": lambda t: t[Q + "weight_packed"].copy_(t[Q + "weight_packed"].flip(1)),
+    "rows in another order": lambda t: t[Q + "weight_packed"].copy_(t[Q + "weight_packed"].flip(0)),
+    "an offset of one": lambda t: t[Q + "weight_packed"].bitwise_xor_(0x11111111),
+    "a scale doubled": lambda t: t[Q + "weight_scale"][3:4].mul_(2),
+    "a scale's sign": lambda t: t[Q + "weight_scale"][0, :1].neg_(),
+    "scales in another order": lambda t: t[Q + "weight_scale"].copy_(t[Q + "weight_scale"].flip(1)),
+    "a scale of zero": lambda t: t[Q + "weight_scale"][0, :1].zero_(),
+    "a scale of NaN": lambda t: t[Q + "weight_scale"][0, :1].fill_(torch.nan),
+    "two layers exchanged": lambda t: t.update({Q + "weight_packed": t[Q.replace("1", "0") + "weight_packed"].clone()}),
+    "a wrong shape noted": lambda t: t[Q + "weight_shape"].copy_(t[Q + "weight_shape"].flip(0) + 1),
+    "a norm changed": lambda t: t["model.norm.weight"][:1].add_(0.5),
+    "a norm of NaN": lambda t: t["model.norm.weight"][:1].fill_(torch.nan),
+    "an embedding row lost": lambda t: t["model.embed_tokens.weight"][5].zero_(),
+    "a tensor missing": lambda t: t.pop("model.norm.weight"),
+    "a packed part missing": lambda t: t.pop(Q + "weight_scale"),
+    "a tensor too many": lambda t: t.update(extra=torch.zeros(3)),
+}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_wrong_packer_is_caught_though_the_manifest_fits(name: str, finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "out")
+    verify_folder(folder)
+    changed(folder, BUGS[name])
+    with pytest.raises(VerifyError):
+        verify_folder(folder)
+
+
+def test_changed_missing_and_added_files_are_named(finished: Path, tmp_path: Path) -> None:
+    for name, change in {
+        "tokenizer.json": lambda path: path.write_bytes(path.read_bytes()[:-1] + b" "),
+        "config.json": lambda path: path.unlink(),
+        "notes.txt": lambda path: path.write_text("x"),
+    }.items():
+        folder = shutil.copytree(finished, tmp_path / name)
+        change(folder / name)
+        with pytest.raises(VerifyError, match=name):
+            verify_folder(folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(VerifyError, match=r"manifest\.json: cannot be read"):
+        verify_folder(tmp_path / "empty")
+
+
+def test_another_original_is_noticed(finished: Path, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    source = shutil.copytree(tiny_model("llama"), tmp_path / "source")
+    verify_folder(finished, source)
+    file = next(source.glob("*.safetensors"))
+    tensors = load_file(file)
+    weight = "model.layers.2.mlp.up_proj.weight"
+    tensors[weight] = tensors[weight].flip(0).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(VerifyError, match=r"layers\.2\.mlp\.up_proj\.weight: relative error"):
+        verify_folder(finished, source)
+
+
+def test_the_command_says_what_it_compared(
+    finished: Path, tiny_model: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["verify", str(finished), "--source", str(tiny_model("llama"))]) == 0
+    said = capsys.readouterr().out
+    assert "21 quantized" in said
+    assert "compared with" in said
+    assert cli.main(["verify", str(finished.parent)]) == 8
