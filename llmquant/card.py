@@ -11,6 +11,10 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 """
 _LIBRARIES = {"mlx": "mlx", "gguf": "gguf"}
+_COMMANDS = {
+    "mlx": "pip install mlx-lm && mlx_lm.generate --model . --prompt Hello",
+    "gguf": "llama-cli -m model-*.gguf -p Hello",
+}
 _NEEDS = {"compressed-tensors": "compressed-tensors", "gptq": "optimum gptqmodel", "awq": "gptqmodel"}
 
 
@@ -35,6 +39,8 @@ def make_card(name: str, base_model: str, report: dict[str, Any]) -> str:
     ]
     if packages := _NEEDS.get(recipe["format"]):
         lines += ["```python", _LOAD.format(name=name).rstrip(), "```", "", f"Needs `pip install {packages}`.", ""]
+    elif recipe["format"] in _COMMANDS:
+        lines += ["```bash", _COMMANDS[recipe["format"]], "```", ""]
     if folders := [f"`{folder}/`" for folder in recipe.get("exports", [])]:
         lines += [f"The same codes and scales in other formats: {', '.join(folders)}.", ""]
     if evaluation := report["evaluation"]:
@@ -42,6 +48,8 @@ def make_card(name: str, base_model: str, report: dict[str, Any]) -> str:
         table = lanes_table(evaluation["lanes"])
         lines += [f"Measured on {describe_evaluation(evaluation)}:", "", *_markdown(table), ""]
         lines += ["KL is the divergence from the original per token; ± is one standard error over windows.", ""]
+        if "exported_from" in report:
+            lines += [f"Measured on the {report['exported_from']} checkpoint whose codes and scales these are.", ""]
     settings = ", ".join(f"{key} {value}" for key, value in recipe.items() if value not in (None, [], ""))
     lines += [
         f"Recipe: {settings}.",

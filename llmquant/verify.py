@@ -251,7 +251,13 @@ def _decode_gguf(spec: LinearSpec, places: Mapping[str, Place]) -> Decoded:
     codes = octets.view(np.int8).reshape(rows, columns)
     if spec.scheme.symmetric:
         return codes, scales
-    return codes, scales, (np.rint(-blocks["m"][:, :, 0].astype(np.float32) / scales) - 8).astype(np.int8)
+    minima = blocks["m"][:, :, 0]
+    if not np.isfinite(scales).all() or (scales == 0).any() or not np.isfinite(minima).all():
+        raise VerifyError(spec.key, "a scale that is zero or not finite was written")
+    steps = np.rint(-minima.astype(np.float32) / scales)  # zeros + 8
+    if ((-steps * scales).astype(np.float16) != minima).any():
+        raise VerifyError(spec.key, "a minimum that is no multiple of its scale was written")
+    return codes, scales, (steps - 8).astype(np.int8)
 
 
 # Formats that hold codes; the others are compared as dense weights.

@@ -57,7 +57,9 @@ def test_reports_of_exports_follow_the_schema(name: str, finished: Path, tmp_pat
     report = json.loads((export(finished, name, tmp_path / "out") / "report.json").read_text())
     schema = json.loads((Path(__file__).parents[1] / "eval" / "report.schema.json").read_text())
     jsonschema.validate(report, schema)
-    assert f"- {name}" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"- {name}" in card
+    assert "Measured on the compressed-tensors checkpoint whose codes and scales these are." in card
 
 
 def test_every_format_can_be_named() -> None:

@@ -461,3 +461,69 @@ def test_verify_catches_dense_weights_that_overflow_their_dtype(tmp_path: Path) 
     with pytest.raises(VerifyError, match="not finite"):
         write(tmp_path / "out", "fake", {spec: weight}, MAX_SHARD)
     assert not list(tmp_path.iterdir())
+
+
+# -- every format that holds codes ---------------------------------------------------------------------
+def flipped(position: int) -> Callable[[bytearray], None]:
+    def change(data: bytearray) -> None:
+        data[position] ^= 1
+
+    return change
+
+
+def rolled(count: int) -> Callable[[bytearray], None]:
+    """All elements of `count` bytes moved on by one."""
+
+    def change(data: bytearray) -> None:
+        data[:] = data[-count:] + data[:-count]
+
+    return change
+
+
+def mirrored(data: bytearray) -> None:
+    data.reverse()
+
+
+DAMAGES_OF_BYTES: dict[str, Callable[[bytearray], None]] = {
+    "first bit": flipped(0),
+    "last byte": flipped(-1),
+    "middle": flipped(7),
+    "a minimum's last bit": flipped(2),  # in Q4_1
+    "moved by 2 bytes": rolled(2),
+    "moved by 4 bytes": rolled(4),
+    "moved by 18 bytes": rolled(18),  # a block of Q4_0
+    "moved by 48 bytes": rolled(48),  # a row of 96 codes of 4 bits
+    "reversed": mirrored,
+    "zeros": lambda data: data.__setitem__(slice(None), bytes(len(data))),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES_OF_BYTES)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("format_name", ["gptq", "awq", "mlx", "gguf"])
+def test_verify_catches_damage_to_every_tensor_of(
+    format_name: str, symmetric: bool, damage: str, tmp_path: Path
+) -> None:
+    spec = replace(spec_of("q", (64, 96), 4, 32), scheme=QuantScheme(4, 32, symmetric))
+    weight = weight_of(replace(spec, scheme=QuantScheme(4, 32)), 1)
+    if not symmetric:
+        if format_name in ("gptq", "mlx"):
+            return  # they refuse it
+        zeros = torch.randint(-8, 8, (64, 3), generator=torch.Generator().manual_seed(2), dtype=torch.int8)
+        weight = QuantizedWeight(weight.codes_OI, weight.scales_OG, spec.scheme, zeros)
+    record, plan = write(tmp_path / "out", format_name, {spec: weight}, 10**9), plan_of(format_name, (spec,))
+    file = tmp_path / "out" / "model.safetensors"
+    original = file.read_bytes()
+    header, _ = header_of(original)
+    base = 8 + int.from_bytes(original[:8], "little")
+    for name in FORMATS[format_name].layout(spec):
+        begin, end = header[name]["data_offsets"]
+        part = bytearray(original[base + begin : base + end])
+        DAMAGES_OF_BYTES[damage](part)
+        if bytes(part) == original[base + begin : base + end]:
+            continue  # constant zeros stay what they are when they are moved
+        file.write_bytes(original[: base + begin] + part + original[base + end :])
+        with pytest.raises(VerifyError, match=r"^q\.weight: "):
+            verify_output(tmp_path / "out", plan, record)
+    file.write_bytes(original)
+    verify_output(tmp_path / "out", plan, record)
