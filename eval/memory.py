@@ -38,8 +38,16 @@ def main() -> None:
         print(f"{blocks:>6} {size / 1e6:>10.0f} {peak:>11.0f} {bound / 1e6:>8.0f} {cost['total_seconds']:>6.1f}")
 
 
-def build(folder: Path, hidden: int, blocks: int) -> tuple[Path, int]:
-    """A random bf16 Llama in `folder`, and the bound in bytes for it."""
+def build(
+    folder: Path,
+    hidden: int,
+    blocks: int,
+    ffn: int | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    vocab: int = 4096,
+) -> tuple[Path, int]:
+    """A random bf16 Llama in `folder`, made shard by shard, and the bound in bytes for it."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -47,14 +55,15 @@ def build(folder: Path, hidden: int, blocks: int) -> tuple[Path, int]:
     import llmquant
 
     demo = Path(llmquant.__file__).parent / "demo"
-    ffn = hidden * 11 // 4 // 128 * 128
+    ffn = ffn or hidden * 11 // 4 // 128 * 128
+    heads = heads or hidden // 64
     config = LlamaConfig(
-        vocab_size=4096,
+        vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=ffn,
         num_hidden_layers=blocks,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 128,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads or heads // 2,
         max_position_embeddings=512,
         tie_word_embeddings=False,
     )
@@ -75,7 +84,7 @@ def build(folder: Path, hidden: int, blocks: int) -> tuple[Path, int]:
         weight_map |= dict.fromkeys(names, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     block = 4 * (hidden * hidden * 3 + 3 * hidden * ffn)
-    return folder, 600_000_000 + 2 * block + 8 * ffn * ffn + 4 * 4096 * hidden + 64_000_000
+    return folder, 600_000_000 + 2 * block + 8 * ffn * ffn + 4 * vocab * hidden + 64_000_000
 
 
 def quantize(source: Path, out: Path, method: str) -> dict[str, float]:

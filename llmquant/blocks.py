@@ -1,22 +1,24 @@
 """Quantize the linears of one block that is in memory: Hessians, solve, dequantized weights set back."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor
 
 from llmquant.baselines import round_to_nearest
 from llmquant.errors import SolveError, SourceError
-from llmquant.formats import FORMATS, LinearSpec
+from llmquant.formats import DENSE, FORMATS, LinearSpec
 from llmquant.grid import QuantizedWeight
 from llmquant.hessian import Hessian, default_propagation
+from llmquant.paused import Paused, pausing
 from llmquant.recipe import Recipe
 from llmquant.report import LayerReport
-from llmquant.skeleton import Call, Calls, Skeleton, Stop, hooked
+from llmquant.skeleton import Call, Calls, Skeleton
 from llmquant.solvers import DATA_FREE, SOLVERS, LayerTask, Solution, SolveOptions
+from llmquant.solvers.refine import default_sweeps
 from llmquant.streams import Stream
 
 
@@ -58,16 +60,25 @@ def get_weight(skeleton: Skeleton, spec: LinearSpec) -> Tensor:
 
 @dataclass(frozen=True)
 class CalibrationStreams:
-    """Hidden states before the block: of the quantized blocks, and of the original ones (for error propagation)."""
+    """Hidden states before the block: of the quantized blocks, and of the original ones (for error propagation).
+
+    `spare_bytes` is what forwards may hold while they are paused between the steps of a block.
+    """
 
     quantized: Stream
     original: Stream | None = None
+    spare_bytes: int = 0
 
     def append(self, hidden: Tensor) -> None:
         """Before the first block both are the same."""
         self.quantized.append(hidden)
         if self.original is not None:
             self.original.append(hidden)
+
+
+def as_loaded(spec: LinearSpec, weight: QuantizedWeight, format_name: str) -> Tensor:
+    """weight_OI in float32 as a loader of the output finds it: rounded once more where the format holds no codes."""
+    return weight.dequantize(spec.dtype).float() if format_name in DENSE else weight.dequantize()
 
 
 def quantize_block(
@@ -77,27 +88,30 @@ def quantize_block(
     recipe: Recipe,
     calls: Calls,
     streams: CalibrationStreams | None,
+    *,
+    advance: bool = True,
 ) -> list[Solved]:
     """Quantize the linears `specs` of the loaded block `index` and leave their dequantized weights in it.
 
     `streams` holds the calibration hidden states; None for data-free methods. With passes = "step" each step's
-    Hessian sees the quantized steps before it. The original's stream is through the block afterwards; the other
-    one is still before it.
+    Hessian sees the quantized steps before it. With `advance` both streams are through the block afterwards.
     """
     if streams is None or recipe.method in DATA_FREE:
         return [solved for spec in specs for solved in _solve(skeleton, [spec], None, recipe)]
     steps = _steps(skeleton, index, specs, recipe, calls, streams)
-    passes = [[step] for step in steps] if recipe.passes == "step" else [steps]
-    originals = {f"{spec.module}.weight": skeleton.get(f"{spec.module}.weight") for spec in specs}
+    linears = skeleton.linears(index)
     done: list[Solved] = []
-    for steps_of_pass in passes:
-        collector = _Collector(skeleton, index, steps_of_pass, calls)
-        if streams.original is None:
-            collector.run(streams.quantized)
-        else:
-            collector.run_pairs(streams.quantized, streams.original, originals, last=steps_of_pass is passes[-1])
-        for step, hessian in zip(steps_of_pass, collector.hessians, strict=True):
+    with pausing([linears[step.specs[0].module] for step in steps]):
+        runs = _Runs(skeleton, index, specs, calls, streams)
+        if recipe.passes == "block":
+            hessians = runs.hessians_of_all(steps)
+        for position, step in enumerate(steps):
+            hessian = hessians[position] if recipe.passes == "block" else runs.hessian(position, step)
             done += _solve(skeleton, step.specs, hessian, recipe, step.propagation)
+            runs.weights_changed()
+        if advance:
+            runs.finish()
+        runs.close()
     return done
 
 
@@ -144,67 +158,97 @@ def _steps(
     return [Step(step, strength(step[0].shape[1])) for step in steps if step]
 
 
-class _Collector:
-    """Hessians of the inputs of some steps of a block, over whole streams of hidden states."""
+class _Runs:
+    """The forwards of both calibration streams through one block, paused at the same step batch by batch.
 
-    def __init__(self, skeleton: Skeleton, index: int, steps: Sequence["Step"], calls: Calls) -> None:
-        self.skeleton, self.modules = skeleton, [step.specs[0].module for step in steps]
-        self.forward, self.linears = forward_of(skeleton, index, calls), skeleton.linears(index)
-        self.hessians = [Hessian(step.in_features, skeleton.device, drift=step.propagation > 0) for step in steps]
-        self._originals: dict[int, Tensor] = {}  # one batch of the steps' inputs in the original model
+    Forwards stay paused between the steps as long as what they hold fits `spare_bytes`; the others are run anew up
+    to each step. The original's forwards see the block's original weights, the others what is in the block.
+    """
 
-    def run(self, quantized: Stream) -> None:
-        """Without error propagation."""
-        for hidden in quantized:
-            self._add(hidden)
+    def __init__(
+        self, skeleton: Skeleton, index: int, specs: Sequence[LinearSpec], calls: Calls, streams: CalibrationStreams
+    ) -> None:
+        self._skeleton, self._streams = skeleton, streams
+        self._forward = forward_of(skeleton, index, calls)
+        self._names = [f"{spec.module}.weight" for spec in specs]
+        self._originals = self._weights()
+        self._current = self._originals
+        self._kept: dict[tuple[int, str], tuple[Paused, int]] = {}  # with the bytes it holds
 
-    def run_pairs(self, quantized: Stream, original: Stream, weights: Mapping[str, Tensor], *, last: bool) -> None:
-        """Both streams batch by batch: the original one through `weights`, the other through what is in the block.
-
-        In the `last` pass the original's stream is advanced through the whole block.
-        """
-        batches = iter(quantized)
-        current = {name: self.skeleton.get(name) for name in weights}
-
-        def pair(hidden: Tensor) -> Tensor:
-            self._put(weights)
-            advanced = self._keep(hidden, stop=not last)
-            self._put(current)
-            self._add(next(batches))
-            return advanced
-
-        if last:
-            original.update(pair)
-        else:
-            for hidden in original:
-                pair(hidden)
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: self._skeleton.get(name) for name in self._names}
 
     def _put(self, weights: Mapping[str, Tensor]) -> None:
         for name, weight in weights.items():
-            self.skeleton.set(name, weight)
+            self._skeleton.set(name, weight)
 
-    def _keep(self, hidden: Tensor, *, stop: bool) -> Tensor:
-        """Run the block on the original's hidden states, keep its steps' inputs, return its output (or stop early)."""
-        return self._watch(hidden, self._originals.__setitem__, stop=stop)
+    def weights_changed(self) -> None:
+        self._current = self._weights()
 
-    def _add(self, hidden: Tensor) -> None:
-        def add(position: int, x: Tensor) -> None:
-            self.hessians[position].add(x, self._originals.pop(position, None))
+    def hessian(self, position: int, step: Step) -> Hessian:
+        """Over all batches, of the inputs of the step at `position`; steps must come in order."""
+        hessian = Hessian(step.in_features, self._skeleton.device, drift=step.propagation > 0)
+        for x, original in self._pairs(position):
+            hessian.add(x, original)
+        return hessian
 
-        self._watch(hidden, add, stop=True)
+    def hessians_of_all(self, steps: Sequence[Step]) -> list[Hessian]:
+        """The Hessians of all steps in one pass, before any of them is quantized."""
+        device = self._skeleton.device
+        hessians = [Hessian(step.in_features, device, drift=step.propagation > 0) for step in steps]
+        original = self._streams.original
+        for hidden, other in zip(self._streams.quantized, original or self._streams.quantized, strict=True):
+            run, reference = Paused(partial(self._forward, hidden)), Paused(partial(self._forward, other))
+            for position, hessian in enumerate(hessians):
+                hessian.add(run.input_of(position), reference.input_of(position) if original is not None else None)
+            run.close()
+            reference.close()
+        return hessians
 
-    def _watch(self, hidden: Tensor, see: Callable[[int, Tensor], None], *, stop: bool) -> Tensor:
-        """The block's forward, `see` called with each step's position and input; with `stop` no further than that."""
+    def _pairs(self, position: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Inputs of a step, of the quantized and of the original model, batch by batch."""
+        original = self._streams.original
+        others = iter(original) if original is not None else None
+        for batch, hidden in enumerate(self._streams.quantized):
+            reference = None
+            if others is not None:
+                self._put(self._originals)
+                reference = self._input(position, batch, "original", next(others))
+                self._put(self._current)
+            yield self._input(position, batch, "quantized", hidden), reference
 
-        def note(position: int, inputs: tuple[Tensor, ...]) -> None:
-            see(position, inputs[0])
-            if stop and position == len(self.modules) - 1:
-                raise Stop
+    def _input(self, position: int, batch: int, stream: str, hidden: Tensor) -> Tensor:
+        run, _ = self._kept.pop((batch, stream), (None, 0))
+        run = run or Paused(partial(self._forward, hidden))
+        x = run.input_of(position)
+        held, spare = run.held_bytes(), self._streams.spare_bytes - sum(held for _, held in self._kept.values())
+        if held <= spare:
+            self._kept[batch, stream] = run, held
+        else:
+            run.close()
+        return x
 
-        notes = {module: partial(note, position) for position, module in enumerate(self.modules)}
-        with hooked(notes, self.linears), suppress(Stop):
-            return self.forward(hidden)
-        return hidden
+    def finish(self) -> None:
+        """Both streams through the whole block."""
+        if self._streams.original is not None:
+            self._put(self._originals)
+            self._advance(self._streams.original, "original")
+            self._put(self._current)
+        self._advance(self._streams.quantized, "quantized")
+
+    def _advance(self, stream: Stream, name: str) -> None:
+        batches = count()
+
+        def advanced(hidden: Tensor) -> Tensor:
+            run, _ = self._kept.pop((next(batches), name), (None, 0))
+            return self._forward(hidden) if run is None else run.finish()
+
+        stream.update(advanced)
+
+    def close(self) -> None:
+        for run, _ in self._kept.values():
+            run.close()
+        self._kept.clear()
 
 
 def _solve(
@@ -233,7 +277,7 @@ def _solve(
         recipe.damp,
         propagation,
         recipe.refit,
-        recipe.sweeps,
+        default_sweeps(step[0].scheme.bits) if recipe.sweeps is None else recipe.sweeps,
         on_bad_layer=recipe.on_bad_layer,
     )
     solution = SOLVERS[recipe.method](task, options)
@@ -259,7 +303,7 @@ def _split(
             spec.scheme,
             None if solution.weight.zeros_OG is None else solution.weight.zeros_OG[rows].contiguous(),
         )
-        dense = quantized.dequantize()
+        dense = as_loaded(spec, quantized, recipe.format)
         report = _report(
             spec,
             weight_OI,

@@ -9,11 +9,11 @@ from typing import Annotated, Any, Optional
 import typer
 
 from llmquant import commands
-from llmquant.arguments import normalise, suggestion
+from llmquant.arguments import count, normalise, strength, suggestion
 from llmquant.console import show_report
-from llmquant.errors import LLMQuantError
-from llmquant.progress import JsonLines, progress
-from llmquant.recipe import CHOICES, DEMO_DEFAULTS, Recipe, make_recipe, recipe_folder
+from llmquant.errors import Interrupted, LLMQuantError
+from llmquant.progress import JsonLines, progress, stoppable
+from llmquant.recipe import CHOICES, DEMO_DEFAULTS, Recipe, make_recipe
 
 app = typer.Typer(
     name="llmquant",
@@ -41,10 +41,6 @@ def _option(text: str, name: str, panel: str) -> Any:
     return typer.Option(flag, help=text, rich_help_panel=panel, show_default=False, autocompletion=complete)
 
 
-def _recipes() -> list[str]:
-    return sorted(path.stem for path in recipe_folder().glob("*.toml"))
-
-
 _JOB, _SOLVER, _CALIB, _EVAL, _RUN = "What", "How codes are chosen", "Calibration", "Evaluation", "Where and with what"
 _DATA = "builtin, wikitext2, c4, FILE.txt, FILE.jsonl or HUB_ID\\[:config\\[:split\\[:column]]]"
 
@@ -65,7 +61,7 @@ def run(
         typer.Option(
             help="A recipe: a .toml file or a name in pipelines/; flags override it",
             rich_help_panel=_JOB,
-            autocompletion=lambda incomplete: commands.starting_with(_recipes())(incomplete),
+            autocompletion=lambda incomplete: commands.recipes_like(incomplete),
         ),
     ] = None,
     method: Annotated[Optional[str], _option("How codes are chosen", "method", _JOB)] = None,
@@ -122,7 +118,10 @@ def run(
             show_default=False,
         ),
     ] = None,
-    sweeps: Annotated[Optional[int], _option("Sweeps of coordinate descent on the codes", "sweeps", _SOLVER)] = None,
+    sweeps: Annotated[
+        Optional[int],
+        _option("Sweeps of coordinate descent on the codes (default: 1, and 2 below 4 bits)", "sweeps", _SOLVER),
+    ] = None,
     passes: Annotated[
         Optional[str], _option("Hessians after each step of a block, or in one pass per block", "passes", _SOLVER)
     ] = None,
@@ -142,6 +141,13 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an output folder that llmquant wrote", rich_help_panel=_RUN)
     ] = False,
+    resume: Annotated[
+        str,
+        typer.Option(
+            help="Go on with an interrupted run of the same job: auto, required, or never (throw it away)",
+            rich_help_panel=_RUN,
+        ),
+    ] = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, as `llmquant plan` does", rich_help_panel=_RUN)
     ] = False,
@@ -160,17 +166,19 @@ def run(
     if asymmetric:
         flags["symmetric"] = False
     if propagation is not None:
-        flags["propagation"] = _strength(propagation)
+        flags["propagation"] = strength(propagation)
     if eval_tokens is not None:
-        flags["eval_tokens"] = _count(eval_tokens)
+        flags["eval_tokens"] = count(eval_tokens)
     settings = make_recipe(model, recipe, flags)
     _calm_libraries()
     if dry_run:
         return commands.show_plan(model, settings, out, revision, max_ram, overwrite, json)
     from llmquant.pipeline import quantize
 
-    with progress(quiet, json) as log:
-        report = quantize(model, settings, out, revision=revision, max_ram=max_ram, overwrite=overwrite, log=log)
+    with progress(quiet, json) as log, stoppable():
+        report = quantize(
+            model, settings, out, revision=revision, max_ram=max_ram, overwrite=overwrite, resume=resume, log=log
+        )
     show_report(report)
 
 
@@ -231,25 +239,12 @@ def _eval_flags(
 ) -> dict[str, Any]:
     flags = {
         "eval_data": data,
-        "eval_tokens": _count(tokens),
+        "eval_tokens": count(tokens),
         "eval_seq_len": seq_len,
         "device": device,
         "dtype": dtype,
     }
     return {name: value for name, value in flags.items() if value is not None}
-
-
-def _count(text: str | None) -> int | str | None:
-    """A number of tokens, or the word `full`; the recipe refuses other words."""
-    return int(text) if text is not None and text.isdecimal() else text
-
-
-def _strength(text: str) -> float | str:
-    """A number, or a word that the recipe accepts or refuses."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _compare(
@@ -283,6 +278,8 @@ def main(arguments: list[str] | None = None) -> int:
         return int(app(args=arguments, prog_name="llmquant", standalone_mode=False) or 0)
     except typer.TyperException as error:  # unknown options, missing values
         message, code = suggestion(error) or error.format_message(), 2
+    except Interrupted:
+        message, code = "interrupted", 75
     except typer.Abort:
         message, code = "aborted", 1
     except LLMQuantError as error:

@@ -7,7 +7,10 @@
     |-- CalibrationError     5   the calibration or evaluation text, or its tokenizer
     |-- FormatError          6   the output format or a runtime cannot hold the plan
     |-- OutputError          7   the output folder or the disk
-    `-- VerifyError          8   what was written is not what was computed
+    |-- VerifyError          8   what was written is not what was computed
+    `-- ResumeError          9   an interrupted run cannot be gone on with
+
+A run that Ctrl-C or SIGTERM ended exits with 75: the same command goes on.
 
 The message is one line: `where: got; expected ...; remedy`.
 """
@@ -50,3 +53,11 @@ class OutputError(LLMQuantError):
 
 class VerifyError(LLMQuantError):
     exit_code = 8
+
+
+class ResumeError(LLMQuantError):
+    exit_code = 9
+
+
+class Interrupted(BaseException):
+    """A signal; like KeyboardInterrupt, nothing that catches errors may catch it."""

@@ -1,7 +1,10 @@
 """All that is decided before any weight is read: source, skeleton, plan and token windows of one run."""
 
+import hashlib
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +16,7 @@ from llmquant.log import Log
 from llmquant.overlap import refuse_overlap
 from llmquant.plan import Plan, make_plan
 from llmquant.recipe import Recipe
+from llmquant.report import versions
 from llmquant.skeleton import Skeleton
 from llmquant.solvers import DATA_FREE
 from llmquant.source import Source, open_source
@@ -48,6 +52,34 @@ class Job:
         if self.evaluation is not None:
             sizes |= dict.fromkeys(self.lanes, self.evaluation.n_tokens * hidden_bytes)
         return sizes
+
+
+def fingerprint(job: Job, weights: str) -> dict[str, str]:
+    """All that decides the output, by name, for a run that wants to go on with another's work.
+
+    `weights` is the digest of the local weights. Not in it: on_bad_layer, which changes nothing in blocks that were
+    finished, and the number of threads, which a resumed run takes over.
+    """
+    recipe = {f"recipe.{name}": json.dumps(value) for name, value in job.recipe.as_dict().items()}
+    del recipe["recipe.on_bad_layer"]
+    side = {file: hashlib.sha256(job.source.local(file).read_bytes()).hexdigest() for file in job.source.side_files()}
+    windows = {"calibration text": job.calibration, "evaluation text": job.evaluation}
+    parts: dict[str, Any] = {
+        "model": job.source.name,
+        "revision": job.source.revision,
+        "weights": weights,
+        "config": job.source.config,
+        "side files": side,
+        "plan": [row.as_dict() for row in job.plan.rows],
+        "lanes": job.lanes,
+        "versions": versions(),
+        "instruction set": torch.backends.cpu.get_cpu_capability(),
+        "device": job.skeleton.device.type,
+        "dtype": str(job.skeleton.dtype),
+        **{name: None if text is None else text.as_dict() for name, text in windows.items()},
+    }
+    digests = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in parts.items()}
+    return recipe | digests
 
 
 def prepare(model: str | Path, revision: str | None, recipe: Recipe, log: Log) -> Job:
@@ -103,12 +135,19 @@ def refuse_quantized(source: Source) -> None:
         raise SourceError(source.name, f"is quantized already ({method})", remedy="name the 16-bit checkpoint")
 
 
-def refuse_damaged_weights(source: Source) -> None:
-    """Read every local tensor once and refuse NaN and Inf before any long work. Shards that are still on the Hub
-    are checked as they come."""
+def refuse_damaged_weights(source: Source) -> str:
+    """Read every local tensor once and refuse NaN and Inf before any long work; the digest of what was read.
+
+    Shards that are still on the Hub are checked as they come, and known by their commit.
+    """
+    digest = hashlib.sha256()
     for name in source.tensors:
         if source.is_local(name):
-            source.read_finite(name)
+            tensor = source.read_finite(name)
+            if source.revision is None:
+                digest.update(name.encode() + b"\0")
+                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def pick_device(device: str) -> torch.device:

@@ -1,20 +1,24 @@
 """The way through the program: prepare -> one block at a time -> verified output -> report."""
 
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmquant.baselines import BASELINES
 from llmquant.blocks import CalibrationStreams, Solved, forward_of, get_weight, quantize_block, set_weight
 from llmquant.card import make_card
 from llmquant.comparison import noise_floor
+from llmquant.errors import ResumeError
 from llmquant.evaluation import Figures, Lanes, figures
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.html_report import make_html
-from llmquant.job import ORIGINAL, OURS, Job, prepare, refuse_damaged_weights
+from llmquant.job import ORIGINAL, OURS, Job, fingerprint, prepare, refuse_damaged_weights
 from llmquant.log import Event, Log, silent, stages_of
 from llmquant.memory import trim
 from llmquant.recipe import Recipe, make_recipe, parse_size
@@ -22,7 +26,7 @@ from llmquant.report import SCHEMA_VERSION, LaneReport, LayerReport, Report, Sto
 from llmquant.run_dir import RunDir
 from llmquant.skeleton import Calls
 from llmquant.source import safe_config
-from llmquant.streams import Streams, spilled
+from llmquant.streams import Stream, Streams, spilled
 from llmquant.verify import Record, verify_output
 
 Forward = Callable[[Tensor], Tensor]
@@ -36,13 +40,16 @@ def quantize(
     revision: str | None = None,
     max_ram: str = "4GB",
     overwrite: bool = False,
+    resume: str = "auto",
     log: Log = silent,
 ) -> Report:
     """Quantize `model` by `recipe` and write a verified checkpoint to `out` (default ./<name>-<scheme>).
 
     model     "demo", a local folder, or a Hub id (`revision` names a branch, tag or commit of it)
     max_ram   what the streams of hidden states may hold before they go to files
-    Returns the report that is also written beside the weights. Raises an LLMQuantError; `out` is then as it was.
+    resume    go on with an interrupted run of the same job: "auto", "required", or "never" (throw it away)
+    Returns the report that is also written beside the weights. Raises an LLMQuantError; `out` is then as it was, and
+    finished blocks are kept in `<out>.partial`.
     """
     watch = Stopwatch(stages_of(log))
     recipe = recipe or make_recipe(str(model))
@@ -51,9 +58,21 @@ def quantize(
         sizes, budget = job.stream_sizes(), parse_size("--max-ram", max_ram)
         target = Path(out) if out is not None else Path(f"{job.source.name.rpartition('/')[2]}-{recipe.scheme_name}")
         needed = job.plan.output_bytes + job.source.side_bytes + sum(spilled(sizes, budget).values())
-        run = RunDir(target, overwrite=overwrite, needed_bytes=needed)
-        refuse_damaged_weights(job.source)
-    with run, Streams(sizes, budget, run.scratch) as streams:
+        run = RunDir(
+            target,
+            overwrite=overwrite,
+            needed_bytes=needed,
+            resume=resume,
+            fingerprint=fingerprint(job, refuse_damaged_weights(job.source)),
+            threads=torch.get_num_threads(),
+        )
+    with kept_blocks_named(run, len(job.skeleton.blocks), log), run, Streams(sizes, budget, run.scratch) as streams:
+        if run.finished:
+            log(f"{run.out}: was finished by the interrupted run")
+            return load_report(run.out)
+        if run.records:
+            log(f"going on after block {len(run.records)} of {len(job.skeleton.blocks)}")
+            torch.set_num_threads(run.threads)
         record = Record(recipe.format)
         run.open_shards(job.plan.layout, parse_size("--max-shard-size", recipe.max_shard_size))
         layers, lanes = _Pass(job, run, streams, record, watch, log).go()
@@ -72,6 +91,23 @@ def quantize(
     return report
 
 
+@contextmanager
+def kept_blocks_named(run: RunDir, n_blocks: int, log: Log) -> Iterator[None]:
+    """Whatever ends the run: one line that says what is kept, where, and how to go on."""
+    try:
+        yield
+    except BaseException:
+        if run.partial.exists() and run.records:
+            log(f"{len(run.records)} of {n_blocks} blocks are kept in {run.partial}; the same command goes on")
+        raise
+
+
+def load_report(out: Path) -> Report:
+    """The report of a finished folder."""
+    data, cost = (json.loads((out / name).read_text("utf-8")) for name in ("report.json", "cost.json"))
+    return Report(data, cost, out)
+
+
 class _Pass:
     """THE loop: one pass over the weights, one block in memory."""
 
@@ -81,7 +117,7 @@ class _Pass:
         self.streams: CalibrationStreams | None = None
         if job.calibration is not None:
             original = streams.new("calibration (original)") if job.recipe.propagation != 0 else None
-            self.streams = CalibrationStreams(streams.new("calibration"), original)
+            self.streams = CalibrationStreams(streams.new("calibration"), original, streams.spare_bytes)
         self.lanes = Lanes(job.lanes, job.evaluation, streams) if job.evaluation is not None else None
         for name in streams.spilled:
             log(f"--max-ram: the {name} stream is kept in a file")
@@ -91,9 +127,14 @@ class _Pass:
         trim()
         calls = self._embed()
         trim()
-        self._copy(None)
         layers: list[LayerReport] = []
-        for index in range(n_blocks):
+        committed = list(self.run.records)
+        if not committed:
+            self._copy(None)
+        for index, body in enumerate(committed):
+            self._replay(index, calls, body)
+            layers += [LayerReport.from_dict(layer) for layer in body["layers"]]
+        for index in range(len(committed), n_blocks):
             begin = time.perf_counter()
             job.source.prefetch(row.name for i in (index, index + 1) for row in job.plan.block(i))
             with self.skeleton.loaded(self.skeleton.block_params(index), job.read):
@@ -101,6 +142,8 @@ class _Pass:
             self._copy(index)
             trim()
             layers += [item.report for item in solved]
+            with self.watch.stage("write"):
+                self.run.commit_block(self._body(solved))
             self._say(index, n_blocks, solved, time.perf_counter() - begin)
         return layers, self._score()
 
@@ -121,10 +164,8 @@ class _Pass:
             self._advance(ORIGINAL, forward)
             self._advance_baselines(specs, forward)
         with self.watch.stage("quantize"):
-            solved = quantize_block(self.skeleton, index, specs, self.job.recipe, calls, self.streams)
-        with self.watch.stage("forward"):
-            if self.streams is not None and index + 1 < len(self.skeleton.blocks):
-                self.streams.quantized.update(forward)
+            more = index + 1 < len(self.skeleton.blocks)
+            solved = quantize_block(self.skeleton, index, specs, self.job.recipe, calls, self.streams, advance=more)
         with self.watch.stage("evaluate"):
             self._advance(OURS, forward)
         with self.watch.stage("write"):
@@ -133,6 +174,49 @@ class _Pass:
                 for name, tensor in self.format.tensors(item.spec, item.weight).items():
                     self.run.write_tensor(name, tensor)
         return solved
+
+    def _body(self, solved: Sequence[Solved]) -> dict[str, Any]:
+        """What the journal keeps of a block: all that a resumed run cannot compute from the files."""
+        return {
+            "layers": [item.report.as_dict() for item in solved],
+            "digests": self.record.take_new(),
+            "streams": {name: stream.checksum() for name, stream in self._all_streams().items()},
+        }
+
+    def _all_streams(self) -> dict[str, Stream]:
+        streams = dict(self.lanes.streams) if self.lanes is not None else {}
+        if self.streams is not None:
+            streams["calibration"] = self.streams.quantized
+            if self.streams.original is not None:
+                streams["calibration (original)"] = self.streams.original
+        return streams
+
+    def _replay(self, index: int, calls: Calls, body: dict[str, Any]) -> None:
+        """A finished block again, without Hessians and solve: all streams through it, with the codes on disk."""
+        self.record.restore(body["digests"])
+        if not self._all_streams():
+            return
+        specs = [row.spec for row in self.job.plan.block(index) if row.spec is not None]
+        forward, more = forward_of(self.skeleton, index, calls), index + 1 < len(self.skeleton.blocks)
+        with self.watch.stage("resume"), self.skeleton.loaded(self.skeleton.block_params(index), self.job.read):
+            self._advance(ORIGINAL, forward)
+            self._advance_baselines(specs, forward)
+            if self.streams is not None and self.streams.original is not None and more:
+                self.streams.original.update(forward)
+            for spec in specs:
+                stored = self.format.read(spec, self.run.read_tensor)
+                set_weight(self.skeleton, spec, stored.float() if isinstance(stored, Tensor) else stored.dequantize())
+            if self.streams is not None and more:
+                self.streams.quantized.update(forward)
+            self._advance(OURS, forward)
+        for name, stream in self._all_streams().items():
+            if stream.checksum() != body["streams"][name]:
+                raise ResumeError(
+                    f"block {index + 1}, stream {name}",
+                    "differs from what the interrupted run computed",
+                    remedy="start again with --resume never",
+                )
+        self.log(f"block {index + 1}: finished before")
 
     def _advance(self, lane: str, forward: Forward) -> None:
         if self.lanes is not None:

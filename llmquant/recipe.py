@@ -42,7 +42,7 @@ class Recipe:
     damp: float | None = None  # share of mean(diag H); None: 0.003 from 8 tokens per input dimension on, else 0.01
     propagation: float | str = "auto"  # strength of error propagation, 0 (off) to 1; auto: by tokens per input
     refit: bool = True  # scales fitted again to the codes
-    sweeps: int = 2  # of coordinate descent on the codes
+    sweeps: int | None = None  # of coordinate descent on the codes; None: 1 at 4 bits and more, 2 below
     passes: str = "step"  # Hessians after each step of a block, or all in one pass per block
     on_bad_layer: str = "fail"
     # calibration text
@@ -67,7 +67,7 @@ class Recipe:
         for name in ("samples", "seq_len", "eval_seq_len"):
             if (value := getattr(self, name)) < 1 + (name != "samples"):
                 raise RecipeError(_flag(name), str(value), expected="a positive number (2 or more tokens in a window)")
-        if self.sweeps < 0:
+        if self.sweeps is not None and self.sweeps < 0:
             raise RecipeError("--sweeps", str(self.sweeps), expected="0 or more")
         if self.eval_tokens != "full" and (
             not isinstance(self.eval_tokens, int) or self.eval_tokens < self.eval_seq_len
@@ -144,12 +144,13 @@ def recipe_folder() -> Path:
 _TYPES: dict[str, tuple[type, ...]] = {
     "symmetric": (bool,),
     "refit": (bool,),
+    "sweeps": (int, type(None)),
     "damp": (float, int, type(None)),
     "propagation": (float, int, str),
     "ignore": (list, tuple),
     "eval_tokens": (int, str),
 }
-_INTEGERS = ("bits", "group_size", "sweeps", "samples", "seq_len", "seed", "eval_seq_len")
+_INTEGERS = ("bits", "group_size", "samples", "seq_len", "seed", "eval_seq_len")
 
 
 def _check_type(name: str, value: Any) -> None:

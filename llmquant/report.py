@@ -36,6 +36,11 @@ class LayerReport:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"notes": list(self.notes)}
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "LayerReport":
+        """Inverse of `as_dict`."""
+        return cls(**values | {"notes": tuple(values["notes"])})
+
 
 @dataclass(frozen=True)
 class LaneReport:

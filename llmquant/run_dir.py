@@ -1,4 +1,12 @@
-"""The only module that writes. Everything goes to `<out>.partial` and becomes `<out>` by one rename at the end."""
+"""The only module that writes. A run fills `<out>.partial` and appears under its own name in one step at the end.
+
+    <out>.partial/job.json        what the run is: its fingerprint
+    <out>.partial/journal         finished blocks, one chained line each (`journal.py`)
+    <out>.partial/output/         the checkpoint; its shards have their full size from the start
+
+A block is committed once its tensors are on the disk (fsync) and then its journal line is (fsync): a kill at any
+instant loses the block at work and nothing else. A folder is locked while its run lives.
+"""
 
 import contextlib
 import errno
@@ -6,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -13,33 +22,60 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from llmquant.errors import OutputError, VerifyError
+from llmquant import journal
+from llmquant.disk import Disk, fsync_path, lock, write_all
+from llmquant.errors import OutputError, RecipeError, ResumeError, VerifyError
 from llmquant.formats.base import Layout
 from llmquant.safetensors_header import TensorInfo, build_header
 
-MANIFEST, COST = "manifest.json", "cost.json"
+MANIFEST, COST, _JOB, _JOURNAL = "manifest.json", "cost.json", "job.json", "journal"
 
 
 class RunDir:
-    """The output folder of one run, used as a context: what is not committed is removed again.
+    """The output folder of one run, used as a context.
 
-    `out` must not exist or be empty, or, with `overwrite`, be a folder that llmquant wrote.
+    `out` must not exist or be empty, or, with `overwrite`, be a folder that llmquant wrote. `fingerprint` says by
+    name all that decides the output. What an earlier run of the same fingerprint left is gone on with: `resume`
+    "auto" where there is something, "required" or it is an error, "never": it is thrown away.
+
+    records     bodies of the blocks that are committed already, in order
+    finished    the earlier run was killed after its last commit: `out` is complete, and nothing is left to do
+    threads     of the run that began: products are summed differently by another number of threads
     """
 
-    def __init__(self, out: Path, *, overwrite: bool = False, needed_bytes: int = 0) -> None:
+    def __init__(
+        self,
+        out: Path,
+        *,
+        overwrite: bool = False,
+        needed_bytes: int = 0,
+        resume: str = "auto",
+        fingerprint: Mapping[str, str] | None = None,
+        threads: int = 1,
+        disk: Disk | None = None,
+    ) -> None:
         # Links are followed: a rename would replace the link, not the folder on the disk it points to.
         self.out = out.expanduser().resolve()
-        self.path, self._old = Path(f"{self.out}.partial"), Path(f"{self.out}.old")
-        self._overwrite = overwrite
+        self.partial = Path(f"{self.out}.partial")
+        self.path = self.partial / "output"
+        self.records: list[journal.Record] = []
+        self.finished = False
+        self.threads = threads
+        self._overwrite, self._resume, self._disk = overwrite, resume, disk or Disk()
+        if resume not in ("auto", "required", "never"):
+            raise RecipeError("--resume", repr(resume), expected="auto, required or never")
+        self._fingerprint = dict(fingerprint or {})
         self._places: dict[str, TensorInfo] = {}
-        self._files: dict[str, BinaryIO] = {}
+        self._fds: dict[str, int] = {}
         self._unwritten: set[str] = set()
-        self._check_target()
-        if self.path.exists():
-            raise OutputError(
-                str(self.path), "exists", remedy="another run is writing it, or one was killed: then delete it"
-            )
-        self._check_space(needed_bytes)
+        self._since: list[str] = []  # tensors written since the last commit
+        self._lock: int | None = None
+        self._journal: int | None = None
+        self._end, self._previous = 0, journal.FIRST
+        if not (self.partial / _JOB).is_file():
+            self._check_remains()
+            self._check_target()
+        self._check_space(needed_bytes - _allocated(self.path))
 
     def _check_target(self) -> None:
         """Asked before the work and again at the commit: others may have used the folder in between."""
@@ -55,8 +91,23 @@ class RunDir:
                 raise OutputError(
                     str(self.out), "already holds a checkpoint", remedy="choose another --out, or pass --overwrite"
                 )
-            if self._old.exists():
-                raise OutputError(str(self._old), "exists", remedy="a run was killed while it replaced it: delete it")
+
+    def _check_remains(self) -> None:
+        """A folder under the name of ours, without its job.json: nothing but what a kill at the very start leaves."""
+        if not self.partial.exists():
+            if self._resume == "required":
+                raise ResumeError(str(self.partial), "there is no interrupted run", remedy="leave --resume out")
+            return
+        # In the order in which they are made, and removed again.
+        early = {_JOURNAL, _JOB + ".tmp", "output"}
+        strange = not self.partial.is_dir() or {path.name for path in self.partial.iterdir()} - early
+        if strange or (self.path.is_dir() and any(self.path.iterdir())):
+            raise OutputError(str(self.partial), "exists and is not a run of this version", remedy="move it away")
+        # What a kill at the very start or the very end leaves is removed here, unless another run is just there.
+        self._lock = lock(self.partial)
+        if self._lock is not None and not (self.partial / _JOB).is_file():
+            self._remove()
+        self._close()
 
     def _check_space(self, needed: int) -> None:
         folder = next(parent for parent in self.out.parents if parent.is_dir())
@@ -70,25 +121,128 @@ class RunDir:
 
     def __enter__(self) -> "RunDir":
         try:
-            self.path.mkdir(parents=True)
+            self._open()
         except OSError as error:
-            raise _disk_error(self.path, error) from None
+            if self._lock is not None and not self.records:
+                with contextlib.suppress(OSError):
+                    self._remove()
+            self._close()
+            raise _disk_error(self.partial, error, kept=len(self.records)) from None
+        except BaseException:
+            self._close()
+            raise
         return self
+
+    def _open(self) -> None:
+        """Take the lock, and either begin or read how far the earlier run came."""
+        if not self.partial.exists():
+            with contextlib.suppress(FileExistsError):  # another run was faster: the lock says which one may go on
+                self._disk.mkdir(self.partial)
+                fsync_path(self._disk, self.partial.parent)
+        self._lock = lock(self.partial)
+        if self._lock is None:
+            raise OutputError(str(self.partial), "another run is writing it", remedy="wait, or choose another --out")
+        if self.out.is_dir() and any(self.out.iterdir()):
+            self._check_exchange()
+        if (self.partial / _JOB).is_file() and self._read():
+            return
+        self._begin()
+
+    def _check_exchange(self) -> None:
+        """Whether the file system can put the new checkpoint in the old one's place in one step."""
+        try:
+            self._disk.exchange(self.partial, self.partial)
+        except OSError as error:
+            if error.errno == errno.ENOTSUP:
+                raise OutputError(
+                    str(self.out), "cannot be replaced in one step on this file system", remedy="choose another --out"
+                ) from None
+            raise
+
+    def _begin(self) -> None:
+        """job.json last and by a rename: where it is, the journal is."""
+        if self._journal is None:
+            self._journal = self._disk.open(self.partial / _JOURNAL, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            self._disk.fsync(self._journal)
+        if not self.path.exists():
+            self._disk.mkdir(self.path)
+        data = _json_bytes({"schema_version": 1, "fingerprint": self._fingerprint, "threads": self.threads})
+        self._replace(self.partial / _JOB, data)
+        fsync_path(self._disk, self.partial)
+
+    def _read(self) -> bool:
+        """Read what an earlier run left: go on with it, finish it or throw it away. False: begin anew."""
+        job = json.loads((self.partial / _JOB).read_bytes())
+        theirs = job["fingerprint"]
+        path = self.partial / _JOURNAL
+        records, self._end, self._previous = journal.decode(path.read_bytes(), str(path))
+        self._journal = self._disk.open(path, os.O_RDWR)
+        if records and records[-1]["kind"] == "commit":
+            self._swap_in(records[-1]["manifest"])
+            if theirs == self._fingerprint:
+                self.finished = True
+                return True
+            self._close()
+            self._check_target()
+            self._open()
+            return True
+        self._check_target()
+        if self._resume == "never" or not records:
+            self._remove_output()
+            return False
+        if names := sorted(n for n in {*theirs, *self._fingerprint} if theirs.get(n) != self._fingerprint.get(n)):
+            raise ResumeError(
+                str(self.partial),
+                f"is an interrupted run of another job ({', '.join(names)} differ{'s' * (len(names) == 1)})",
+                remedy="choose another --out, or throw it away with --resume never",
+            )
+        self.records, self.threads = [record["body"] for record in records], job["threads"]
+        self._disk.truncate(self._journal, self._end)  # a torn last line
+        self._disk.fsync(self._journal)
+        return True
+
+    def _remove_output(self) -> None:
+        """Empty the journal first: a kill in between leaves a run that is at its beginning."""
+        if self._journal is not None:
+            self._disk.truncate(self._journal, 0)
+            self._disk.fsync(self._journal)
+        for entry in self.partial.iterdir():
+            if entry.name not in (_JOB, _JOURNAL):
+                self._disk.remove_tree(entry) if entry.is_dir() else self._disk.unlink(entry)
+        self._end, self._previous = 0, journal.FIRST
+
+    def _remove(self) -> None:
+        """The folder of this run, in an order that a kill at any instant leaves readable."""
+        for entry in sorted(self.partial.iterdir(), key=lambda entry: (entry.name == _JOURNAL, entry.name == _JOB)):
+            self._disk.remove_tree(entry) if entry.is_dir() else self._disk.unlink(entry)
+        self._disk.remove_tree(self.partial)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in self._files.values():
-            with contextlib.suppress(OSError):
-                file.close()
-        if self.path.exists():
-            shutil.rmtree(self.path)
+        """Finished blocks are kept for the next run, unless they were found to be wrong."""
+        try:
+            if self.partial.exists() and (not self.records or isinstance(error, VerifyError)):
+                self._remove_output()
+                self._remove()
+        finally:
+            self._close()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-            raise _disk_error(self.path, error) from error
+            raise _disk_error(self.partial, error, kept=len(self.records)) from error
+
+    def _close(self) -> None:
+        for fd in (*self._fds.values(), self._journal, self._lock):
+            if fd is not None:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+        self._fds, self._journal, self._lock = {}, None, None
 
     # -- weights ---------------------------------------------------------------------------------------
     def open_shards(self, layout: Layout, max_shard_bytes: int) -> None:
-        """Create the safetensors files for `layout`, filled shard by shard in its order, with headers and index."""
+        """Open the safetensors files for `layout`, filled shard by shard in its order, with headers and index.
+
+        Files of an earlier run are gone on with where blocks of it are committed.
+        """
         shards = split_shards(layout, max_shard_bytes)
         names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
         if len(shards) == 1:
@@ -96,19 +250,36 @@ class RunDir:
         weight_map, total = {}, 0
         for file_name, shard in zip(names, shards, strict=True):
             head, places = build_header({name: layout[name] for name in shard})
-            file = (self.path / file_name).open("w+b", buffering=0)
-            self._files[file_name] = file
-            _write_all(file, head, 0)
             size = max(place.end for place in places.values())
-            os.posix_fallocate(file.fileno(), 0, size)  # the space is ours before hours are spent
+            self._open_shard(file_name, head, size)
             total += sum(place.nbytes for place in places.values())
             for name, place in places.items():
                 self._places[name] = TensorInfo(name, file_name, place.dtype, place.shape, place.start, place.end)
                 weight_map[name] = file_name
-        self._unwritten = set(self._places)
+        fsync_path(self._disk, self.path)
+        self._unwritten = set(self._places) - {name for record in self.records for name in record["tensors"]}
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             self.write_json("model.safetensors.index.json", index)
+
+    def _open_shard(self, file_name: str, head: bytes, size: int) -> None:
+        path = self.path / file_name
+        if self.records:
+            if not path.is_file() or path.stat().st_size != size:
+                raise ResumeError(str(path), "is not the file that was begun", remedy="start again with --resume never")
+            self._fds[file_name] = self._disk.open(path, os.O_RDWR)
+            return
+        fd = self._fds[file_name] = self._disk.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        write_all(self._disk, fd, head, 0)
+        self._disk.allocate(fd, size)  # the space is ours before hours are spent
+
+    def read_tensor(self, name: str) -> Tensor:
+        """A tensor that was written before."""
+        place = self._places[name]
+        data = bytearray(place.nbytes)
+        if place.nbytes and os.preadv(self._fds[place.file], [data], place.start) != place.nbytes:
+            raise VerifyError(name, f"{place.file} ends early")
+        return torch.frombuffer(data, dtype=torch.uint8).view(place.dtype).view(place.shape)
 
     def write_tensor(self, name: str, tensor: Tensor) -> None:
         """Write one planned tensor to its place; dtype and shape must be the planned ones."""
@@ -119,16 +290,33 @@ class RunDir:
             )
         if place.nbytes:
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            _write_all(self._files[place.file], data.data, place.start)
+            write_all(self._disk, self._fds[place.file], data.data, place.start)
         self._unwritten.discard(name)
+        self._since.append(name)
+
+    def commit_block(self, body: dict[str, Any]) -> None:
+        """Make everything written since the last commit durable, then say so in the journal. `body` is plain data."""
+        for file in sorted({self._places[name].file for name in self._since}):
+            self._disk.fsync(self._fds[file])
+        record = {"tensors": self._since, **body}
+        self._append({"kind": "block", "body": record})
+        self.records.append(record)
+        self._since = []
+
+    def _append(self, record: journal.Record) -> None:
+        if self._journal is None:
+            raise RuntimeError("the run is not open")
+        line, digest = journal.encode(record, self._previous)
+        write_all(self._disk, self._journal, line, self._end)
+        self._disk.fsync(self._journal)
+        self._end, self._previous = self._end + len(line), digest
 
     def close_shards(self) -> None:
         """Flush all shards to disk; every planned tensor must have been written."""
         if self._unwritten:
             raise VerifyError(sorted(self._unwritten)[0], "was planned but never written")
-        for file in self._files.values():
-            os.fsync(file.fileno())
-            file.close()
+        for fd in self._fds.values():
+            self._disk.fsync(fd)
 
     # -- other files -----------------------------------------------------------------------------------
     def write_json(self, name: str, value: Any) -> None:
@@ -136,17 +324,26 @@ class RunDir:
 
     def write_bytes(self, name: str, data: bytes) -> None:
         target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        if not target.parent.exists():
+            self._disk.mkdir(target.parent)
+        self._replace(target, data)
+
+    def _replace(self, target: Path, data: bytes) -> None:
+        """The file whole and durable under its name, or not at all; its folder is synced by the commit."""
+        temporary = target.with_name(target.name + ".tmp")
+        fd = self._disk.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        try:
+            write_all(self._disk, fd, data, 0)
+            self._disk.fsync(fd)
+        finally:
+            os.close(fd)
+        self._disk.rename(temporary, target)
 
     def scratch(self, name: str) -> BinaryIO:
         """A file for this run only; it has no name in the folder once it is open."""
-        path = self.path / f"scratch-{name}"
+        path = self.partial / f"scratch-{name}"
         file = path.open("w+b", buffering=0)
-        path.unlink()
+        self._disk.unlink(path)
         return file
 
     def files(self) -> list[str]:
@@ -155,21 +352,33 @@ class RunDir:
     def commit(self) -> None:
         """Write the manifest, then make the folder visible under its own name."""
         self._check_target()
+        for leftover in self.path.rglob("*.tmp"):
+            self._disk.unlink(leftover)
         table = {
             name: {"bytes": (self.path / name).stat().st_size, "sha256": sha256(self.path / name)}
             if name != COST
             else {"sha256": None}
             for name in self.files()
+            if name != MANIFEST  # of a commit that was killed
         }
         self.write_json(MANIFEST, {"schema_version": 1, "files": table})
-        _fsync_folder(self.path)
-        if self.out.is_dir() and any(self.out.iterdir()):
-            os.rename(self.out, self._old)
-            os.rename(self.path, self.out)
-            shutil.rmtree(self._old)
-        else:
-            os.rename(self.path, self.out)
-        _fsync_folder(self.out.parent)
+        for folder in sorted({path.parent for path in self.path.rglob("*")}):
+            fsync_path(self._disk, folder)
+        manifest = sha256(self.path / MANIFEST)
+        self._append({"kind": "commit", "manifest": manifest})
+        self._swap_in(manifest)
+
+    def _swap_in(self, manifest: str) -> None:
+        """Put the finished folder under its own name, unless that was done already, and remove what is left."""
+        if not ((self.out / MANIFEST).is_file() and sha256(self.out / MANIFEST) == manifest):
+            if self.out.is_dir() and any(self.out.iterdir()):
+                self._check_target()
+                self._disk.exchange(self.path, self.out)  # one step: there is no instant without a checkpoint
+            else:
+                self._disk.rename(self.path, self.out)
+            fsync_path(self._disk, self.out.parent)
+            fsync_path(self._disk, self.partial)
+        self._remove()
 
 
 def split_shards(layout: Layout, max_bytes: int) -> list[list[str]]:
@@ -209,22 +418,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_all(file: BinaryIO, data: bytes | memoryview, at: int) -> None:
-    rest = memoryview(data)
-    while rest:
-        count = os.pwrite(file.fileno(), rest, at)
-        rest, at = rest[count:], at + count
+def _allocated(folder: Path) -> int:
+    """Bytes on the disk of the files in `folder`."""
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
-def _fsync_folder(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _disk_error(path: Path, error: OSError) -> OutputError:
+def _disk_error(path: Path, error: OSError, kept: int = 0) -> OutputError:
+    what = f"{kept} blocks are kept: free space and start the same command again" if kept else "nothing was kept"
     return OutputError(
-        str(path), error.strerror or str(error), remedy="nothing was kept; free space or choose another --out"
+        str(path), error.strerror or str(error), remedy=what if kept else f"{what}; free space or choose another --out"
     )

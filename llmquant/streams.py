@@ -3,6 +3,8 @@
 Files are read and written plainly, one batch ahead and one behind; mapped pages would count as memory.
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +34,7 @@ class Streams:
 
     def __init__(self, sizes: Mapping[str, int], max_ram: int, scratch: Callable[[str], BinaryIO]) -> None:
         self.spilled = spilled(sizes, max_ram)
+        self.spare_bytes = max_ram - sum(nbytes for name, nbytes in sizes.items() if name not in self.spilled)
         self._scratch = scratch
         self._made: list[Stream] = []
 
@@ -48,11 +51,21 @@ class Streams:
             stream.close()
 
 
+def _sum(hidden: Tensor) -> int:
+    """The bits of `hidden` added up as integers: the same in any order of adding."""
+    return int(hidden.contiguous().view(torch.int32 if hidden.dtype.itemsize == 4 else torch.int16).sum())
+
+
 class Stream:
     """Batches of hidden states [B, T, D] in memory. `update` replaces each by a function of it."""
 
     def __init__(self) -> None:
         self._batches: list[Tensor] = []
+        self._sums: list[int] = []  # of every batch's bits
+
+    def checksum(self) -> str:
+        """A digest of all batches: it tells whether two runs computed the same, not whether someone changed it."""
+        return hashlib.sha256(json.dumps(self._sums).encode()).hexdigest()
 
     @property
     def n_tokens(self) -> int:
@@ -61,13 +74,15 @@ class Stream:
     def append(self, hidden: Tensor) -> None:
         # A copy: the model may hand out a view of a buffer that it writes again.
         self._batches.append(hidden.detach().to("cpu", copy=True))
+        self._sums.append(_sum(self._batches[-1]))
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self._batches)
 
     def update(self, function: Callable[[Tensor], Tensor]) -> None:
-        for hidden in self._batches:
+        for index, hidden in enumerate(self._batches):
             hidden.copy_(function(hidden).detach())  # in place: no fragmentation
+            self._sums[index] = _sum(hidden)
 
     def close(self) -> None:
         self._batches.clear()
@@ -90,6 +105,7 @@ class FileStream(Stream):
     def append(self, hidden: Tensor) -> None:
         hidden = hidden.detach().cpu().contiguous()
         self._index.append((self._end, tuple(hidden.shape), hidden.dtype))
+        self._sums.append(_sum(hidden))
         self._write(len(self._index) - 1, hidden)
         self._end += hidden.numel() * hidden.element_size()
 
@@ -116,6 +132,7 @@ class FileStream(Stream):
                 raise ValueError(f"batch {index} of a stream: {got}; expected {dtype} {shape}")
             if behind is not None:
                 behind.result()
+            self._sums[index] = _sum(result)
             behind = self._pool.submit(self._write, index, result)
         if behind is not None:
             behind.result()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmquant.errors import VerifyError
-from llmquant.formats import LinearSpec
+from llmquant.formats import DENSE, LinearSpec
 from llmquant.grid import QuantizedWeight
 from llmquant.plan import Plan
 
@@ -44,17 +44,32 @@ class Record:
     format_name: str
     digests: dict[str, str] = field(default_factory=dict)
 
+    _new: list[str] = field(default_factory=list)
+
+    def take_new(self) -> dict[str, str]:
+        """Digests since the last call."""
+        new, self._new = {name: self.digests[name] for name in self._new}, []
+        return new
+
+    def restore(self, digests: dict[str, str]) -> None:
+        """Digests that an earlier run took."""
+        self.digests |= digests
+
+    def _note(self, name: str, digest: str) -> None:
+        self.digests[name] = digest
+        self._new.append(name)
+
     def copied(self, name: str, tensor: Tensor) -> None:
         flat = tensor.contiguous().reshape(-1)
-        self.digests[name] = _digest(flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8))
+        self._note(name, _digest(flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)))
 
     def quantized(self, spec: LinearSpec, weight: QuantizedWeight) -> None:
-        if self.format_name == "fake":  # holds no codes; its dense weights are what can be compared
+        if self.format_name in DENSE:  # its weights are what can be compared
             dense = weight.dequantize(spec.dtype)
             self.copied(spec.key, dense.T if spec.transposed else dense)
         else:
             codes, scales = weight.codes_OI.cpu().contiguous().numpy(), weight.scales_OG.cpu().contiguous().numpy()
-            self.digests[spec.key] = _digest(codes, scales)
+            self._note(spec.key, _digest(codes, scales))
 
 
 def verify_output(folder: Path, plan: Plan, record: Record) -> None:

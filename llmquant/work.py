@@ -15,6 +15,7 @@ from llmquant.formats import LinearSpec
 from llmquant.plan import Plan
 from llmquant.recipe import Recipe
 from llmquant.skeleton import Skeleton
+from llmquant.solvers.refine import default_sweeps
 
 # Seconds per weight of the grid search and the column loop, which memory bounds, not FLOPs: 2.0e-7 to 3.2e-7 on one
 # core, for layers of 512 x 256 to 4096 x 1024. A GPU has some fifty times the bandwidth; not measured.
@@ -64,19 +65,20 @@ def work_of(plan: Plan, skeleton: Skeleton, recipe: Recipe, tokens: Tokens, n_la
     drift = recipe.propagation != 0
     order = {name: i for i, (name, _) in enumerate(skeleton.model.named_modules())}
     inputs = _inputs(sorted(plan.specs, key=lambda spec: order[spec.module]))
-    # With steps, each block runs up to the next step for each of them: about half of it again, four times.
-    forwards = (2 if recipe.passes == "step" else 1) * (2 if drift else 1) + 1
+    # Each stream once through each block, pausing at every step; `block` sees the inputs of all steps beforehand.
+    forwards = (2 if drift else 1) * (2 if recipe.passes == "block" else 1)
     calibrated, evaluated = tokens.calibration * forwards, tokens.evaluation * n_lanes
     forward_flops = 2.0 * calibrated * (block_weights + attention * tokens.seq_len)
     forward_flops += 2.0 * evaluated * (block_weights + attention * tokens.eval_seq_len)
     forward_flops += 2.0 * evaluated * skeleton.vocab_size * skeleton.hidden_size
     n_calibration = tokens.calibration
+    sweeps = default_sweeps(recipe.bits) if recipe.sweeps is None else recipe.sweeps
     solve_flops, columns = 0.0, 0
     for rows, width in inputs if n_calibration else ():
         columns += width
         solve_flops += 2.0 * n_calibration * width**2 * (2 if drift else 1) + width**3 / 3
         # feedback, loss and plain rounding's loss and energy, two products per sweep, and the drift's three
-        solve_flops += rows * width**2 * (1 + 6 + 2 * recipe.sweeps + (6 if drift else 0))
+        solve_flops += rows * width**2 * (1 + 6 + 2 * sweeps + (6 if drift else 0))
     planned = sum(spec.shape[0] * spec.shape[1] for spec in plan.specs)
     return Work(forward_flops, solve_flops, planned, planned if n_calibration else 0, columns)
 

@@ -193,7 +193,7 @@ def test_the_folder_appears_only_at_the_commit(tmp_path: Path) -> None:
     with RunDir(out) as run:
         run.write_json("report.json", {})
         assert not out.exists()
-        assert run.path == tmp_path / "new" / "out.partial"
+        assert run.path == tmp_path / "new" / "out.partial" / "output"
         run.commit()
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
     assert sorted(tree(out)) == ["manifest.json", "report.json"]
@@ -283,20 +283,12 @@ def test_a_folder_filled_by_others_during_the_run_is_refused_and_unchanged(tmp_p
     assert tree(tmp_path) == {"out/thesis.txt": b"mine"}
 
 
-def test_the_remains_of_a_killed_replacement_are_refused_before_any_work(tmp_path: Path) -> None:
-    out = write(tmp_path / "out")
-    write(tmp_path / "out.old")
-    before = tree(tmp_path)
-    with pytest.raises(OutputError, match=r"out\.old: exists"):
-        RunDir(out, overwrite=True)
-    assert tree(tmp_path) == before
-
-
-def test_an_existing_partial_folder_is_refused(tmp_path: Path) -> None:
+def test_a_strange_partial_folder_is_refused_and_unchanged(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
-    with pytest.raises(OutputError, match=r"out\.partial: exists"):
+    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"out\.partial: exists and is not a run"):
         RunDir(tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    assert tree(tmp_path) == {"out.partial/thesis.txt": b"mine"}
 
 
 def test_a_second_run_cannot_enter_the_same_folder(tmp_path: Path) -> None:

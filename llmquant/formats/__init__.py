@@ -8,5 +8,7 @@ from llmquant.formats.compressed_tensors import CompressedTensors
 from llmquant.formats.fake import Fake
 
 FORMATS: dict[str, Format] = {"compressed-tensors": CompressedTensors(), "fake": Fake()}
+# Formats that hold the dequantized weights in the checkpoint's own dtype, and no codes.
+DENSE = frozenset({"fake"})
 
-__all__ = ["FORMATS", "Format", "LinearSpec"]
+__all__ = ["DENSE", "FORMATS", "Format", "LinearSpec"]

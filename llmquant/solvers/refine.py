@@ -15,6 +15,11 @@ from llmquant.solvers.base import SolveOptions
 _NUMBERS = 2**23  # in one temporary of the refit: 32 MB
 
 
+def default_sweeps(bits: int) -> int:
+    """Below 4 bits a second sweep still lowers the divergence; from 4 bits on it is lost in the noise."""
+    return 2 if bits < 4 else 1
+
+
 def refine(
     weight: QuantizedWeight, target_OI: Tensor, H_II: Tensor, lam: float, order: Tensor, options: SolveOptions
 ) -> QuantizedWeight:

@@ -1,0 +1,161 @@
+"""Where the time goes: python eval/speed.py [--make small|7b | --model DIR] [--method gptq] [--repeat 3]
+
+Seconds by stage of one quantization without evaluation, peak memory, and the ratio to the floor: the products that the
+default cannot do without, timed as plain GEMM calls on the same shapes in the same process (the calibration forwards'
+linears once for the original and once for the quantized model, and for every distinct input the Gram matrix and the
+drift), each at the faster of float32 and bfloat16 products. Weights are random; quality is not measured here.
+
+small: 2 blocks of 2048 x 5632, 32 query and 8 key heads.  7b: 32 blocks of 4096 x 11008 (13.5 GB on disk).
+"""
+
+import argparse
+import importlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from memory import build
+
+SHAPES = {
+    "small": {"hidden": 2048, "ffn": 5632, "blocks": 2, "heads": 32, "kv_heads": 8, "vocab": 4096},
+    "7b": {"hidden": 4096, "ffn": 11008, "blocks": 32, "heads": 32, "kv_heads": 32, "vocab": 32000},
+}
+# Functions timed by name, outermost first; what one of them spends in another counts for the inner one only.
+STAGES = {
+    "read": ["source:Source.read_finite"],
+    "forward": ["paused:_Run.switch", "skeleton:Skeleton.record", "skeleton:Skeleton.steps"],
+    "gram": ["hessian:Hessian.add", "hessian:Hessian.take_drift"],
+    "factor": ["solvers.gptq:factor", "solvers.gptq:propagated"],
+    "grid": ["solvers.gptq:search_grid"],
+    "solve": ["solvers.gptq:ldlq"],
+    "refine": ["solvers.gptq:refine"],
+    "report": ["blocks:_report"],
+    "pack": ["formats.compressed_tensors:CompressedTensors.tensors"],
+    "write": ["run_dir:RunDir.write_tensor", "run_dir:RunDir.open_shards", "run_dir:RunDir.close_shards"],
+    "verify": ["pipeline:verify_output"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--make", choices=list(SHAPES), default="small")
+    parser.add_argument("--model", help="a folder (or demo) to time instead of a made-up model")
+    parser.add_argument("--method", default="gptq", choices=["gptq", "rtn"])
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--max-ram", default="4GB")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments, *arguments.child)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model = arguments.model or str(build(Path(folder) / "model", **SHAPES[arguments.make])[0])
+        runs = []
+        for number in range(arguments.repeat):
+            command = [sys.executable, __file__, *sys.argv[1:], "--child", model, str(Path(folder) / str(number))]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            runs.append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"run {number + 1}: {runs[-1]['total']:.1f} s, floor {runs[-1]['floor']:.1f} s", file=sys.stderr)
+    median = sorted(runs, key=lambda run: run["total"])[len(runs) // 2]
+    print(f"{arguments.model or arguments.make}, {arguments.method}, {arguments.samples} x {arguments.seq_len} tokens")
+    print(f"{median['machine']}, {median['threads']} threads, torch {torch.__version__}")
+    for stage, seconds in median["stages"].items():
+        print(f"{stage:>10} {seconds:8.2f} s {100 * seconds / median['total']:5.1f}%")
+    print(f"{'in all':>10} {median['total']:8.2f} s, peak memory {median['peak_mb']:.0f} MB")
+    if median["floor"]:
+        ratio = statistics.median(run["total"] / run["floor"] for run in runs)
+        print(f"{'floor':>10} {median['floor']:8.2f} s, ratio {ratio:.2f} (median of {len(runs)})")
+
+
+def child(arguments: argparse.Namespace, model: str, out: str) -> None:
+    """One quantization in a process of its own; prints a JSON line."""
+    import llmquant
+
+    seconds = dict.fromkeys([*STAGES, "other"], 0.0)
+    open_stages: list[str] = []
+    for stage, names in STAGES.items():
+        for name in names:
+            _time(name, stage, seconds, open_stages)
+    flags = {"method": arguments.method, "samples": arguments.samples, "seq_len": arguments.seq_len}
+    recipe = llmquant.make_recipe(model, flags=flags | {"eval_data": "none"})
+    begin = time.perf_counter()
+    report = llmquant.quantize(model, recipe, out, max_ram=arguments.max_ram)
+    total = time.perf_counter() - begin
+    seconds["other"] = total - sum(seconds.values())
+    shapes = [row["shape"] for row in report.data["tensors"] if row["action"] == "quantized"]
+    tokens = arguments.samples * arguments.seq_len
+    floor = floor_seconds(shapes, tokens) if arguments.method == "gptq" else 0.0
+    cost = {name: report.cost[name] for name in ("threads", "machine")}
+    peak = report.cost["peak_rss_bytes"] / 1e6
+    print(json.dumps({"stages": seconds, "total": total, "floor": floor, "peak_mb": peak, **cost}))
+
+
+def _time(name: str, stage: str, seconds: dict[str, float], open_stages: list[str]) -> None:
+    """Replace a function of the package by one that adds its own seconds, those of inner stages left out."""
+    module_name, _, path = name.partition(":")
+    owner: Any = importlib.import_module(f"llmquant.{module_name}")
+    *parents, leaf = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    function: Callable[..., Any] = getattr(owner, leaf)
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        open_stages.append(stage)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            spent = time.perf_counter() - begin
+            open_stages.pop()
+            seconds[stage] += spent
+            if open_stages:
+                seconds[open_stages[-1]] -= spent
+
+    if function in (table := importlib.import_module("llmquant.solvers.gptq")._GRIDS).values():
+        table.update({key: timed for key, value in table.items() if value is function})
+    setattr(owner, leaf, timed)
+
+
+def floor_seconds(shapes: list[list[int]], tokens: int) -> float:
+    """Two forwards through all linears, and two Gram-like products of each distinct input, as plain GEMMs."""
+    outputs: dict[int, int] = {}
+    for rows, columns in shapes:
+        outputs[columns] = outputs.get(columns, 0) + rows
+    inputs = [columns for rows, columns in shapes]
+    n_inputs = {width: 1 if width == max(inputs) else 3 for width in outputs}  # qkv, o and gate/up; down
+    n_blocks = sum(1 for rows, columns in shapes if columns == max(inputs)) or 1
+    chunk, total = min(tokens, 4096), 0.0
+    for width, rows in outputs.items():
+        x, weight = torch.randn(chunk, width), torch.randn(min(rows, 8192), width)
+        forward = fastest(lambda x=x, w=weight: x @ w.T) * rows / len(weight)
+        gram = fastest(lambda x=x: x.T @ x) * n_inputs[width] * n_blocks
+        total += 2 * (forward + gram) * tokens / chunk
+    return total
+
+
+def fastest(product: Callable[[], Any]) -> float:
+    """Median seconds of the product at the better of both precisions."""
+    medians = []
+    for precision in ("none", "bf16"):
+        torch.backends.mkldnn.matmul.fp32_precision = precision
+        times = []
+        for _ in range(4):
+            begin = time.perf_counter()
+            product()
+            times.append(time.perf_counter() - begin)
+        medians.append(statistics.median(times[1:]))
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
+    return min(medians)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The calls of the operating system that change files: all that a test must replace to break the disk under a run."""
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+class Disk:
+    """Every change that `run_dir.py` makes goes through one of these; each does one thing or raises OSError."""
+
+    def mkdir(self, path: Path) -> None:
+        path.mkdir(parents=True)
+
+    def open(self, path: Path, flags: int) -> int:
+        """A file descriptor; new files get the mode that the umask allows."""
+        return os.open(path, flags | os.O_CLOEXEC, 0o666)
+
+    def pwrite(self, fd: int, data: memoryview, at: int) -> int:
+        """Bytes written, which may be fewer than given."""
+        return os.pwrite(fd, data, at)
+
+    def allocate(self, fd: int, size: int) -> None:
+        """Reserve `size` bytes, so that a full disk is noticed now."""
+        os.posix_fallocate(fd, 0, size)
+
+    def truncate(self, fd: int, size: int) -> None:
+        os.ftruncate(fd, size)
+
+    def fsync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """`target` may be an empty folder; a full one is never replaced."""
+        os.rename(source, target)
+
+    def exchange(self, one: Path, other: Path) -> None:
+        """Both paths change places in one step (Linux). OSError with ENOTSUP where the system cannot."""
+        renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+        if renameat2 is None:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), str(other))
+        if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) != 0:
+            code = ctypes.get_errno()
+            unable = code in (errno.ENOSYS, errno.EINVAL)
+            raise OSError(errno.ENOTSUP if unable else code, os.strerror(code), str(other))
+
+    def unlink(self, path: Path) -> None:
+        path.unlink()
+
+    def remove_tree(self, path: Path) -> None:
+        shutil.rmtree(path)
+
+
+def write_all(disk: Disk, fd: int, data: bytes | memoryview, at: int) -> None:
+    """All of `data` at the offset `at`, in as many writes as it takes."""
+    rest = memoryview(data)
+    while rest:
+        count = disk.pwrite(fd, rest, at)
+        rest, at = rest[count:], at + count
+
+
+def fsync_path(disk: Disk, path: Path) -> None:
+    """Make a file's bytes, or a folder's entries, durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        disk.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def lock(path: Path) -> int | None:
+    """A descriptor that holds the folder's lock until it is closed or the process ends; None where another has it."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    if not path.exists() or os.stat(path).st_ino != os.fstat(fd).st_ino:  # renamed or removed in between
+        os.close(fd)
+        return None
+    return fd

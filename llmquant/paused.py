@@ -1,0 +1,90 @@
+"""Forwards of a block that pause where a linear reads its input, and go on later, with other weights.
+
+Linears are quantized step by step, and each step wants the inputs that the steps before it give once they are
+quantized. A forward that pauses does all of a block's work once; one that is run anew for each step does it up to six
+times. Each paused forward is a greenlet: a call stack of its own in the same thread, switched by hand.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+
+class Paused:
+    """One forward on its way. Make and resume it only within `pausing` of the modules that it is to pause at."""
+
+    def __init__(self, forward: Callable[[], Tensor]) -> None:
+        self._run = _Run(forward)
+
+    def input_of(self, position: int) -> Tensor:
+        """Go on up to the module at `position`; the input that it is about to read."""
+        reached, x = -1, torch.empty(0)
+        while reached != position:
+            reached, x = self._run.switch()
+            if self._run.dead:
+                raise RuntimeError(f"the block's forward ended before step {position}")
+        return x
+
+    def finish(self) -> Tensor:
+        """Go on to the end; what the forward returns."""
+        result = self._run.switch()
+        while not self._run.dead:
+            result = self._run.switch()
+        output: Tensor = result
+        return output
+
+    def close(self) -> None:
+        """Give up, and free what the forward holds."""
+        self._run.throw()
+
+    def held_bytes(self) -> int:
+        """Bytes of the tensors that the paused calls hold, parameters left out, each storage counted once."""
+        storages: dict[int, int] = {}
+        frame: FrameType | None = self._run.gr_frame
+        while frame is not None:
+            for tensor in _tensors(list(frame.f_locals.values())):
+                if not isinstance(tensor, nn.Parameter):
+                    storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            frame = frame.f_back
+        return sum(storages.values())
+
+
+class _Run(greenlet):  # type: ignore[misc] # untyped library
+    """A greenlet of ours, so that a hook knows it."""
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+        elif isinstance(value, Mapping) and len(value) < 64:  # not a module's namespace
+            yield from _tensors(list(value.values()))
+
+
+@contextmanager
+def pausing(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """While the `with` lasts, forwards in a `Paused` pause before each of `modules`, known by its position."""
+
+    def hook(position: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def pause(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            current = getcurrent()
+            if isinstance(current, _Run) and current.parent is not None:
+                current.parent.switch((position, inputs[0]))
+
+        return pause
+
+    handles = [module.register_forward_pre_hook(hook(position)) for position, module in enumerate(modules)]
+    try:
+        # Around all of them: a paused forward must not leave its own setting behind in the thread.
+        with torch.no_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()

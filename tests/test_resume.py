@@ -1,0 +1,535 @@
+"""Killed anywhere, resumed to the same bytes: exceptions, real SIGKILLs and a disk that fails under run_dir.py."""
+
+import contextlib
+import errno
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llmquant
+from llmquant import cli, pipeline, run_dir
+from llmquant.disk import Disk
+from llmquant.errors import LLMQuantError, OutputError, ResumeError, VerifyError
+
+TINY: dict[str, Any] = {
+    "group_size": 32,
+    "samples": 4,
+    "seq_len": 32,
+    "eval_tokens": 128,
+    "eval_seq_len": 64,
+    "baselines": "rtn",
+    "max_shard_size": "40KB",
+}
+
+
+class Killed(BaseException):
+    """What a SIGKILL is to the code: nothing of it runs on."""
+
+
+class Counting(Disk):
+    """Counts the changes to the disk, and calls `at` before one of them (its number), or after it (number + 0.5)."""
+
+    CHANGES = (
+        "mkdir",
+        "open",
+        "pwrite",
+        "allocate",
+        "truncate",
+        "fsync",
+        "rename",
+        "exchange",
+        "unlink",
+        "remove_tree",
+    )
+
+    def __init__(self, at: float = -1, act: Callable[[], None] = lambda: None) -> None:
+        self.count, self.at, self.act = 0, at, act
+        self.names: list[str] = []
+        self.dead = False
+        for name in self.CHANGES:
+            setattr(self, name, self._counted(name, getattr(self, name)))
+
+    def _counted(self, name: str, change: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any) -> Any:
+            if self.dead:
+                raise Killed
+            number, self.count = self.count, self.count + 1
+            self.names.append(name)
+            if number == self.at:
+                self._act()
+            result = change(*args)
+            if number + 0.5 == self.at:
+                self._act()
+            return result
+
+        return counted
+
+    def _act(self) -> None:
+        try:
+            self.act()
+        except Killed:
+            self.dead = True
+            raise
+
+
+def run(model: Path, out: Path, **flags: Any) -> llmquant.Report:
+    options = {name: flags.pop(name) for name in ("overwrite", "resume", "log", "max_ram") if name in flags}
+    return llmquant.quantize(model, llmquant.make_recipe(str(model), flags=TINY | flags), out, **options)
+
+
+def on_disk(monkeypatch: pytest.MonkeyPatch, broken: Disk) -> None:
+    monkeypatch.setattr(run_dir, "Disk", lambda: broken)
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """All but the cost, and what the manifest says of it."""
+    found = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    del found["cost.json"]
+    return found
+
+
+def go_on(model: Path, out: Path, wanted: dict[str, bytes]) -> None:
+    """The same command again; where only the cleaning up was missing, it may also say that all is there."""
+    try:
+        run(model, out)
+    except OutputError as error:
+        assert "already holds a checkpoint" in str(error)  # noqa: PT017
+    assert files(out) == wanted
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def kill() -> None:
+    raise Killed
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors are tiny here; and a forked child cannot use the threads of its parent."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Callable[[str], Path]) -> Path:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def wanted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("wanted") / "out"
+    run(model, out)
+    return files(out)
+
+
+def run_killed_at(at: float, model: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> Counting:
+    broken = Counting(at, kill)
+    with monkeypatch.context() as patch:
+        on_disk(patch, broken)
+        # After a SIGKILL no `finally` runs: what the code wants to do on the disk is refused by the dead disk, and
+        # the lock goes with the process.
+        with contextlib.suppress(Killed):
+            run(model, out, **flags)
+    return broken
+
+
+def changes(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> list[str]:
+    with monkeypatch.context() as patch:
+        counting = Counting()
+        on_disk(patch, counting)
+        run(model, out, **flags)
+    return counting.names
+
+
+# -- kills ---------------------------------------------------------------------------------------------
+def test_a_run_killed_before_or_after_any_change_is_resumed_to_the_same_bytes(
+    model: Path, wanted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = len(changes(model, tmp_path / "count", monkeypatch))
+    assert total > 80
+    # The quick part: a spread of instants, and the first and last ones, where folders come and go.
+    instants = sorted({*range(0, 8, 2), *range(total - 12, total), *range(8, total - 12, 50)})
+    for position, number in enumerate(instants):
+        for at in (number + position % 2 / 2,):
+            out = tmp_path / str(at) / "out"
+            broken = run_killed_at(at, model, out, monkeypatch)
+            assert broken.dead or at == total - 0.5, at
+            go_on(model, out, wanted)
+
+
+@pytest.mark.soak
+def test_a_run_killed_at_every_change_is_resumed_to_the_same_bytes(
+    model: Path, wanted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(len(changes(model, tmp_path / "count", monkeypatch))):
+        for at in (number, number + 0.5):
+            out = tmp_path / str(at) / "out"
+            run_killed_at(at, model, out, monkeypatch)
+            go_on(model, out, wanted)
+
+
+def test_a_replacement_killed_at_its_end_leaves_the_old_or_the_new_checkpoint(
+    model: Path, wanted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "old" / "out"
+    run(model, old, bits=8)
+    before, manifest = files(old), (old / "manifest.json").read_bytes()
+    total = len(changes(model, old, monkeypatch, overwrite=True))
+    assert (old / "manifest.json").read_bytes() != manifest
+    for number in range(total - 10, total):
+        for at in (number + number % 2 / 2,):
+            out = tmp_path / str(at) / "out"
+            run(model, out, bits=8)
+            run_killed_at(at, model, out, monkeypatch, overwrite=True)
+            assert files(out) in (before, wanted), at  # never neither
+            if (out.parent / "out.partial").exists() or files(out) == before:
+                run(model, out, overwrite=True)
+            assert files(out) == wanted, at
+            assert [path.name for path in out.parent.iterdir()] == ["out"], at
+
+
+def test_two_kills_in_a_row(
+    model: Path, wanted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = len(changes(model, tmp_path / "count", monkeypatch))
+    for first, second in ((total // 3, 5), (total - 12, 0.5), (total // 2, total // 4)):
+        out = tmp_path / f"{first}-{second}" / "out"
+        run_killed_at(first, model, out, monkeypatch)
+        run_killed_at(second, model, out, monkeypatch)
+        run(model, out)
+        assert files(out) == wanted, (first, second)
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_real_sigkill_is_resumed_to_the_same_bytes(
+    after: int, model: Path, wanted: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    child = os.fork()  # warm: nothing is imported again
+    if child == 0:
+
+        def log(line: str) -> None:
+            if line.startswith(f"block {after}/"):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            run(model, out, log=log)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    lines: list[str] = []
+    run(model, out, log=lines.append)
+    assert [line for line in lines if line.endswith("finished before")] == [
+        f"block {number}: finished before" for number in range(1, after + 1)
+    ]
+    assert files(out) == wanted
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"method": "rtn", "eval_data": "none"},
+        {"format": "fake"},
+        {"format": "fake", "symmetric": False},
+        {"passes": "block"},
+        {"propagation": 0, "eval_data": "none"},
+        {"max_ram": "1KB"},
+    ],
+    ids=str,
+)
+def test_every_kind_of_run_goes_on_to_the_same_bytes(
+    flags: dict[str, Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole" / "out", tmp_path / "cut" / "out"  # the card names the folder
+    run(model, whole, **flags)
+    cut(model, out, **flags)
+    assert (tmp_path / "cut" / "out.partial" / "journal").is_file()
+    # Another way to hold the streams changes nothing that is computed.
+    run(model, out, resume="required", **{name: value for name, value in flags.items() if name != "max_ram"})
+    assert files(out) == files(whole)
+
+
+# -- faults --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_failing_disk_is_loud_and_the_work_is_gone_on_with(
+    code: int, model: Path, wanted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = changes(model, tmp_path / "count", monkeypatch)
+
+    def fail() -> None:
+        raise OSError(code, os.strerror(code))
+
+    for number in range(3, len(names), len(names) // 5):
+        out = tmp_path / str(number) / "out"
+        with monkeypatch.context() as patch:
+            on_disk(patch, Counting(number, fail))
+            with pytest.raises((OSError, LLMQuantError), match=os.strerror(code)):
+                run(model, out)
+        if out.exists():  # only the cleaning up failed
+            assert files(out) == wanted, number
+        go_on(model, out, wanted)
+
+
+def test_a_write_that_comes_short_is_continued(
+    model: Path, wanted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Short(Disk):
+        def pwrite(self, fd: int, data: memoryview, at: int) -> int:
+            return os.pwrite(fd, data[: max(1, len(data) // 2)], at)
+
+    on_disk(monkeypatch, Short())
+    run(model, tmp_path / "out")
+    assert files(tmp_path / "out") == wanted
+
+
+def test_every_fsync_and_rename_has_its_place(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What makes a commit durable, in order: shards before the journal, all files before the folder's new name."""
+    log: list[tuple[str, str]] = []
+
+    class Logging(Disk):
+        def pwrite(self, fd: int, data: memoryview, at: int) -> int:
+            log.append(("write", name_of(fd)))
+            return super().pwrite(fd, data, at)
+
+        def fsync(self, fd: int) -> None:
+            log.append(("fsync", name_of(fd)))
+            super().fsync(fd)
+
+        def rename(self, source: Path, target: Path) -> None:
+            log.append(("rename", target.name))
+            super().rename(source, target)
+
+    def name_of(fd: int) -> str:
+        return os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
+
+    on_disk(monkeypatch, Logging())
+    run(model, tmp_path / "out")
+    dirty: set[str] = set()
+    unsynced_folder = False
+    for operation, name in log:
+        if operation == "write":
+            if name == "journal":  # a line that says "finished" comes after all that it speaks of
+                assert not {file for file in dirty if file.startswith("model")}, dirty
+            dirty.add(name)
+        elif operation == "fsync":
+            dirty.discard(name)
+            if name == "output":
+                unsynced_folder = False
+        elif name == "out":
+            assert not dirty
+            assert not unsynced_folder
+        else:
+            assert f"{name}.tmp" not in dirty, "a file got its name before its bytes were safe"
+            unsynced_folder = True
+    assert log[-2:] == [("fsync", tmp_path.name), ("fsync", "out.partial")]
+
+
+# -- the same job only ---------------------------------------------------------------------------------
+def cut(model: Path, out: Path, **flags: Any) -> None:
+    """A run that ends after its second block."""
+
+    def stop(line: str) -> None:
+        if line.startswith("block 2/"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, out, log=stop, **flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"bits": 8}, "plan, recipe.bits"),
+        ({"damp": 0.02}, "recipe.damp"),
+        ({"seed": 1}, "calibration text, recipe.seed"),
+        ({"samples": 3}, "calibration text, recipe.samples"),
+        ({"eval_tokens": 64}, "evaluation text, recipe.eval_tokens"),
+        ({"baselines": "none"}, "lanes, recipe.baselines"),
+        ({"sweeps": 0}, "recipe.sweeps"),
+        ({"ignore": ["o_proj"]}, "plan, recipe.ignore"),
+        ({"dtype": "bfloat16"}, "dtype, recipe.dtype"),
+    ],
+    ids=str,
+)
+def test_another_job_is_refused_by_name(flags: dict[str, Any], named: str, model: Path, tmp_path: Path) -> None:
+    cut(model, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(ResumeError, match=rf"another job \({named} differs?\).*--resume never"):
+        run(model, tmp_path / "out", **flags)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    run(model, tmp_path / "out", resume="never", **flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_changed_weights_and_versions_are_another_job(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    source = tmp_path / "model"
+    shutil.copytree(model, source)
+    cut(source, tmp_path / "out")
+    file = next(source.glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ResumeError, match=r"another job \(weights differs\)"):
+        run(source, tmp_path / "out")
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with monkeypatch.context() as patch:
+        patch.setattr("llmquant.job.versions", lambda: {"torch": "9"})
+        with pytest.raises(ResumeError, match=r"another job \(versions differs\)"):
+            run(source, tmp_path / "out")
+    run(source, tmp_path / "out", resume="required")
+
+
+def test_the_policy_for_bad_layers_may_change_on_the_way(model: Path, tmp_path: Path) -> None:
+    cut(model, tmp_path / "out")
+    report = run(model, tmp_path / "out", on_bad_layer="rtn")
+    assert report.data["recipe"]["on_bad_layer"] == "rtn"
+
+
+def test_a_resume_that_is_required_needs_something_to_resume(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ResumeError, match="no interrupted run"):
+        run(model, tmp_path / "out", resume="required")
+    with pytest.raises(LLMQuantError, match="--resume: 'perhaps'"):
+        run(model, tmp_path / "out", resume="perhaps")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_resumed_run_takes_over_the_number_of_threads(model: Path, wanted: dict[str, bytes], tmp_path: Path) -> None:
+    cut(model, tmp_path / "out")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run(model, tmp_path / "out")
+        assert torch.get_num_threads() == threads == 1
+    finally:
+        torch.set_num_threads(threads)
+    assert files(tmp_path / "out") == wanted
+
+
+# -- damage --------------------------------------------------------------------------------------------
+def test_streams_that_come_out_otherwise_are_an_error(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut(model, tmp_path / "out")
+    real = pipeline.forward_of
+    monkeypatch.setattr(
+        pipeline, "forward_of", lambda *args: lambda hidden: real(*args)(hidden) + torch.finfo(hidden.dtype).eps
+    )
+    with pytest.raises(ResumeError, match=r"block 1, stream original: differs"):
+        run(model, tmp_path / "out")
+    assert (tmp_path / "out.partial" / "journal").is_file()
+
+
+def test_a_torn_last_line_is_dropped_and_a_damaged_middle_one_is_fatal(
+    model: Path, wanted: dict[str, bytes], tmp_path: Path
+) -> None:
+    for name, damage in {
+        "torn": lambda data: data[:-7],
+        "zeros": lambda data: data + b"\0" * 40,
+        "half a line": lambda data: data + data[:50],
+    }.items():
+        out = tmp_path / name / "out"
+        cut(model, out)
+        file = out.parent / "out.partial" / "journal"
+        file.write_bytes(damage(file.read_bytes()))
+        run(model, out)
+        assert files(out) == wanted, name
+    out = tmp_path / "middle" / "out"
+    cut(model, out)
+    file = out.parent / "out.partial" / "journal"
+    data = bytearray(file.read_bytes())
+    data[100] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ResumeError, match="record 0 is damaged"):
+        run(model, out)
+
+
+def test_bytes_that_changed_under_a_finished_block_do_not_come_out(model: Path, tmp_path: Path) -> None:
+    cut(model, tmp_path / "out", eval_data="none", method="rtn")
+    shard = sorted((tmp_path / "out.partial" / "output").glob("*.safetensors"))[0]
+    data = bytearray(shard.read_bytes())
+    data[-3] ^= 4
+    shard.write_bytes(data)
+    with pytest.raises(VerifyError):
+        run(model, tmp_path / "out", eval_data="none", method="rtn")
+    assert not (tmp_path / "out").exists()
+
+
+# -- one writer ----------------------------------------------------------------------------------------
+def test_of_eight_racers_one_wins(model: Path, wanted: dict[str, bytes], tmp_path: Path) -> None:
+    out, children = tmp_path / "out", []
+    for _ in range(8):
+        if (child := os.fork()) == 0:
+            try:
+                run(model, out)
+                os._exit(0)
+            except OutputError:
+                os._exit(7)
+            finally:
+                os._exit(1)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert sorted(codes) == [0] + [7] * 7
+    assert files(out) == wanted
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# -- signals -------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_command_with_75_and_the_same_command_goes_on(
+    number: signal.Signals,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["run", "--model", str(model), "--out", str(tmp_path / "out"), "--eval-data", "none"]
+    command += ["--samples", "4", "--seq-len", "32", "--group-size", "32"]
+    real = pipeline._Pass._say
+
+    def say(self: Any, index: int, *rest: Any) -> None:
+        real(self, index, *rest)
+        if index == 1:
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline._Pass, "_say", say)
+        assert cli.main(command) == 75
+    said = capsys.readouterr().err
+    assert "2 of 4 blocks are kept" in said or "2 of 3 blocks are kept" in said
+    assert said.splitlines()[-1] == "llmquant: interrupted"
+    assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
+    assert cli.main(command) == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["layers"]
+
+
+def test_the_disk_has_no_other_door() -> None:
+    """All changes that a run makes go through Disk: nothing else in run_dir.py can change a file."""
+    source = Path(run_dir.__file__).read_text()
+    calls = (
+        "os.pwrite",
+        "os.fsync",
+        "os.rename",
+        "os.replace(",
+        ".write_text(",
+        "shutil.rmtree",
+        ".unlink(",
+        ".mkdir(",
+    )
+    found = [line.strip() for line in source.splitlines() if any(call in line for call in calls)]
+    assert [line for line in found if "_disk." not in line] == ["os.replace(temporary, path)"]  # reports of `eval`
