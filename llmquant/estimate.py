@@ -206,7 +206,7 @@ def _memory(found: Estimate, plan: Plan, skeleton: Skeleton, sizes: dict[str, in
     outer = max((count * width for name, count in numel.items() if skeleton.block_of(name) is None), default=0)
     widest = max(spec.shape[1] for spec in plan.specs) if "calibration" in sizes else 0
     in_memory = sum(sizes.values()) - sum(spilled(sizes, budget).values())
-    # What a forward holds when it pauses at its last step: the residual stream and its norm, gate, up and their product.
+    # What a forward holds when it pauses at its last step: residual stream and norm, gate, up and their product.
     held = sizes.get("calibration", 0) // skeleton.hidden_size * 3 * (widest + skeleton.hidden_size)
     found.memory = {
         "base": _BASE_BYTES,
