@@ -77,3 +77,16 @@ def suggestion(error: Exception) -> str | None:
     if not isinstance(name, str) or not possible:
         return None
     return f"{name}: no such option; did you mean {difflib.get_close_matches(name, possible, 1, 0)[0]}?"
+
+
+def count(text: str | None) -> int | str | None:
+    """A number of tokens, or the word `full`; the recipe refuses other words."""
+    return int(text) if text is not None and text.isdecimal() else text
+
+
+def strength(text: str) -> float | str:
+    """A number, or a word that the recipe accepts or refuses."""
+    try:
+        return float(text)
+    except ValueError:
+        return text

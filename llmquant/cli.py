@@ -1,23 +1,20 @@
 """The command line: a thin caller of the Python API."""
 
 import logging
-import signal
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
 from llmquant import commands
-from llmquant.arguments import normalise, suggestion
+from llmquant.arguments import count, normalise, strength, suggestion
 from llmquant.cli_export import export
 from llmquant.console import show_report
 from llmquant.errors import Interrupted, LLMQuantError
-from llmquant.progress import JsonLines, progress
-from llmquant.recipe import CHOICES, DEMO_DEFAULTS, Recipe, make_recipe, recipe_folder
+from llmquant.progress import JsonLines, progress, stoppable
+from llmquant.recipe import CHOICES, DEMO_DEFAULTS, Recipe, make_recipe
 
 app = typer.Typer(
     name="llmquant",
@@ -45,10 +42,6 @@ def _option(text: str, name: str, panel: str) -> Any:
     return typer.Option(flag, help=text, rich_help_panel=panel, show_default=False, autocompletion=complete)
 
 
-def _recipes() -> list[str]:
-    return sorted(path.stem for path in recipe_folder().glob("*.toml"))
-
-
 _JOB, _SOLVER, _CALIB, _EVAL, _RUN = "What", "How codes are chosen", "Calibration", "Evaluation", "Where and with what"
 _DATA = "builtin, wikitext2, c4, FILE.txt, FILE.jsonl or HUB_ID\\[:config\\[:split\\[:column]]]"
 
@@ -69,7 +62,7 @@ def run(
         typer.Option(
             help="A recipe: a .toml file or a name in pipelines/; flags override it",
             rich_help_panel=_JOB,
-            autocompletion=lambda incomplete: commands.starting_with(_recipes())(incomplete),
+            autocompletion=lambda incomplete: commands.recipes_like(incomplete),
         ),
     ] = None,
     method: Annotated[Optional[str], _option("How codes are chosen", "method", _JOB)] = None,
@@ -176,25 +169,18 @@ def run(
     if asymmetric:
         flags["symmetric"] = False
     if propagation is not None:
-        flags["propagation"] = _strength(propagation)
+        flags["propagation"] = strength(propagation)
     if eval_tokens is not None:
-        flags["eval_tokens"] = _count(eval_tokens)
+        flags["eval_tokens"] = count(eval_tokens)
     settings = make_recipe(model, recipe, flags)
     _calm_libraries()
     if dry_run:
         return commands.show_plan(model, settings, out, revision, max_ram, overwrite, json)
     from llmquant.pipeline import quantize
 
-    with progress(quiet, json) as log, _signals():
+    with progress(quiet, json) as log, stoppable():
         report = quantize(
-            model,
-            settings,
-            out,
-            revision=revision,
-            max_ram=max_ram,
-            overwrite=overwrite,
-            resume=resume,
-            log=log,
+            model, settings, out, revision=revision, max_ram=max_ram, overwrite=overwrite, resume=resume, log=log
         )
     show_report(report)
 
@@ -259,25 +245,12 @@ def _eval_flags(
 ) -> dict[str, Any]:
     flags = {
         "eval_data": data,
-        "eval_tokens": _count(tokens),
+        "eval_tokens": count(tokens),
         "eval_seq_len": seq_len,
         "device": device,
         "dtype": dtype,
     }
     return {name: value for name, value in flags.items() if value is not None}
-
-
-def _count(text: str | None) -> int | str | None:
-    """A number of tokens, or the word `full`; the recipe refuses other words."""
-    return int(text) if text is not None and text.isdecimal() else text
-
-
-def _strength(text: str) -> float | str:
-    """A number, or a word that the recipe accepts or refuses."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _compare(
@@ -296,23 +269,6 @@ def _compare(
 
 
 commands.register(app, run)
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the run by an exception, a second one the process; what is finished is kept."""
-
-    def stop(number: int, frame: object) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        raise Interrupted
-
-    previous = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
 
 
 def _calm_libraries() -> None:

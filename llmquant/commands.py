@@ -9,7 +9,7 @@ import typer
 
 from llmquant.console import new_console, print_json, print_rows
 from llmquant.progress import duration, size
-from llmquant.recipe import Recipe
+from llmquant.recipe import Recipe, recipe_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,7 +60,7 @@ RUN_EXAMPLES = """[bold]On the built-in model[/]
 """
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout in place of the tables")]
 # What makes no sense where nothing runs; `json` gets another meaning.
-_NOT_IN_PLAN = ("dry_run", "json", "quiet")
+_NOT_IN_PLAN = ("dry_run", "json", "quiet", "resume")
 
 
 def register(app: typer.Typer, run: Callable[..., Any]) -> None:
@@ -115,6 +115,11 @@ def starting_with(choices: Sequence[str]) -> Callable[[str], list[str]]:
         return [choice for choice in choices if choice.startswith(incomplete)]
 
     return complete
+
+
+def recipes_like(incomplete: str) -> list[str]:
+    """The completion of --recipe."""
+    return starting_with(sorted(path.stem for path in recipe_folder().glob("*.toml")))(incomplete)
 
 
 def show_plan(

@@ -135,7 +135,10 @@ def estimate(
     _disk(found, source, sum(spilled(sizes, budget).values()))
     target = Path(out) if out is not None else Path(f"{source.name.rpartition('/')[2]}-{recipe.scheme_name}")
     needed = found.disk["output"] + found.disk["streams in files"]
-    found.attempt(lambda: _check_target(target, overwrite, needed))
+    if Path(f"{target}.partial").exists():  # not for us to touch, and RunDir would tidy up what is no run
+        found.warn(f"{target}.partial is there: a run may be going on, or `run` would go on with an interrupted one")
+    else:
+        found.attempt(lambda: _check_target(target, overwrite, needed))
     _time(found, work_of(plan, skeleton, recipe, tokens, len(lanes)), skeleton)
     return found
 
@@ -192,7 +195,8 @@ def _stream_sizes(skeleton: Skeleton, recipe: Recipe, tokens: Tokens, lanes: tup
 
 
 def _memory(found: Estimate, plan: Plan, skeleton: Skeleton, sizes: dict[str, int], budget: int) -> None:
-    """A bound by parts: base + 2 blocks + 8 bytes x widest input squared + largest outer tensor + streams."""
+    """A bound by parts: base + 2 blocks + 8 bytes x widest input squared + largest outer tensor + at most --max-ram
+    for streams and paused forwards."""
     numel = {name: skeleton.get(name).numel() for name in skeleton.params}
     width = skeleton.dtype.itemsize
     blocks = Counter[int]()
@@ -201,12 +205,16 @@ def _memory(found: Estimate, plan: Plan, skeleton: Skeleton, sizes: dict[str, in
             blocks[block] += count * width
     outer = max((count * width for name, count in numel.items() if skeleton.block_of(name) is None), default=0)
     widest = max(spec.shape[1] for spec in plan.specs) if "calibration" in sizes else 0
+    in_memory = sum(sizes.values()) - sum(spilled(sizes, budget).values())
+    # What a forward holds when it pauses at its last step: residual stream and norm, gate, up and their product.
+    held = sizes.get("calibration", 0) // skeleton.hidden_size * 3 * (widest + skeleton.hidden_size)
     found.memory = {
         "base": _BASE_BYTES,
         "two copies of the largest block": 2 * max(blocks.values()),
         "Hessian and drift of the widest input": 8 * widest**2,
         "largest embedding or head": outer,
-        "streams in memory": sum(sizes.values()) - sum(spilled(sizes, budget).values()),
+        "streams in memory": in_memory,
+        "paused forwards": min(budget - in_memory, 2 * held) if widest else 0,
     }
     total, physical = sum(found.memory.values()), _physical_memory()
     if skeleton.device.type == "cpu" and physical is not None and total > physical:

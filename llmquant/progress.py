@@ -1,12 +1,14 @@
 """What is said on stderr while a run goes on: a live display, plain lines, JSON lines, or nothing."""
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from llmquant.errors import Interrupted
 from llmquant.log import Event, Log
 from llmquant.memory import peak_rss
 
@@ -48,14 +50,14 @@ class Live:
         )
         self.display = Progress(*columns, console=console, transient=True, refresh_per_second=2)
         self._task = self.display.add_task("", total=None, stage="", blocks="", left="", memory="")
-        self._seconds = 0.0
+        self._seconds, self._blocks = 0.0, 0  # of this process: an interrupted run may have done others
 
     def __call__(self, message: str) -> None:
         if not isinstance(message, Event):
             self.display.console.print(message, markup=False, highlight=False, soft_wrap=True)
             return
-        self._seconds += message.seconds
-        left = duration(self._seconds / message.done * (message.total - message.done))
+        self._seconds, self._blocks = self._seconds + message.seconds, self._blocks + 1
+        left = duration(self._seconds / self._blocks * (message.total - message.done))
         self.display.update(
             self._task,
             completed=message.done,
@@ -96,6 +98,23 @@ def progress(quiet: bool, as_json: bool = False) -> Iterator[Log]:
 
 def _plain(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the run by an exception, a second one the process; what is finished is kept."""
+
+    def stop(number: int, frame: object) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        raise Interrupted
+
+    previous = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
 
 
 def size(count: float) -> str:

@@ -57,7 +57,7 @@ def test_the_live_display_shows_blocks_stage_time_left_and_memory() -> None:
         live.display.refresh()
     shown = screen.getvalue()
     assert "a [note] for people" in shown
-    assert all(part in shown for part in ("quantize", "block 2/8", "30 s left for the blocks", "peak "))
+    assert all(part in shown for part in ("quantize", "block 2/8", "60 s left for the blocks", "peak "))
 
 
 def test_quiet_says_nothing_and_no_terminal_means_plain_lines(
