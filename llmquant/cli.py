@@ -237,7 +237,9 @@ def compare(
     _compare(models, reference, _eval_flags(data, tokens, seq_len, device, dtype), max_ram, json, quiet)
 
 
-app.command(epilog="Example:  llmquant export ./out --format gguf --out ./out-gguf")(export)
+app.command(rich_help_panel=commands.MAKE, epilog="Example:  llmquant export ./out --format gguf --out ./out-gguf")(
+    export
+)
 
 
 def _eval_flags(

@@ -25,9 +25,10 @@ class Paused:
         """Go on up to the module at `position`; the input that it is about to read."""
         reached, x = -1, torch.empty(0)
         while reached != position:
-            reached, x = self._run.switch()
+            result = self._run.switch()
             if self._run.dead:
                 raise RuntimeError(f"the block's forward ended before step {position}")
+            reached, x = result
         return x
 
     def finish(self) -> Tensor:
