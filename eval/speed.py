@@ -1,9 +1,10 @@
 """Where the time goes: python eval/speed.py [--make small|7b | --model DIR] [--method gptq] [--repeat 3]
 
 Seconds by stage of one quantization without evaluation, peak memory, and the ratio to the floor: the products that the
-default cannot do without, timed as plain GEMM calls on the same shapes in the same process (the calibration forwards'
-linears once for the original and once for the quantized model, and for every distinct input the Gram matrix and the
-drift), each at the faster of float32 and bfloat16 products. Weights are random; quality is not measured here.
+default cannot do without, timed as plain GEMM calls on the same shapes in the same process. These are the linears of
+two calibration forwards (original and quantized), the Gram matrix and the drift of every distinct input, each at the
+faster of float32 and bfloat16 products; and in float32 the solver's products of all rows with the Hessian (drift,
+propagation, feedback, two refits, one sweep, loss). Weights are random; quality is not measured here.
 
 small: 2 blocks of 2048 x 5632, 32 query and 8 key heads.  7b: 32 blocks of 4096 x 11008 (13.5 GB on disk).
 """
@@ -27,6 +28,7 @@ SHAPES = {
     "small": {"hidden": 2048, "ffn": 5632, "blocks": 2, "heads": 32, "kv_heads": 8, "vocab": 4096},
     "7b": {"hidden": 4096, "ffn": 11008, "blocks": 32, "heads": 32, "kv_heads": 32, "vocab": 32000},
 }
+SOLVER_PRODUCTS = 6.5  # [O, I] x [I, I]: drift 1, propagation 1, feedback 1/2, refits 2, sweep 1, loss 1
 # Functions timed by name, outermost first; what one of them spends in another counts for the inner one only.
 STAGES = {
     "read": ["source:Source.read_finite"],
@@ -138,14 +140,16 @@ def floor_seconds(shapes: list[list[int]], tokens: int) -> float:
         x, weight = torch.randn(chunk, width), torch.randn(min(rows, 8192), width)
         forward = fastest(lambda x=x, w=weight: x @ w.T) * rows / len(weight)
         gram = fastest(lambda x=x: x.T @ x) * n_inputs[width] * n_blocks
-        total += 2 * (forward + gram) * tokens / chunk
+        H = torch.randn(width, width)
+        solver = fastest(lambda w=weight, H=H: w @ H, ("none",)) * rows / len(weight) * SOLVER_PRODUCTS
+        total += 2 * (forward + gram) * tokens / chunk + solver
     return total
 
 
-def fastest(product: Callable[[], Any]) -> float:
-    """Median seconds of the product at the better of both precisions."""
+def fastest(product: Callable[[], Any], precisions: tuple[str, ...] = ("none", "bf16")) -> float:
+    """Median seconds of the product at the best of some precisions."""
     medians = []
-    for precision in ("none", "bf16"):
+    for precision in precisions:
         torch.backends.mkldnn.matmul.fp32_precision = precision
         times = []
         for _ in range(4):

@@ -234,7 +234,8 @@ def _physical_memory() -> int | None:
 
 
 def _disk(found: Estimate, source: Source, streams: int) -> None:
-    found.disk = {"output": found.output_bytes + source.side_bytes, "streams in files": streams}
+    copies = 1 + len(found.recipe["exports"])
+    found.disk = {"output": found.output_bytes * copies + source.side_bytes, "streams in files": streams}
     if isinstance(source, HubSource):
         sizes = {info.file: 0 for info in source.tensors.values()}
         for name, info in source.tensors.items():

@@ -135,9 +135,12 @@ def command_of(report: dict[str, Any]) -> str:
     if report["model"]["revision"]:
         words += ["--revision", report["model"]["revision"]]
     defaults = make_recipe(model).as_dict()
+    recipe = dict(report["recipe"])
+    if exports := recipe.pop("exports", []):
+        recipe["format"] = ",".join([recipe["format"], *exports])
     for name in Recipe.__dataclass_fields__:
-        value = report["recipe"].get(name)
-        if name in report["recipe"] and value != defaults[name]:
+        value = recipe.get(name)
+        if name in recipe and value != defaults[name]:
             words += _flag(name, value)
     return " ".join(map(shlex.quote, words))
 

@@ -346,9 +346,7 @@ def test_output_below_a_file_is_refused(model: Path, tmp_path: Path, refused: Ca
     refused(OUTPUT, model, out="file/out")
 
 
-def test_a_strange_partial_folder_stays_as_it_is(
-    model: Path, tmp_path: Path, refused: Callable[..., str]
-) -> None:
+def test_a_strange_partial_folder_stays_as_it_is(model: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "model.safetensors").write_text("half of it")
     assert "is not a run of this version" in refused(OUTPUT, model)

@@ -155,6 +155,7 @@ def test_health_names_what_stands_out(report: dict[str, Any]) -> None:
         ("demo", {"bits": 8}),
         ("demo", {"seq_len": 2048, "eval_data": "wikitext2"}),
         ("owner/name", {"symmetric": False, "format": "fake", "refit": False, "ignore": ["a b$", "--x"]}),
+        ("owner/name", {"format": "compressed-tensors,gguf", "group_size": 32, "sweeps": 3}),
         ("owner/name", {"damp": 0.02, "propagation": 0.5, "eval_tokens": "full", "baselines": "rtn"}),
     ],
 )

@@ -118,6 +118,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_plots() -> Iterator[None]:
+    """report.html is drawn in a second, and this file makes hundreds of runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "make_html", lambda name, report: f"<p>{name}</p>")
+        yield
+
+
 @pytest.fixture(scope="module")
 def model(tiny_model: Callable[[str], Path]) -> Path:
     return tiny_model("llama")
