@@ -249,7 +249,7 @@ def test_a_layer_without_a_definite_hessian_follows_the_policy(
     assert all("on-bad-layer rtn" in layer["notes"][0] for layer in report.data["layers"])
 
 
-def test_weights_that_turn_bad_during_the_run_leave_nothing(
+def test_weights_that_turn_bad_during_the_run_end_it_with_what_is_finished_kept(
     tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from llmquant import pipeline
@@ -260,7 +260,14 @@ def test_weights_that_turn_bad_during_the_run_leave_nothing(
     info = open_source(source).tensors["model.layers.2.mlp.up_proj.weight"]
     with (source / info.file).open("r+b") as file:
         file.seek(info.start)
+        sound = file.read(2)
+        file.seek(info.start)
         file.write(b"\xff\xff")
     with pytest.raises(SourceError, match=r"layers\.2\.mlp\.up_proj"):
         run(source, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.partial"]
+    with (source / info.file).open("r+b") as file:
+        file.seek(info.start)
+        file.write(sound)
+    run(source, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
