@@ -68,6 +68,7 @@ class RunDir:
         self._places: dict[str, TensorInfo] = {}
         self._fds: dict[str, int] = {}
         self._unwritten: set[str] = set()
+        self._given: set[str] = set()  # files beside the weights
         self._since: list[str] = []  # tensors written since the last commit
         self._lock: int | None = None
         self._journal: int | None = None
@@ -254,11 +255,11 @@ class RunDir:
             self.open_file(folder + file_name, head, places, go_on=bool(self.records) and not folder)
             total += sum(place.nbytes for place in places.values())
             weight_map |= dict.fromkeys(places, file_name)
-        fsync_path(self._disk, self.path / folder)
         self._unwritten -= {name for record in self.records for name in record["tensors"]} if not folder else set()
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             self.write_json(f"{folder}model.safetensors.index.json", index)
+        fsync_path(self._disk, self.path / folder)
 
     def open_file(self, file_name: str, head: bytes, places: Mapping[str, TensorInfo], *, go_on: bool = False) -> None:
         """A file that begins with `head` and whose tensors will be written to `places`; gaps are zeros.
@@ -303,11 +304,15 @@ class RunDir:
 
     def commit_block(self, body: dict[str, Any]) -> None:
         """Make everything written since the last commit durable, then say so in the journal. `body` is plain data."""
-        for file in sorted({self._places[name].file for name in self._since}):
-            self._disk.fsync(self._fds[file])
         record = {"tensors": self._since, **body}
+        self._sync_written()
         self._append({"kind": "block", "body": record})
         self.records.append(record)
+
+    def _sync_written(self) -> None:
+        """Make all tensors since the last call durable."""
+        for file in sorted({self._places[name].file for name in self._since}):
+            self._disk.fsync(self._fds[file])
         self._since = []
 
     def _append(self, record: journal.Record) -> None:
@@ -322,8 +327,8 @@ class RunDir:
         """Flush all shards to disk; every planned tensor must have been written."""
         if self._unwritten:
             raise VerifyError(sorted(self._unwritten)[0], "was planned but never written")
+        self._sync_written()
         for fd in self._fds.values():
-            self._disk.fsync(fd)
             os.close(fd)
         self._fds, self._places = {}, {}
 
@@ -336,6 +341,7 @@ class RunDir:
         if not target.parent.exists():
             self._disk.mkdir(target.parent)
         self._replace(target, data)
+        self._given.add(name)
 
     def _replace(self, target: Path, data: bytes) -> None:
         """The file whole and durable under its name, or not at all; its folder is synced by the commit."""
@@ -366,6 +372,8 @@ class RunDir:
         self._check_target()
         for leftover in self.path.rglob("*.tmp"):
             self._disk.unlink(leftover)
+        if missing := sorted(name for name in self._given if not (self.path / name).is_file()):
+            raise VerifyError(missing[0], "was written and is not there")
         table = {
             name: {"bytes": (self.path / name).stat().st_size, "sha256": sha256(self.path / name)}
             if name != COST

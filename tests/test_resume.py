@@ -15,6 +15,7 @@ import torch
 
 import llmquant
 from llmquant import cli, pipeline, run_dir
+from llmquant.check import verify_folder
 from llmquant.disk import Disk
 from llmquant.errors import LLMQuantError, OutputError, ResumeError, VerifyError
 
@@ -300,46 +301,124 @@ def test_a_write_that_comes_short_is_continued(
     assert files(tmp_path / "out") == wanted
 
 
-def test_every_fsync_and_rename_has_its_place(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What makes a commit durable, in order: shards before the journal, all files before the folder's new name."""
-    log: list[tuple[str, str]] = []
+Change = tuple[str, str, str]  # what, on which name, in which folder
+
+
+def recorded(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> list[Change]:
+    """Every change to the disk that a run makes, in order."""
+    log: list[Change] = []
+
+    def note(what: str, path: Path | str) -> None:
+        log.append((what, os.path.basename(path), os.path.basename(os.path.dirname(path))))
 
     class Logging(Disk):
+        def open(self, path: Path, flags: int) -> int:
+            if not path.exists():
+                note("create", path)
+            return super().open(path, flags)
+
+        def mkdir(self, path: Path) -> None:
+            note("create", path)
+            super().mkdir(path)
+
         def pwrite(self, fd: int, data: memoryview, at: int) -> int:
-            log.append(("write", name_of(fd)))
+            note("write", os.readlink(f"/proc/self/fd/{fd}"))
             return super().pwrite(fd, data, at)
 
         def fsync(self, fd: int) -> None:
-            log.append(("fsync", name_of(fd)))
+            note("fsync", os.readlink(f"/proc/self/fd/{fd}"))
             super().fsync(fd)
 
         def rename(self, source: Path, target: Path) -> None:
-            log.append(("rename", target.name))
+            note("rename", target)
             super().rename(source, target)
 
-    def name_of(fd: int) -> str:
-        return os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
+        def exchange(self, one: Path, other: Path) -> None:
+            if one != other:
+                note("rename", other)
+            super().exchange(one, other)
 
-    on_disk(monkeypatch, Logging())
-    run(model, tmp_path / "out")
-    dirty: set[str] = set()
-    unsynced_folder = False
-    for operation, name in log:
-        if operation == "write":
-            if name == "journal":  # a line that says "finished" comes after all that it speaks of
-                assert not {file for file in dirty if file.startswith("model")}, dirty
-            dirty.add(name)
-        elif operation == "fsync":
-            dirty.discard(name)
-            if name == "output":
-                unsynced_folder = False
-        elif name == "out":
-            assert not dirty
-            assert not unsynced_folder
-        else:
-            assert f"{name}.tmp" not in dirty, "a file got its name before its bytes were safe"
-            unsynced_folder = True
-    assert log[-2:] == [("fsync", tmp_path.name), ("fsync", "out.partial")]
+        def remove_tree(self, path: Path) -> None:
+            note("remove", path)
+            super().remove_tree(path)
+
+    with monkeypatch.context() as patch:
+        on_disk(patch, Logging())
+        run(model, out, **flags)
+    return log
+
+
+def unsafe(log: list[Change], parent: str) -> str | None:
+    """What a power loss could tear apart: the first change that is made before what it relies on is durable."""
+    unsynced_bytes: set[str] = set()
+    unsynced_names: set[str] = set()  # folders with new names in them
+    visible = False
+    for what, name, folder in log:
+        if what == "fsync":
+            unsynced_bytes.discard(name)
+            unsynced_names.discard(name)
+            continue
+        if "journal" in unsynced_bytes and name != "journal":
+            return f"{what} {name}: the last line of the journal is not durable"
+        if (
+            what == "write"
+            and name == "journal"
+            and unsynced_bytes | (unsynced_names & {"output", "out.partial", parent})
+        ):
+            return f"a line of the journal before {unsynced_bytes | unsynced_names}"
+        if what == "write" and name.startswith("model-") and unsynced_names & {"out.partial"}:
+            return f"write {name}: job.json may be lost"
+        if what == "write":
+            unsynced_bytes.add(name)
+        if what == "create":
+            unsynced_names.add(folder)
+            if name == "journal":
+                unsynced_bytes.add(name)
+        if what == "rename":
+            if f"{name}.tmp" in unsynced_bytes:
+                return f"rename {name}: its bytes are not durable"
+            if name == "out":
+                if unsynced_bytes or "output" in unsynced_names:
+                    return f"rename out: {unsynced_bytes or unsynced_names} are not durable"
+                visible = True
+                unsynced_names |= {parent, "out.partial"}
+            else:
+                unsynced_names.add(folder)
+        if what == "remove" and visible and unsynced_names & {parent, "out.partial"}:
+            return "remove: the new name may be lost"
+    return None
+
+
+def test_every_fsync_and_rename_has_its_place(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order is safe as it is, and taking any one fsync or rename out of it is not: none is there for nothing."""
+    log = recorded(model, tmp_path / "new" / "out", monkeypatch)
+    assert unsafe(log, "new") is None
+    fsyncs = [number for number, (what, _, _) in enumerate(log) if what == "fsync"]
+    assert len(fsyncs) > 20
+    for number in fsyncs:
+        assert unsafe(log[:number] + log[number + 1 :], "new"), f"fsync of {log[number][1:]} ({number}) is not needed"
+    renames = [number for number, (what, _, _) in enumerate(log) if what == "rename"]
+    assert {log[number][1] for number in renames} >= {"job.json", "manifest.json", "out"}
+    for at in range(len(renames)):  # a file without its name, or a folder: the run cannot end well
+        without = Counting()
+        rename = without.rename
+        seen = iter(range(10**6))
+        monkeypatch.setattr(
+            without,
+            "rename",
+            lambda *args, rename=rename, seen=seen, at=at: None if next(seen) == at else rename(*args),
+        )
+        with monkeypatch.context() as patch:
+            on_disk(patch, without)
+            out = tmp_path / f"without-{at}" / "out"
+            with contextlib.suppress(OSError, LLMQuantError):
+                if log[renames[at]][1] == "job.json":  # asked for by the run after a kill only
+                    cut(model, out)
+                    run(model, out, resume="required")
+                else:
+                    run(model, out)
+                verify_folder(out)
+                pytest.fail(f"rename to {log[renames[at]][1]} is not needed")
 
 
 # -- the same job only ---------------------------------------------------------------------------------
