@@ -151,6 +151,15 @@ def run(
             rich_help_panel=_RUN,
         ),
     ] = "auto",
+    runtimes: Annotated[
+        Optional[str],
+        typer.Option(
+            "--for",
+            help="Refuse before the work what one of these would not open: "
+            "transformers, vllm, sglang, llama.cpp, mlx-lm",
+            rich_help_panel=_JOB,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, as `llmquant plan` does", rich_help_panel=_RUN)
     ] = False,
@@ -174,13 +183,22 @@ def run(
         flags["eval_tokens"] = count(eval_tokens)
     settings = make_recipe(model, recipe, flags)
     _calm_libraries()
+    targets = [name.strip() for name in runtimes.split(",")] if runtimes else []
     if dry_run:
-        return commands.show_plan(model, settings, out, revision, max_ram, overwrite, json)
+        return commands.show_plan(model, settings, out, revision, max_ram, overwrite, json, targets)
     from llmquant.pipeline import quantize
 
     with progress(quiet, json) as log, stoppable():
         report = quantize(
-            model, settings, out, revision=revision, max_ram=max_ram, overwrite=overwrite, resume=resume, log=log
+            model,
+            settings,
+            out,
+            revision=revision,
+            max_ram=max_ram,
+            overwrite=overwrite,
+            resume=resume,
+            runtimes=targets,
+            log=log,
         )
     show_report(report)
 

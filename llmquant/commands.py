@@ -123,12 +123,19 @@ def recipes_like(incomplete: str) -> list[str]:
 
 
 def show_plan(
-    model: str, recipe: Recipe, out: Path | None, revision: str | None, max_ram: str, overwrite: bool, as_json: bool
+    model: str,
+    recipe: Recipe,
+    out: Path | None,
+    revision: str | None,
+    max_ram: str,
+    overwrite: bool,
+    as_json: bool,
+    runtimes: Sequence[str] = (),
 ) -> None:
     """Print the estimate; exit with the code of the first problem that would end the run."""
     from llmquant.estimate import estimate
 
-    found = estimate(model, recipe, out, revision=revision, max_ram=max_ram, overwrite=overwrite)
+    found = estimate(model, recipe, out, revision=revision, max_ram=max_ram, overwrite=overwrite, runtimes=runtimes)
     if as_json:
         print_json(found.as_dict())
     else:
@@ -152,6 +159,7 @@ def _print_plan(found: "Estimate") -> None:
             ["compute", f"{found.compute['dtype']} on {found.compute['device']}"],
             ["size", f"{size(found.source_bytes)} -> {size(found.output_bytes)}"],
             ["bits per weight", f"{found.bits_per_weight:.3f} in the quantized linears, scales included"],
+            ["opens in", ", ".join(name for name, yes in found.opens.items() if yes) or "none of the known runtimes"],
             ["peak memory", _sum_of(found.memory, size, "at most ")],
             ["disk", _sum_of(found.disk, size)],
             ["time", _sum_of(found.seconds, duration, "about ")],

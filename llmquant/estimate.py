@@ -3,7 +3,7 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ import torch
 from llmquant.calibration import has_tokenizer
 from llmquant.errors import CalibrationError, LLMQuantError, OutputError
 from llmquant.job import ORIGINAL, OURS, pick_baselines, pick_device, pick_dtype, refuse_quantized
+from llmquant.lint import RUNTIMES, lint, opens, refuse_runtimes
 from llmquant.mixture import parse_mixture
 from llmquant.plan import Plan, Row, make_plan
 from llmquant.recipe import Recipe, make_recipe, parse_size
@@ -67,6 +68,7 @@ class Estimate:
     kinds: list[Kind] = field(default_factory=list)
     output_bytes: int = 0
     bits_per_weight: float | None = None
+    opens: dict[str, bool] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
     disk: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -105,9 +107,11 @@ def estimate(
     revision: str | None = None,
     max_ram: str = "4GB",
     overwrite: bool = False,
+    runtimes: Sequence[str] = (),
 ) -> Estimate:
     """What `quantize` with the same arguments would do. Reads headers and side files only; nothing is written.
 
+    `opens` says which runtimes would open the result; one of `runtimes` that does not is a problem.
     Errors that the run would end with become `problems`; SourceError is raised where not even headers can be read.
     """
     recipe = recipe or make_recipe(str(model))
@@ -129,6 +133,13 @@ def estimate(
     found.kinds = kinds_of(plan)
     found.output_bytes = plan.output_bytes
     found.bits_per_weight = plan.bits_per_weight(recipe.format)
+    formats = (recipe.format, *recipe.exports)
+    by_format = [opens(plan.specs, name, plan.dense_linears) for name in formats]
+    found.opens = {runtime: any(answer[runtime] for answer in by_format) for runtime in RUNTIMES}
+    found.attempt(lambda: refuse_runtimes(runtimes, plan.specs, formats, plan.dense_linears))
+    for finding in (finding for name in formats for finding in lint(plan.specs, name, plan.dense_linears)):
+        if finding.runtime in runtimes and finding.severity == "warns":
+            found.warn(str(finding))
     tokens = _tokens(found, source, skeleton, recipe, bool(lanes))
     sizes = _stream_sizes(skeleton, recipe, tokens, lanes)
     _memory(found, plan, skeleton, sizes, budget)

@@ -8,8 +8,9 @@ The rules of vLLM and SGLang were read in their sources and documentation, not r
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from llmquant.errors import FormatError
+from llmquant.errors import FormatError, RecipeError
 from llmquant.formats import FORMATS, LinearSpec
+from llmquant.recipe import did_you_mean
 
 Breaks = Callable[[LinearSpec], bool]
 
@@ -255,6 +256,22 @@ def opens(specs: Sequence[LinearSpec], format_name: str, dense_linears: Sequence
     findings = lint(specs, format_name, dense_linears)
     refused = {finding.runtime for finding in findings if finding.severity == "refuses"}
     return {runtime: not refused & {runtime, "llmquant"} for runtime in RUNTIMES}
+
+
+def refuse_runtimes(
+    runtimes: Sequence[str], specs: Sequence[LinearSpec], formats: Sequence[str], dense_linears: Sequence[str] = ()
+) -> None:
+    """FormatError unless each of `runtimes` opens at least one of the `formats` that a run writes.
+
+    RecipeError for a runtime that no rule knows.
+    """
+    for runtime in runtimes:
+        if runtime not in RUNTIMES:
+            raise RecipeError("--for", repr(runtime), remedy=did_you_mean(runtime, RUNTIMES))
+        if not any(opens(specs, name, dense_linears)[runtime] for name in formats):
+            findings = [f for name in formats for f in lint(specs, name, dense_linears) if f.severity == "refuses"]
+            first = next(f for f in findings if f.runtime in (runtime, "llmquant"))
+            raise FormatError(f"--for {runtime}", str(first))
 
 
 def _mixed(specs: Sequence[LinearSpec], dense_linears: Sequence[str]) -> tuple[str, ...]:

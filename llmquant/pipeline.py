@@ -20,6 +20,7 @@ from llmquant.export import check_exports, export_beside
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.html_report import make_html
 from llmquant.job import ORIGINAL, OURS, Job, fingerprint, prepare, refuse_damaged_weights
+from llmquant.lint import refuse_runtimes
 from llmquant.log import Event, Log, silent, stages_of
 from llmquant.memory import trim
 from llmquant.recipe import Recipe, make_recipe, parse_size
@@ -42,6 +43,7 @@ def quantize(
     max_ram: str = "4GB",
     overwrite: bool = False,
     resume: str = "auto",
+    runtimes: Sequence[str] = (),
     log: Log = silent,
 ) -> Report:
     """Quantize `model` by `recipe` and write a verified checkpoint to `out` (default ./<name>-<scheme>).
@@ -49,6 +51,7 @@ def quantize(
     model     "demo", a local folder, or a Hub id (`revision` names a branch, tag or commit of it)
     max_ram   what the streams of hidden states may hold before they go to files
     resume    go on with an interrupted run of the same job: "auto", "required", or "never" (throw it away)
+    runtimes  that must open the result (names of `lint.RUNTIMES`), or FormatError before any work
     Returns the report that is also written beside the weights. Raises an LLMQuantError; `out` is then as it was, and
     finished blocks are kept in `<out>.partial`.
     """
@@ -56,6 +59,7 @@ def quantize(
     recipe = recipe or make_recipe(str(model))
     with watch.stage("prepare"):
         job = prepare(model, revision, recipe, log)
+        refuse_runtimes(runtimes, job.plan.specs, (recipe.format, *recipe.exports), job.plan.dense_linears)
         check_exports(recipe.exports, job.source, job.skeleton, job.plan)
         sizes, budget = job.stream_sizes(), parse_size("--max-ram", max_ram)
         target = Path(out) if out is not None else Path(f"{job.source.name.rpartition('/')[2]}-{recipe.scheme_name}")

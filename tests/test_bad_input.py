@@ -212,6 +212,8 @@ def test_conv1d_is_refused_by_name_where_the_format_cannot_hold_it(tmp_path: Pat
         pytest.param("--bits four", RECIPE, ["--bits", "integer"], id="bits-as-text"),
         pytest.param("--bits", RECIPE, ["--bits"], id="no-value"),
         pytest.param("--asymmetric", FORMAT, ["asymmetric grid", "--format fake"], id="asymmetric"),
+        pytest.param("--for llama.cpp", FORMAT, ["--for llama.cpp", "refuses"], id="for"),
+        pytest.param("--for vlm", RECIPE, ["--for: 'vlm'", "did you mean vllm?"], id="for-unknown"),
         pytest.param("--method awq", RECIPE, ["--method: 'awq'", "gptq, rtn"], id="method"),
         pytest.param("--format gguf", RECIPE, ["--format: 'gguf'"], id="format"),
         pytest.param("--damp 2", RECIPE, ["--damp"], id="damp"),
