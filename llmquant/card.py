@@ -37,6 +37,9 @@ def make_card(name: str, base_model: str, report: dict[str, Any]) -> str:
         "unchanged.",
         "",
     ]
+    if forms := report["model"].get("stored_as"):
+        stored = " and ".join(forms)
+        lines += [f"The original stores weights in {stored}; those that are not quantized are dense here.", ""]
     if packages := _NEEDS.get(recipe["format"]):
         lines += ["```python", _LOAD.format(name=name).rstrip(), "```", "", f"Needs `pip install {packages}`.", ""]
     elif recipe["format"] in _COMMANDS:

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmquant.checkpoint import open_original
 from llmquant.errors import VerifyError
 from llmquant.formats import DENSE, FORMATS, LinearSpec
 from llmquant.grid import QuantScheme
 from llmquant.log import Log, silent
 from llmquant.run_dir import COST, MANIFEST, sha256
-from llmquant.source import Source, open_source
+from llmquant.source import Source
 from llmquant.verify import DECODERS, Decoded, Place, digest, read_places
 
 
@@ -46,7 +47,7 @@ def verify_folder(folder: str | Path, original: str | Path | None = None, log: L
         raise VerifyError(
             str(root), "its tensors lie in a GGUF file", expected="safetensors", remedy="its files are right"
         )
-    source = None if original is None else open_source(original)
+    source = None if original is None else open_original(original)
     places = read_places(root)
     known, expected = manifest["tensors"], set[str]()
     for row in report["tensors"]:

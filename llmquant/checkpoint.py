@@ -1,5 +1,7 @@
 """Any checkpoint we can read, as dense weights: 16-bit ones as they are, quantized ones tensor by tensor."""
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,37 +10,79 @@ from torch import Tensor
 from llmquant.errors import SourceError
 from llmquant.packed import LAYOUTS, PackedLinear
 from llmquant.safetensors_header import TensorInfo
+from llmquant.small_floats import SMALL_FLOATS
 from llmquant.source import Source, open_source
 
 
 def open_checkpoint(model: str | Path, revision: str | None = None) -> Source:
     """`open_source`, with a reader in between where the checkpoint is quantized. SourceError names unknown formats."""
     source = open_source(model, revision)
+    method = method_of(source)
+    if method is None:
+        return source
+    if method not in LAYOUTS and method not in SMALL_FLOATS:
+        known = ", ".join({name.partition(" ")[0]: None for name in (*LAYOUTS, *SMALL_FLOATS)})
+        raise SourceError(source.name, f"is quantized with {method!r}", expected=f"16 bit or {known}")
+    return PackedSource(source, method)
+
+
+def open_original(model: str | Path, revision: str | None = None) -> Source:
+    """What a run can start from: 16-bit weights, or FP8 and MXFP4, which become dense as they are read.
+
+    SourceError for integer codes and the like: what was lost there is lost.
+    """
+    return as_original(open_source(model, revision))
+
+
+def as_original(source: Source) -> Source:
+    """`open_original` of a checkpoint that is open."""
+    method = method_of(source)
+    if method is None:
+        return source
+    if method not in SMALL_FLOATS:
+        raise SourceError(
+            source.name,
+            f"is quantized already ({method})",
+            expected="16-bit, FP8 or MXFP4 weights",
+            remedy="name the checkpoint that it was made from",
+        )
+    return PackedSource(source, method)
+
+
+def method_of(source: Source) -> str | None:
+    """How `source` is quantized by its config: a key of LAYOUTS or SMALL_FLOATS, or an unknown name; None: not."""
     config = source.config.get("quantization_config") or source.config.get("quantization")
     if not config:
-        return source
-    method = config.get("quant_method") if isinstance(config, dict) else None
-    if method is None and isinstance(config, dict) and {"group_size", "bits"} <= config.keys():
-        method = "mlx"  # mlx-lm names no method
-    if method not in LAYOUTS:
-        raise SourceError(source.name, f"is quantized with {method!r}", expected=f"16 bit or {', '.join(LAYOUTS)}")
-    return PackedSource(source, method, config)
+        return None
+    if not isinstance(config, dict):
+        return "unknown method"
+    method = config.get("quant_method")
+    if method is None and {"group_size", "bits"} <= config.keys():
+        return "mlx"  # mlx-lm names no method
+    exact = f"{method} {config.get('format')}"
+    return exact if exact in SMALL_FLOATS else str(method or "unknown method")
 
 
 class PackedSource(Source):
     """A quantized checkpoint seen as a dense one; `packed` holds its packed linears by the names of their weights."""
 
-    def __init__(self, stored: Source, method: str, config: dict[str, Any]) -> None:
+    def __init__(self, stored: Source, method: str) -> None:
         # Not Source.__init__: files were listed and checked by `stored`.
         self.stored, self.method = stored, method
         self.name, self.revision, self.folder = stored.name, stored.revision, stored.folder
         left_out = ("quantization_config", "quantization")
         self.config = {key: value for key, value in stored.config.items() if key not in left_out}
-        try:
-            self.packed: dict[str, PackedLinear] = LAYOUTS[method](stored.tensors, config, stored.read)
-        except SourceError as error:
-            raise SourceError(stored.name, str(error)) from None
+        self.packed: dict[str, PackedLinear] = self._packed(stored.config)
         self.tensors = self._dense_view()
+
+    def _packed(self, config: dict[str, Any]) -> dict[str, PackedLinear]:
+        try:
+            if self.method in SMALL_FLOATS:
+                return SMALL_FLOATS[self.method](self.stored.tensors, config, self.stored.read)
+            quantization = config.get("quantization_config") or config["quantization"]
+            return LAYOUTS[self.method](self.stored.tensors, quantization, self.stored.read)
+        except SourceError as error:
+            raise SourceError(self.stored.name, str(error)) from None
 
     def _dense_view(self) -> dict[str, TensorInfo]:
         parts = {part for linear in self.packed.values() for part in linear.parts}
@@ -61,8 +105,15 @@ class PackedSource(Source):
         bits = sum(8 * self.stored.tensors[part].nbytes for part in parts if not part.endswith("weight_shape"))
         return bits / sum(self.tensors[name].numel for name in self.packed)
 
+    def stored_as(self, name: str) -> str | None:
+        return f"{self.method} ({self.packed[name].form})" if name in self.packed else None
+
+    def parts(self, name: str) -> list[TensorInfo]:
+        names = self.packed[name].parts if name in self.packed else (name,)
+        return [self.stored.tensors[part] for part in names]
+
     def read(self, name: str) -> Tensor:
-        """A dense weight_OI in float32 for packed tensors; others as stored."""
+        """A dense weight_OI for packed tensors, in float32 where it was a grid; others as stored."""
         return self.packed[name].dense(self.stored.read) if name in self.packed else self.stored.read(name)
 
     def files(self) -> list[str]:
@@ -70,6 +121,20 @@ class PackedSource(Source):
 
     def local(self, file: str) -> Path:
         return self.stored.local(file)
+
+    def is_local(self, name: str) -> bool:
+        return all(self.stored.is_local(part.name) for part in self.parts(name))
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        self.stored.prefetch(part.name for name in names for part in self.parts(name))
+
+    def download_bytes(self) -> int:
+        return self.stored.download_bytes()
+
+
+def stored_forms(source: Source) -> dict[str, int]:
+    """The packed forms that tensors of `source` are read from, and how many of each; empty for a dense checkpoint."""
+    return dict(Counter(form for name in source.tensors if (form := source.stored_as(name)) is not None))
 
 
 def bits_per_weight(source: Source) -> float:

@@ -154,6 +154,9 @@ def _print_plan(found: "Estimate") -> None:
         print_rows(console, rows, bold=lambda row: row[4] != "copy")
         console.print()
     summary = [["model", found.model + (f" @ {found.revision[:12]}" if found.revision else "")]]
+    if found.stored_as:
+        forms = ", ".join(f"{count} tensors in {form}" for form, count in found.stored_as.items())
+        summary += [["stored as", f"{forms}; dequantized one by one as they are read"]]
     if found.bits_per_weight is not None:
         summary += [
             ["compute", f"{found.compute['dtype']} on {found.compute['device']}"],
@@ -196,7 +199,14 @@ def inspect_command(
     for kind in found["kinds"]:
         sizes = (size(kind["bytes"]), f"{kind['bits_per_weight']:.3f}")
         rows.append(
-            [kind["name"], f"{kind['count']} x", _shape(kind["shape"]), _scheme(kind["scheme"]), kind["stored"], *sizes]
+            [
+                kind["name"],
+                f"{kind['count']} x",
+                _shape(kind["shape"]),
+                kind["form"] or _scheme(kind["scheme"]),
+                kind["stored"],
+                *sizes,
+            ]
         )
     print_rows(console, rows, bold=lambda row: row[3] != "-")
     what = "in the quantized linears, scales included" if found["quantized"] else "over all tensors"
@@ -209,7 +219,11 @@ def inspect_command(
 
 
 def _print_layer(console: "Console", found: dict[str, Any]) -> None:
-    console.print(f"{found['name']}  {_shape(found['shape'])}  {_scheme(found['scheme'])}", markup=False, style="bold")
+    console.print(
+        f"{found['name']}  {_shape(found['shape'])}  {found['form'] or _scheme(found['scheme'])}",
+        markup=False,
+        style="bold",
+    )
     parts = [[p["name"], p["dtype"], _shape(p["shape"]), size(p["bytes"])] for p in found["stored"]]
     print_rows(console, [["stored as", "dtype", "shape", "size"], *parts])
     spreads = {name: found[name] for name in ("values", "scales") if name in found}

@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import torch
 
 from llmquant.calibration import has_tokenizer
+from llmquant.checkpoint import as_original, stored_forms
 from llmquant.errors import CalibrationError, LLMQuantError, OutputError
-from llmquant.job import ORIGINAL, OURS, pick_baselines, pick_device, pick_dtype, refuse_quantized
+from llmquant.job import ORIGINAL, OURS, pick_baselines, pick_device, pick_dtype
 from llmquant.lint import RUNTIMES, lint, opens, refuse_runtimes
 from llmquant.mixture import parse_mixture
 from llmquant.plan import Plan, Row, make_plan
@@ -20,7 +21,7 @@ from llmquant.recipe import Recipe, make_recipe, parse_size
 from llmquant.run_dir import RunDir
 from llmquant.skeleton import Skeleton
 from llmquant.solvers import DATA_FREE
-from llmquant.source import HubSource, Source, open_source
+from llmquant.source import Source, open_source
 from llmquant.streams import spilled
 from llmquant.summary import without_numbers
 from llmquant.work import Tokens, Work, matmul_rate, work_of
@@ -64,6 +65,7 @@ class Estimate:
     revision: str | None
     source_bytes: int
     recipe: dict[str, Any]
+    stored_as: dict[str, int] = field(default_factory=dict)  # forms that are not dense -> number of tensors
     compute: dict[str, str] = field(default_factory=dict)
     kinds: list[Kind] = field(default_factory=list)
     output_bytes: int = 0
@@ -116,11 +118,12 @@ def estimate(
     """
     recipe = recipe or make_recipe(str(model))
     budget = parse_size("--max-ram", max_ram)
-    source = open_source(model, revision)
-    found = Estimate(source.name, source.revision, source.weight_bytes, recipe.as_dict())
-    found.attempt(lambda: refuse_quantized(source))
-    if found.problems:  # nothing else about it would make sense
+    stored = open_source(model, revision)
+    found = Estimate(stored.name, stored.revision, stored.weight_bytes, recipe.as_dict())
+    source = found.attempt(lambda: as_original(stored))
+    if source is None:  # nothing else about it would make sense
         return found
+    found.stored_as = stored_forms(source)
     device = found.attempt(lambda: pick_device(recipe.device)) or torch.device("cpu")
     skeleton = found.attempt(lambda: Skeleton(source, device, pick_dtype(recipe.dtype, device, source)))
     if skeleton is None:
@@ -246,13 +249,11 @@ def _physical_memory() -> int | None:
 
 def _disk(found: Estimate, source: Source, streams: int) -> None:
     copies = 1 + len(found.recipe["exports"])
-    found.disk = {"output": found.output_bytes * copies + source.side_bytes, "streams in files": streams}
-    if isinstance(source, HubSource):
-        sizes = {info.file: 0 for info in source.tensors.values()}
-        for name, info in source.tensors.items():
-            if not source.is_local(name):
-                sizes[info.file] += info.nbytes
-        found.disk["download into the Hub's cache"] = sum(sizes.values())
+    found.disk = {
+        "output": found.output_bytes * copies + source.side_bytes,
+        "streams in files": streams,
+        "download into the Hub's cache": source.download_bytes(),
+    }
 
 
 def _check_target(target: Path, overwrite: bool, needed: int) -> None:

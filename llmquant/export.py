@@ -136,7 +136,7 @@ class Export:
         group = -1 if linear.n_groups == 1 and size != common else size
         scheme = QuantScheme(linear.bits, group, zeros is None or not bool(zeros.any()))
         kind = type(self.skeleton.model.get_submodule(module)).__name__
-        spec = LinearSpec(key, module, kind, linear.shape, linear.dtype, scheme)
+        spec = LinearSpec(key, module, kind, (linear.shape[0], linear.shape[1]), linear.dtype, scheme)
         return Row(key, "quantized", f"quantized in {self.source.method}", dtype, linear.shape, None, spec)
 
     def canonical(self, spec: LinearSpec) -> QuantizedWeight:

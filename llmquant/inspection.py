@@ -13,7 +13,6 @@ from llmquant.checkpoint import PackedSource, bits_per_weight, open_checkpoint
 from llmquant.errors import SourceError
 from llmquant.grid import QuantScheme
 from llmquant.recipe import did_you_mean
-from llmquant.safetensors_header import TensorInfo
 from llmquant.source import Source, natural_key
 from llmquant.summary import without_numbers
 
@@ -23,6 +22,7 @@ class _Kind:
     name: str
     shape: tuple[int, ...]
     scheme: QuantScheme | None
+    form: str  # of what is packed, but no grid
     dtypes: str  # of the stored tensors
 
 
@@ -31,9 +31,9 @@ def inspect_checkpoint(model: str | Path, revision: str | None = None) -> dict[s
     source = open_checkpoint(model, revision)
     counts, sizes = Counter[_Kind](), Counter[_Kind]()
     for name in sorted(source.tensors, key=natural_key):
-        info, stored = source.tensors[name], _stored(source, name)
+        info, stored = source.tensors[name], source.parts(name)
         dtypes = " + ".join(dict.fromkeys(_short(part.dtype) for part in stored))
-        kind = _Kind(without_numbers(name), info.shape, _scheme(source, name), dtypes)
+        kind = _Kind(without_numbers(name), info.shape, _scheme(source, name), _form(source, name), dtypes)
         counts[kind] += 1
         sizes[kind] += sum(part.nbytes for part in stored)
     return {
@@ -43,7 +43,7 @@ def inspect_checkpoint(model: str | Path, revision: str | None = None) -> dict[s
         "quantized": isinstance(source, PackedSource),
         "weights": sum(info.numel for info in source.tensors.values()),
         "bytes": source.weight_bytes,
-        "files": len({part.file for name in source.tensors for part in _stored(source, name)}),
+        "files": len({part.file for name in source.tensors for part in source.parts(name)}),
         "bits_per_weight": bits_per_weight(source),
         "kinds": [
             {
@@ -54,6 +54,7 @@ def inspect_checkpoint(model: str | Path, revision: str | None = None) -> dict[s
                 "bytes": sizes[kind],
                 "bits_per_weight": 8 * sizes[kind] / max(1, count * math.prod(kind.shape)),
                 "scheme": _scheme_dict(kind.scheme),
+                "form": kind.form,
             }
             for kind, count in counts.items()
         ],
@@ -71,9 +72,10 @@ def inspect_layer(model: str | Path, layer: str, revision: str | None = None) ->
         "name": name,
         "shape": list(info.shape),
         "scheme": _scheme_dict(scheme),
+        "form": _form(source, name),
         "stored": [
             {"name": part.name, "dtype": _short(part.dtype), "shape": list(part.shape), "bytes": part.nbytes}
-            for part in _stored(source, name)
+            for part in source.parts(name)
         ],
         "values": _spread(source.read(name)),
     }
@@ -125,11 +127,9 @@ def _spread(values: Tensor) -> dict[str, Any]:
     }
 
 
-def _stored(source: Source, name: str) -> list[TensorInfo]:
-    if not isinstance(source, PackedSource):
-        return [source.tensors[name]]
-    parts = source.packed[name].parts if name in source.packed else (name,)
-    return [source.stored.tensors[part] for part in parts]
+def _form(source: Source, name: str) -> str:
+    """What a packed tensor is that is no integer grid: FP8, NF4; "" for all others."""
+    return source.packed[name].form if isinstance(source, PackedSource) and name in source.packed else ""
 
 
 def _scheme(source: Source, name: str) -> QuantScheme | None:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from llmquant import calibration as text
 from llmquant.baselines import BASELINES, default_baselines
-from llmquant.errors import RecipeError, SourceError
+from llmquant.checkpoint import open_original
+from llmquant.errors import RecipeError
 from llmquant.log import Log
 from llmquant.overlap import refuse_overlap
 from llmquant.plan import Plan, make_plan
@@ -19,7 +20,7 @@ from llmquant.recipe import Recipe
 from llmquant.report import versions
 from llmquant.skeleton import Skeleton
 from llmquant.solvers import DATA_FREE
-from llmquant.source import Source, open_source
+from llmquant.source import Source
 
 ORIGINAL, OURS = "original", "llmquant"
 
@@ -84,8 +85,7 @@ def fingerprint(job: Job, weights: str) -> dict[str, str]:
 
 def prepare(model: str | Path, revision: str | None, recipe: Recipe, log: Log) -> Job:
     """Open, check and plan; every error that can be known before hours of work is raised here."""
-    source = open_source(model, revision)
-    refuse_quantized(source)
+    source = open_original(model, revision)
     device = pick_device(recipe.device)
     skeleton = Skeleton(source, device, pick_dtype(recipe.dtype, device, source))
     plan = make_plan(source, skeleton, recipe)
@@ -125,14 +125,6 @@ def clip_to_context(skeleton: Skeleton, what: str, seq_len: int, log: Log) -> in
         return seq_len
     log(f"{what}: windows of {seq_len} tokens shortened to the model's context of {skeleton.context}")
     return skeleton.context
-
-
-def refuse_quantized(source: Source) -> None:
-    if quantization := source.config.get("quantization_config"):
-        method = (
-            quantization.get("quant_method", "unknown method") if isinstance(quantization, dict) else "unknown method"
-        )
-        raise SourceError(source.name, f"is quantized already ({method})", remedy="name the 16-bit checkpoint")
 
 
 def refuse_damaged_weights(source: Source) -> str:

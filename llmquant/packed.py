@@ -47,10 +47,11 @@ class Grid:
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """One packed linear. `parts` are the stored tensors it is made of; `bits` 0 where its codes are no integer grid."""
+    """One packed linear. `parts` are the stored tensors it is made of; `bits` 0 where its codes are no integer grid,
+    `form` then says what they are."""
 
     prefix: str  # of the stored names, without a dot
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: torch.dtype
     bits: int
     n_groups: int
@@ -58,6 +59,7 @@ class PackedLinear:
     parts: tuple[str, ...]
     grid: Callable[[Read], Grid] | None
     dense: Callable[[Read], Tensor]
+    form: str = ""
 
 
 def _linear(
@@ -103,7 +105,9 @@ def compressed_tensors(tensors: Tensors, config: dict[str, Any], read: Read) -> 
     """pack-quantized; bits = 32 words / I, group = I / scales of a row, so any number of config groups can be read."""
     if config.get("format") != "pack-quantized":
         raise SourceError(
-            "quantization_config", f"compressed-tensors format {config.get('format')!r}", expected="pack-quantized"
+            "quantization_config",
+            f"compressed-tensors format {config.get('format')!r}",
+            expected="pack-quantized, float-quantized or mxfp4-pack-quantized",
         )
     found = {}
     for prefix, (packed, scale, shape_info) in _with(tensors, "weight_packed", "weight_scale", "weight_shape"):
@@ -283,7 +287,8 @@ def bitsandbytes(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[s
             return (values * scale[: len(values)])[: math.prod(state["shape"])].view(state["shape"])
 
         dtype = getattr(torch, state.get("dtype", "float16"))
-        found[stem] = PackedLinear(stem.rpartition(".")[0], shape, dtype, 0, 0, True, parts, None, dense)
+        form = f"{state.get('quant_type', '4 bits')}, blocks of {state['blocksize']}"
+        found[stem] = PackedLinear(stem.rpartition(".")[0], shape, dtype, 0, 0, True, parts, None, dense, form)
     if not found:
         raise SourceError("quantization_config", "bitsandbytes without 4-bit tensors", expected="NF4 or FP4")
     return found

@@ -13,6 +13,7 @@ from torch import Tensor
 from llmquant.baselines import BASELINES
 from llmquant.blocks import CalibrationStreams, Solved, forward_of, get_weight, quantize_block, set_weight
 from llmquant.card import make_card
+from llmquant.checkpoint import stored_forms
 from llmquant.comparison import noise_floor
 from llmquant.errors import ResumeError
 from llmquant.evaluation import Figures, Lanes, figures
@@ -272,7 +273,7 @@ class _Pass:
 def _size(job: Job, lane: str) -> tuple[float, int]:
     """Bits per weight of the quantized linears, and bytes of all tensors, of a lane."""
     specs, total = job.plan.specs, job.source.weight_bytes
-    dense = sum(job.source.tensors[spec.key].nbytes for spec in specs)
+    dense = sum(part.nbytes for spec in specs for part in job.source.parts(spec.key))
     weights = sum(spec.shape[0] * spec.shape[1] for spec in specs)
     if lane == ORIGINAL:
         return 8 * dense / weights, total
@@ -288,7 +289,7 @@ def _report(
     """report.json: nothing in it differs between two runs of the same job on one machine."""
     return {
         "schema_version": SCHEMA_VERSION,
-        "model": {"id": job.source.name, "revision": job.source.revision},
+        "model": {"id": job.source.name, "revision": job.source.revision, "stored_as": stored_forms(job.source)},
         "versions": versions(),
         "recipe": job.recipe.as_dict(),
         "compute": {"device": job.skeleton.device.type, "dtype": str(job.skeleton.dtype).removeprefix("torch.")},

@@ -116,8 +116,11 @@ def _row(source: Source, skeleton: Skeleton, recipe: Recipe, key: str, ignored_b
     param = skeleton.param_of.get(key)
     block = skeleton.block_of(param) if param is not None else None
 
+    form = source.stored_as(key)
+    read_from = "" if form is None else f", dequantized from {form}"
+
     def copied(reason: str) -> Row:
-        return Row(key, "copied", reason, str(info.dtype).removeprefix("torch."), info.shape, block)
+        return Row(key, "copied", reason + read_from, str(info.dtype).removeprefix("torch."), info.shape, block)
 
     if param is None:
         return copied("not a parameter of the model class")
@@ -145,7 +148,7 @@ def _row(source: Source, skeleton: Skeleton, recipe: Recipe, key: str, ignored_b
     return Row(
         key,
         "quantized",
-        "linear layer of a decoder block",
+        "linear layer of a decoder block" + read_from,
         str(info.dtype).removeprefix("torch."),
         info.shape,
         block,

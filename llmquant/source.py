@@ -65,6 +65,18 @@ class Source:
         """Whether the tensor can be read without a download."""
         return True
 
+    def download_bytes(self) -> int:
+        """Bytes of the weights that are not on this machine yet."""
+        return 0
+
+    def stored_as(self, name: str) -> str | None:
+        """The packed form that the tensor is read from; None where it is stored as it is read."""
+        return None
+
+    def parts(self, name: str) -> list[TensorInfo]:
+        """The stored tensors that `name` is read from."""
+        return [self.tensors[name]]
+
     def prefetch(self, names: Iterable[str]) -> None:
         """Say which tensors will be read next; a Hub source fetches their files meanwhile."""
 
@@ -207,6 +219,9 @@ class HubSource(Source):
         from huggingface_hub import try_to_load_from_cache
 
         return isinstance(try_to_load_from_cache(self._repo, self.tensors[name].file, revision=self.revision), str)
+
+    def download_bytes(self) -> int:
+        return sum(info.nbytes for name, info in self.tensors.items() if not self.is_local(name))
 
     def _future(self, file: str) -> "Future[str]":
         from huggingface_hub import hf_hub_download

@@ -62,7 +62,12 @@ def _standing(ours: dict[str, Any], other: dict[str, Any]) -> str:
 
 def health(report: dict[str, Any]) -> list[str]:
     """What a careful reader would want to know; empty where nothing is unusual."""
-    return [*_evaluation_notes(report), *_layer_notes(report["layers"])]
+    forms = report["model"].get("stored_as", {})
+    stored = [
+        f"{count} tensors of the original are stored in {form}: figures are against what they stand for."
+        for form, count in forms.items()
+    ]
+    return [*stored, *_evaluation_notes(report), *_layer_notes(report["layers"])]
 
 
 def _evaluation_notes(report: dict[str, Any]) -> list[str]:

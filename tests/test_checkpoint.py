@@ -161,7 +161,8 @@ BROKEN: list[tuple[str, Callable[[dict[str, Tensor]], Any], dict[str, Any], str]
     ("mlx", lambda t: None, {"group_size": "32"}, "group_size '32'"),
     ("compressed-tensors", cut("m.weight_scale"), {}, "expected a packing"),
     ("compressed-tensors", lambda t: t.pop("m.weight_shape"), {}, "no weight_shape beside weight_packed"),
-    ("compressed-tensors", lambda t: None, {"format": "float-quantized"}, "float-quantized"),
+    ("compressed-tensors", lambda t: None, {"format": "nvfp4-pack-quantized"}, "nvfp4"),
+    ("compressed-tensors", lambda t: None, {"format": "float-quantized"}, "no tensor is stored in FP8"),
     ("gptq", lambda t: t.update({"m.weight": torch.zeros(1)}), {}, "dense and packed"),
 ]
 
