@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmquant.baselines import round_to_nearest
 from llmquant.errors import SolveError, SourceError
-from llmquant.formats import DENSE, FORMATS, LinearSpec
+from llmquant.formats import FORMATS, LinearSpec
 from llmquant.grid import QuantizedWeight
 from llmquant.hessian import Hessian, default_propagation
 from llmquant.paused import Paused, pausing
@@ -74,11 +74,6 @@ class CalibrationStreams:
         self.quantized.append(hidden)
         if self.original is not None:
             self.original.append(hidden)
-
-
-def as_loaded(spec: LinearSpec, weight: QuantizedWeight, format_name: str) -> Tensor:
-    """weight_OI in float32 as a loader of the output finds it: rounded once more where the format holds no codes."""
-    return weight.dequantize(spec.dtype).float() if format_name in DENSE else weight.dequantize()
 
 
 def quantize_block(
@@ -303,7 +298,7 @@ def _split(
             spec.scheme,
             None if solution.weight.zeros_OG is None else solution.weight.zeros_OG[rows].contiguous(),
         )
-        dense = as_loaded(spec, quantized, recipe.format)
+        dense = FORMATS[recipe.format].loaded(spec, quantized)
         report = _report(
             spec,
             weight_OI,

@@ -144,7 +144,7 @@ def _check_original(
         if digest(original.contiguous().reshape(-1).view(torch.uint8).numpy()) != digest(places[name].raw()):
             raise VerifyError(name, f"is not that of {source.name}")
         return
-    dense = places[name].floats() if format_name in DENSE else _dequantized(DECODERS[format_name](spec, places))
+    dense = _as_loaded(spec, places, format_name)
     weight = original.float()
     error = float((weight - torch.from_numpy(dense)).square().sum()) / max(float(weight.square().sum()), 1e-30)
     modules = [layer for layer in report["layers"] if f"{layer['name']}.weight" == name or name.endswith(layer["name"])]
@@ -153,12 +153,18 @@ def _check_original(
         raise VerifyError(name, f"relative error {error:.3e} against {source.name}", expected=f"{said:.3e}")
 
 
-def _dequantized(decoded: Decoded) -> np.ndarray[Any, np.dtype[np.float32]]:
-    codes, scales, *zeros = decoded
+def _as_loaded(spec: LinearSpec, places: dict[str, Place], format_name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """weight_OI as a loader computes it; MLX adds a bias, which may be rounded, where others subtract a zero."""
+    if format_name in DENSE:
+        return places[spec.key].floats()
+    codes, scales, *zeros = DECODERS[format_name](spec, places)
     groups = codes.astype(np.float32).reshape(*scales.shape, -1)
-    if zeros:
-        groups -= zeros[0].astype(np.float32)[..., None]
-    dense: np.ndarray[Any, np.dtype[np.float32]] = (groups * scales[..., None]).reshape(codes.shape)
+    if format_name == "mlx":
+        biases = places[f"{spec.prefix}biases"].floats()[..., None]
+        groups = (groups + np.float32(2 ** (spec.scheme.bits - 1))) * scales[..., None] + biases
+    else:
+        groups = (groups - zeros[0].astype(np.float32)[..., None] if zeros else groups) * scales[..., None]
+    dense: np.ndarray[Any, np.dtype[np.float32]] = groups.reshape(codes.shape)
     return dense
 
 

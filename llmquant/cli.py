@@ -72,7 +72,9 @@ def run(
     ] = None,
     asymmetric: Annotated[
         bool,
-        typer.Option("--asymmetric", help="Give every group a zero point (--format awq or fake)", rich_help_panel=_JOB),
+        typer.Option(
+            "--asymmetric", help="A zero point for every group (--format awq, mlx, gguf, fake)", rich_help_panel=_JOB
+        ),
     ] = False,
     ignore: Annotated[
         Optional[list[str]],

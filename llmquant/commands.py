@@ -149,9 +149,13 @@ def _print_plan(found: "Estimate") -> None:
     if found.kinds:
         rows = [["tensors", "", "shape", "dtype", "what", "why"]]
         for kind in found.kinds:
-            what = "copy" if kind.bits is None else f"{kind.bits} bits, {_group(kind.group_size)}"
+            what = (
+                {"copied": "copy"}.get(kind.action, kind.action)
+                if kind.bits is None
+                else f"{kind.bits} bits, {_group(kind.group_size)}"
+            )
             rows.append([kind.name, f"{kind.count} x", _shape(kind.shape), kind.dtype, what, kind.reason])
-        print_rows(console, rows, bold=lambda row: row[4] != "copy")
+        print_rows(console, rows, bold=lambda row: row[4] not in ("copy", "left out"))
         console.print()
     summary = [["model", found.model + (f" @ {found.revision[:12]}" if found.revision else "")]]
     if found.stored_as:

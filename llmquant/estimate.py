@@ -13,9 +13,11 @@ import torch
 from llmquant.calibration import has_tokenizer
 from llmquant.checkpoint import as_original, stored_forms
 from llmquant.errors import CalibrationError, LLMQuantError, OutputError
+from llmquant.export import check_exports
 from llmquant.job import ORIGINAL, OURS, pick_baselines, pick_device, pick_dtype
 from llmquant.lint import RUNTIMES, lint, opens, refuse_runtimes
 from llmquant.mixture import parse_mixture
+from llmquant.output import open_output
 from llmquant.plan import Plan, Row, make_plan
 from llmquant.recipe import Recipe, make_recipe, parse_size
 from llmquant.run_dir import RunDir
@@ -129,11 +131,13 @@ def estimate(
     if skeleton is None:
         return found
     found.compute = {"device": device.type, "dtype": str(skeleton.dtype).removeprefix("torch.")}
-    plan = found.attempt(lambda: make_plan(source, skeleton, recipe))
+    output = found.attempt(lambda: open_output(recipe.format, source, skeleton, make_plan(source, skeleton, recipe)))
     lanes = () if recipe.eval_data == "none" else found.attempt(lambda: (ORIGINAL, OURS, *pick_baselines(recipe)))
-    if plan is None or lanes is None:
+    if output is None or lanes is None:
         return found
-    found.kinds = kinds_of(plan)
+    plan = output.plan
+    found.attempt(lambda: check_exports(recipe.exports, source, skeleton, plan))
+    found.kinds = kinds_of([*plan.rows, *output.left_out])
     found.output_bytes = plan.output_bytes
     found.bits_per_weight = plan.bits_per_weight(recipe.format)
     formats = (recipe.format, *recipe.exports)
@@ -157,7 +161,7 @@ def estimate(
     return found
 
 
-def kinds_of(plan: Plan) -> list[Kind]:
+def kinds_of(rows: Sequence[Row]) -> list[Kind]:
     """The ledger with its numbers taken out, in the order of the ledger."""
 
     def kind(row: Row) -> Kind:
@@ -165,7 +169,7 @@ def kinds_of(plan: Plan) -> list[Kind]:
         bits, group = (None, None) if scheme is None else (scheme.bits, scheme.group_size)
         return Kind(without_numbers(row.name), 1, row.shape, row.dtype, row.action, row.reason, bits, group)
 
-    counts = Counter(kind(row) for row in plan.rows)
+    counts = Counter(kind(row) for row in rows)
     return [Kind(**(asdict(one) | {"count": count, "shape": one.shape})) for one, count in counts.items()]
 
 

@@ -4,35 +4,26 @@ Nothing is quantized anew and the original model is not needed; one linear is in
 """
 
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llmquant.card import make_card
 from llmquant.checkpoint import PackedSource, open_checkpoint
 from llmquant.errors import FormatError, SourceError
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.formats.base import Layout
-from llmquant.formats.gguf import kind_of
-from llmquant.gguf_file import FLOATS, Entry, build_gguf
-from llmquant.gguf_model import GGUFModel
-from llmquant.gguf_tokenizer import tokenizer_metadata
 from llmquant.grid import QuantizedWeight, QuantScheme
 from llmquant.log import Log, silent
+from llmquant.output import open_output
 from llmquant.packed import PackedLinear
 from llmquant.plan import Plan, Row
 from llmquant.recipe import parse_size
 from llmquant.run_dir import RunDir
 from llmquant.skeleton import Skeleton, is_linear
-from llmquant.source import Source, natural_key, safe_config
-from llmquant.verify import Record, verify_output
-from llmquant.verify_gguf import verify_gguf
-
-_FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7}  # llama.cpp's numbers for "mostly of this type"
+from llmquant.source import Source, natural_key
 
 
 def export(
@@ -58,7 +49,7 @@ def export(
         report = exporter.report()
         run.write_json("report.json", report)
         run.write_bytes("README.md", make_card(run.out.name, report["model"]["id"], report).encode())
-        run.commit(exporter.record.digests)
+        run.commit(exporter.output.record.digests)
     return run.out
 
 
@@ -66,13 +57,7 @@ def check_exports(names: Sequence[str], source: Source, skeleton: Skeleton, plan
     """FormatError where a run with this plan could not be exported to these formats; before the work."""
     for name in names:
         FORMATS[name].check(plan.specs)
-        FORMATS[name].config(plan.specs, plan.dense_linears)
-        if name == "gguf":
-            model = GGUFModel(skeleton.model.config.to_dict())
-            for row in plan.rows:
-                if row.name in skeleton.param_of:
-                    model.name(row.name)
-            tokenizer_metadata(source, skeleton.vocab_size, None)
+        open_output(name, source, skeleton, plan)
 
 
 def export_beside(names: Sequence[str], run: RunDir, max_shard_bytes: int, log: Log) -> None:
@@ -102,12 +87,8 @@ class Export:
             raise FormatError("--format", repr(format_name), expected=f"one of {', '.join(FORMATS)}")
         self.source, self.format_name, self.format = source, format_name, FORMATS[format_name]
         self.skeleton = Skeleton(source, torch.device("cpu"), torch.float32)
-        self.plan = self._make_plan()
-        self.gguf = None
-        self.record = Record(format_name)
-        if format_name == "gguf":
-            self.gguf = _GGUFWriter(self, gguf_pre)
-            self.plan = self.gguf.plan
+        self.output = open_output(format_name, source, self.skeleton, self._make_plan(), gguf_pre)
+        self.plan = self.output.plan
 
     def _make_plan(self) -> Plan:
         groups = _common_group(list(self.source.packed.values()))
@@ -120,7 +101,6 @@ class Export:
             layout |= self.format.layout(row.spec) if row.spec else {row.name: (info.dtype, info.shape)}
         quantized = {spec.module for spec in specs}
         dense = [n for n, m in self.skeleton.model.named_modules() if is_linear(m) and n not in quantized]
-        self.format.config(specs, dense)
         return Plan(tuple(rows), tuple(dense), layout)
 
     def _row(self, key: str, common: int | None) -> Row:
@@ -156,28 +136,14 @@ class Export:
 
     def write(self, run: RunDir, max_shard_bytes: int, log: Log, folder: str = "") -> None:
         """All files of the format into `folder` of the output ("" or a name with a slash), verified."""
-        if self.gguf is not None:
-            self.gguf.write(run, folder)
-            log(f"verified: {len(self.gguf.names)} tensors re-read from disk, equal to those of {self.source.name}")
-            return
-        record = self.record
-        run.open_shards(self.plan.layout, max_shard_bytes, folder)
+        self.output.open(run, max_shard_bytes, folder)
         for row in self.plan.rows:
             if row.spec is not None:
-                weight = self.canonical(row.spec)
-                record.quantized(row.spec, weight)
-                for name, tensor in self.format.tensors(row.spec, weight).items():
-                    run.write_tensor(name, tensor)
+                self.output.quantized(run, row.spec, self.canonical(row.spec))
             else:
-                tensor = self.source.read_finite(row.name)
-                record.copied(row.name, tensor)
-                run.write_tensor(row.name, tensor)
+                self.output.copied(run, row)
         run.close_shards()
-        config = safe_config(self.source.config) | self.format.config(self.plan.specs, self.plan.dense_linears)
-        run.write_json(f"{folder}config.json", config)
-        for file in self.source.side_files():
-            run.write_bytes(folder + file, self.source.local(file).read_bytes())
-        verify_output(run.path / folder, self.plan, record)
+        self.output.finish(run, folder)
         log(f"verified: {len(self.plan.layout)} tensors re-read from disk, equal to those of {self.source.name}")
 
     def report(self) -> dict[str, Any]:
@@ -197,70 +163,3 @@ def _common_group(linears: Sequence[PackedLinear]) -> int | None:
     """The one group size of all linears with several groups; a linear as wide as it has one group of it."""
     sizes = {linear.shape[1] // linear.n_groups for linear in linears if linear.n_groups > 1}
     return sizes.pop() if len(sizes) == 1 else None
-
-
-class _GGUFWriter:
-    """One .gguf file of an Export."""
-
-    def __init__(self, export: Export, pre: str | None) -> None:
-        self.export, source, skeleton = export, export.source, export.skeleton
-        self.model = GGUFModel(skeleton.model.config.to_dict())
-        rows = [row for row in export.plan.rows if self._wanted(row)]
-        self.names = {row.name: self.model.name(row.name) for row in rows}
-        self.heads = {key: heads for key in self.names if (heads := self.model.heads_of(key)) is not None}
-        kinds = Counter(kind_of(row.spec.scheme) for row in rows if row.spec is not None)
-        self.kind = kinds.most_common(1)[0][0]
-        self.entries = [self._entry(row) for row in rows]
-        self.computed: dict[str, Tensor] = {}
-        if (factors := self.model.rope_factors()) is not None:
-            name, shape = "rope_freqs.weight", tuple(factors.shape)
-            self.computed[name], self.names[name] = factors, name
-            self.entries.append(Entry(name, "F32", shape, (torch.float32, shape)))
-            rows.append(Row(name, "copied", "computed from the config", "float32", shape, None))
-        layout = {row.name: entry.stored for row, entry in zip(rows, self.entries, strict=True)}
-        self.plan = Plan(tuple(rows), export.plan.dense_linears, layout)
-        vocab = source.tensors[next(key for key, name in self.names.items() if name == "token_embd.weight")].shape[0]
-        self.metadata = self.model.metadata(source.name, _FILE_TYPES[self.kind], vocab)
-        self.metadata |= tokenizer_metadata(source, vocab, pre)
-
-    def _wanted(self, row: Row) -> bool:
-        """A head that is tied to the embedding is left out, as are tensors that the model does not have."""
-        tied = row.name == "lm_head.weight" and bool(self.model.config.get("tie_word_embeddings"))
-        return row.name in self.export.skeleton.param_of and not tied
-
-    def _entry(self, row: Row) -> Entry:
-        info = self.export.source.tensors[row.name]
-        name = self.names[row.name]
-        if row.spec is not None:
-            (stored,) = self.export.format.layout(row.spec).values()
-            return Entry(name, kind_of(row.spec.scheme), row.spec.shape, stored)
-        dtype = torch.float32 if len(info.shape) == 1 else info.dtype
-        if dtype not in FLOATS:
-            raise FormatError(row.name, f"{row.dtype} in gguf", expected="bfloat16, float16 or float32")
-        return Entry(name, FLOATS[dtype], info.shape, (dtype, info.shape))
-
-    def write(self, run: RunDir, folder: str) -> None:
-        """Header first, then tensor by tensor; then re-read."""
-        file, record = f"{folder}model-{self.kind}.gguf", self.export.record
-        head, places = build_gguf(file, self.metadata, self.entries)
-        run.open_file(file, head, places)
-        for row in self.plan.rows:
-            if row.spec is not None:
-                weight = self.export.canonical(row.spec)
-                record.quantized(row.spec, weight)
-                (blocks,) = self.export.format.tensors(row.spec, weight).values()
-                run.write_tensor(self.names[row.name], self.model.rows(row.name, blocks))
-            else:
-                tensor = self._dense(row.name)
-                record.copied(row.name, tensor)  # in the checkpoint's order of rows, into which the reader puts them
-                run.write_tensor(self.names[row.name], self.model.rows(row.name, tensor))
-        run.close_shards()
-        verify_gguf(run.path / file, self.plan, record, self.names, self.heads)
-        for side in self.export.source.side_files():
-            if side.upper().startswith(("LICEN", "NOTICE", "USE_POLICY", "COPYING")):
-                run.write_bytes(folder + side, self.export.source.local(side).read_bytes())
-
-    def _dense(self, key: str) -> Tensor:
-        return (
-            self.computed[key] if key in self.computed else self.model.dense(key, self.export.source.read_finite(key))
-        )

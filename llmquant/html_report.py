@@ -125,7 +125,7 @@ def _ledger(report: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for row in report["tensors"]:
         error = errors.get(row["name"].removesuffix(".weight"))
-        what = "copied"
+        what = row["action"]
         if row["action"] == "quantized":
             group = "rows" if row["group_size"] == -1 else f"groups of {row['group_size']}"
             what = f"{row['bits']} bits, {group}"

@@ -14,6 +14,7 @@ from llmquant.baselines import BASELINES, default_baselines
 from llmquant.checkpoint import open_original
 from llmquant.errors import RecipeError
 from llmquant.log import Log
+from llmquant.output import Output, open_output
 from llmquant.overlap import refuse_overlap
 from llmquant.plan import Plan, make_plan
 from llmquant.recipe import Recipe
@@ -33,6 +34,7 @@ class Job:
     recipe: Recipe
     skeleton: Skeleton
     plan: Plan
+    output: Output
     calibration: text.Windows | None
     evaluation: text.Windows | None
     lanes: tuple[str, ...]
@@ -88,7 +90,7 @@ def prepare(model: str | Path, revision: str | None, recipe: Recipe, log: Log) -
     source = open_original(model, revision)
     device = pick_device(recipe.device)
     skeleton = Skeleton(source, device, pick_dtype(recipe.dtype, device, source))
-    plan = make_plan(source, skeleton, recipe)
+    output = open_output(recipe.format, source, skeleton, make_plan(source, skeleton, recipe))
     lanes = (ORIGINAL, OURS, *pick_baselines(recipe)) if recipe.eval_data != "none" else ()
     calibration = evaluation = None
     if recipe.method not in DATA_FREE or lanes:
@@ -106,7 +108,7 @@ def prepare(model: str | Path, revision: str | None, recipe: Recipe, log: Log) -
         if share:
             log(f"evaluation: {share:.2%} of its tokens are in runs that the calibration text holds too")
     key_of = {param: key for key, param in skeleton.param_of.items()}
-    return Job(source, recipe, skeleton, plan, calibration, evaluation, lanes, key_of)
+    return Job(source, recipe, skeleton, output.plan, output, calibration, evaluation, lanes, key_of)
 
 
 def prepare_evaluation(

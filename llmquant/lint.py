@@ -8,6 +8,8 @@ The rules of vLLM and SGLang were read in their sources and documentation, not r
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from llmquant.errors import FormatError, RecipeError
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.recipe import did_you_mean
@@ -212,6 +214,15 @@ RULES: tuple[Rule, ...] = (
         "products of zero and scale are rounded to the scale's dtype",
         "use a symmetric grid with --format mlx for exact weights",
         "run with that version: biases.astype(scales.dtype) in its utils.py",
+    ),
+    Rule(
+        "mlx-lm",
+        ("mlx",),
+        "warns",
+        lambda spec: not spec.scheme.symmetric and spec.dtype != torch.float32,
+        "products of zero and scale are rounded to the model's dtype (figures of a run count that in)",
+        "use a symmetric grid for exact weights",
+        "formats/mlx.py",
     ),
 )
 

@@ -258,6 +258,13 @@ def mlx(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, Packe
     return found
 
 
+def from_table(octets: Tensor, table: Tensor, absmax: Tensor, blocksize: int) -> Tensor:
+    """table[code] * absmax of its block in float32, for all codes of packed bytes: the upper half of a byte first."""
+    octets = octets.reshape(-1).view(torch.uint8)
+    codes = torch.stack([octets >> 4, octets & 15], dim=-1).view(-1).long()
+    return table.float()[codes].mul_(absmax.float().repeat_interleave(blocksize)[: len(codes)])
+
+
 def bitsandbytes(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, PackedLinear]:
     """NF4 and FP4: codes of 4 bits, the first in the upper half of a byte, point into a table; a scale per block.
 
@@ -274,17 +281,15 @@ def bitsandbytes(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[s
         nested = f"{stem}.nested_absmax" in tensors
 
         def dense(read: Read, stem: str = stem, state: dict[str, Any] = state, nested: bool = nested) -> Tensor:
-            octets = read(stem).reshape(-1).view(torch.uint8)
-            codes = torch.stack([octets >> 4, octets & 15], dim=-1).view(-1).long()
             absmax = read(f"{stem}.absmax")
             if nested:
                 table = read(f"{stem}.nested_quant_map").float()[absmax.long()]
                 outer = read(f"{stem}.nested_absmax").float()
                 absmax = table * outer.repeat_interleave(state["nested_blocksize"])[: len(table)]
                 absmax = absmax + state["nested_offset"]
-            scale = absmax.float().repeat_interleave(state["blocksize"])
-            values = read(f"{stem}.quant_map").float()[codes]
-            return (values * scale[: len(values)])[: math.prod(state["shape"])].view(state["shape"])
+            table = read(f"{stem}.quant_map")
+            values = from_table(read(stem), table, absmax, state["blocksize"])
+            return values[: math.prod(state["shape"])].view(state["shape"])
 
         dtype = getattr(torch, state.get("dtype", "float16"))
         form = f"{state.get('quant_type', '4 bits')}, blocks of {state['blocksize']}"

@@ -28,9 +28,7 @@ from llmquant.recipe import Recipe, make_recipe, parse_size
 from llmquant.report import SCHEMA_VERSION, LaneReport, LayerReport, Report, Stopwatch, evaluation_report, versions
 from llmquant.run_dir import RunDir
 from llmquant.skeleton import Calls
-from llmquant.source import safe_config
 from llmquant.streams import Stream, Streams, spilled
-from llmquant.verify import Record, verify_output
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -60,6 +58,7 @@ def quantize(
     recipe = recipe or make_recipe(str(model))
     with watch.stage("prepare"):
         job = prepare(model, revision, recipe, log)
+        output = job.output
         refuse_runtimes(runtimes, job.plan.specs, (recipe.format, *recipe.exports), job.plan.dense_linears)
         check_exports(recipe.exports, job.source, job.skeleton, job.plan)
         sizes, budget = job.stream_sizes(), parse_size("--max-ram", max_ram)
@@ -81,13 +80,11 @@ def quantize(
         if run.records:
             log(f"going on after block {len(run.records)} of {len(job.skeleton.blocks)}")
             torch.set_num_threads(run.threads)
-        record = Record(recipe.format)
-        run.open_shards(job.plan.layout, parse_size("--max-shard-size", recipe.max_shard_size))
-        layers, lanes = _Pass(job, run, streams, record, watch, log).go()
+        output.open(run, parse_size("--max-shard-size", recipe.max_shard_size))
+        layers, lanes = _Pass(job, run, streams, watch, log).go()
         run.close_shards()
         with watch.stage("verify"):
-            _write_side_files(job, run)
-            verify_output(run.path, job.plan, record)
+            output.finish(run)
         log(f"verified: {len(job.plan.layout)} tensors re-read from disk, equal to what was computed")
         with watch.stage("export"):
             export_beside(recipe.exports, run, parse_size("--max-shard-size", recipe.max_shard_size), log)
@@ -97,7 +94,7 @@ def quantize(
         run.write_json("cost.json", report.cost)
         run.write_bytes("README.md", make_card(run.out.name, job.source.name, report.data).encode())
         run.write_bytes("report.html", make_html(run.out.name, report.data).encode())
-        run.commit({row.name: record.digests[row.name] for row in job.plan.rows})
+        run.commit({row.name: output.record.digests[row.name] for row in job.plan.rows})
     return report
 
 
@@ -121,9 +118,9 @@ def load_report(out: Path) -> Report:
 class _Pass:
     """THE loop: one pass over the weights, one block in memory."""
 
-    def __init__(self, job: Job, run: RunDir, streams: Streams, record: Record, watch: Stopwatch, log: Log) -> None:
-        self.job, self.run, self.record, self.watch, self.log = job, run, record, watch, log
-        self.skeleton, self.format = job.skeleton, FORMATS[job.recipe.format]
+    def __init__(self, job: Job, run: RunDir, streams: Streams, watch: Stopwatch, log: Log) -> None:
+        self.job, self.run, self.watch, self.log = job, run, watch, log
+        self.skeleton, self.output, self.record = job.skeleton, job.output, job.output.record
         self.streams: CalibrationStreams | None = None
         if job.calibration is not None:
             original = streams.new("calibration (original)") if job.recipe.propagation != 0 else None
@@ -180,9 +177,7 @@ class _Pass:
             self._advance(OURS, forward)
         with self.watch.stage("write"):
             for item in solved:
-                self.record.quantized(item.spec, item.weight)
-                for name, tensor in self.format.tensors(item.spec, item.weight).items():
-                    self.run.write_tensor(name, tensor)
+                self.output.quantized(self.run, item.spec, item.weight)
         return solved
 
     def _body(self, solved: Sequence[Solved]) -> dict[str, Any]:
@@ -214,8 +209,10 @@ class _Pass:
             if self.streams is not None and self.streams.original is not None and more:
                 self.streams.original.update(forward)
             for spec in specs:
-                stored = self.format.read(spec, self.run.read_tensor)
-                set_weight(self.skeleton, spec, stored.float() if isinstance(stored, Tensor) else stored.dequantize())
+                stored = self.output.read(self.run, spec)
+                if not isinstance(stored, Tensor):
+                    stored = FORMATS[self.job.recipe.format].loaded(spec, stored)
+                set_weight(self.skeleton, spec, stored.float())
             if self.streams is not None and more:
                 self.streams.quantized.update(forward)
             self._advance(OURS, forward)
@@ -247,9 +244,7 @@ class _Pass:
         with self.watch.stage("write"):
             for row in self.job.plan.block(block):
                 if row.spec is None:
-                    tensor = self.job.source.read_finite(row.name)
-                    self.record.copied(row.name, tensor)
-                    self.run.write_tensor(row.name, tensor)
+                    self.output.copied(self.run, row)
 
     def _score(self) -> dict[str, LaneReport]:
         if self.lanes is None:
@@ -297,13 +292,5 @@ def _report(
         "calibration": None if job.calibration is None else job.calibration.as_dict(),
         "evaluation": None if job.evaluation is None else evaluation_report(job.evaluation, lanes, floor),
         "layers": [layer.as_dict() for layer in layers],
-        "tensors": [row.as_dict() for row in job.plan.rows],
+        "tensors": [row.as_dict() for row in (*job.plan.rows, *job.output.left_out)],
     }
-
-
-def _write_side_files(job: Job, run: RunDir) -> None:
-    """config.json with the format's entries, and the source's tokenizer, generation config, template and licence."""
-    config = safe_config(job.source.config)
-    run.write_json("config.json", config | FORMATS[job.recipe.format].config(job.plan.specs, job.plan.dense_linears))
-    for file in job.source.side_files():
-        run.write_bytes(file, job.source.local(file).read_bytes())

@@ -22,7 +22,7 @@ class Row:
     """A ledger row. `spec` is there for quantized rows only; `block` is None outside the decoder blocks."""
 
     name: str
-    action: str  # quantized | copied
+    action: str  # quantized | copied | left out
     reason: str
     dtype: str
     shape: tuple[int, ...]
@@ -103,7 +103,6 @@ def make_plan(source: Source, skeleton: Skeleton, recipe: Recipe) -> Plan:
         layout |= new
     quantized = {spec.module for spec in specs}
     dense = [n for n, m in skeleton.model.named_modules() if is_linear(m) and n not in quantized]
-    fmt.config(specs, dense)  # raises here, not after hours, where the format cannot say which linears are dense
     return Plan(tuple(rows), tuple(dense), layout)
 
 

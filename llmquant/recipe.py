@@ -13,7 +13,6 @@ from llmquant.errors import RecipeError
 # What the small built-in model changes: its context is short and its text fits in seconds.
 DEMO_DEFAULTS: dict[str, Any] = {"seq_len": 512, "eval_data": "builtin", "eval_tokens": 32768, "eval_seq_len": 512}
 
-# gguf is written from a finished checkpoint only
 FORMAT_NAMES = ("compressed-tensors", "gptq", "awq", "mlx", "gguf", "fake")
 EXPORTABLE = ("compressed-tensors", "gptq", "awq")  # their codes can be read back as a grid
 
@@ -21,7 +20,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "method": ("gptq", "rtn"),
     "bits": (2, 3, 4, 8),
     "group_size": (32, 64, 128, -1),
-    "format": ("compressed-tensors", "gptq", "awq", "mlx", "fake"),
+    "format": FORMAT_NAMES,
     "grid": ("hessian", "absmax"),
     "order": ("descending", "natural"),
     "passes": ("step", "block"),
@@ -97,12 +96,6 @@ class Recipe:
         parse_size("--max-shard-size", self.max_shard_size)
 
     def _check_formats(self) -> None:
-        if self.format == "gguf":
-            raise RecipeError(
-                "--format",
-                "'gguf' alone",
-                expected="a checkpoint that it is made from: --format compressed-tensors,gguf",
-            )
         if unknown := [name for name in self.exports if name not in FORMAT_NAMES or name == self.format]:
             raise RecipeError("--format", repr(unknown[0]), expected=f"other ones of {', '.join(FORMAT_NAMES)}")
         if self.exports and self.format not in EXPORTABLE:

@@ -252,22 +252,26 @@ class RunDir:
         total = 0
         for file_name, shard in zip(names, shards, strict=True):
             head, places = build_header({name: layout[name] for name in shard})
-            self.open_file(folder + file_name, head, places, go_on=bool(self.records) and not folder)
+            self._open_file(folder + file_name, head, places)
             total += sum(place.nbytes for place in places.values())
             weight_map |= dict.fromkeys(places, file_name)
-        self._unwritten -= {name for record in self.records for name in record["tensors"]} if not folder else set()
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
             self.write_json(f"{folder}model.safetensors.index.json", index)
         fsync_path(self._disk, self.path / folder)
 
-    def open_file(self, file_name: str, head: bytes, places: Mapping[str, TensorInfo], *, go_on: bool = False) -> None:
+    def open_file(self, file_name: str, head: bytes, places: Mapping[str, TensorInfo]) -> None:
         """A file that begins with `head` and whose tensors will be written to `places`; gaps are zeros.
 
-        `go_on`: it was begun by an earlier run.
+        That of an earlier run is gone on with where blocks of it are committed.
         """
+        self._open_file(file_name, head, places)
+        fsync_path(self._disk, (self.path / file_name).parent)
+
+    def _open_file(self, file_name: str, head: bytes, places: Mapping[str, TensorInfo]) -> None:
         path, size = self.path / file_name, max(place.end for place in places.values())
-        if go_on:
+        beside = "/" in file_name  # an export, which is begun when all blocks are committed
+        if self.records and not beside:
             if not path.is_file() or path.stat().st_size != size:
                 raise ResumeError(str(path), "is not the file that was begun", remedy="start again with --resume never")
             self._fds[file_name] = self._disk.open(path, os.O_RDWR)
@@ -280,6 +284,8 @@ class RunDir:
         for name, place in places.items():
             self._places[name] = TensorInfo(name, file_name, place.dtype, place.shape, place.start, place.end)
         self._unwritten |= places.keys()
+        if not beside:
+            self._unwritten -= {name for record in self.records for name in record["tensors"]}
 
     def read_tensor(self, name: str) -> Tensor:
         """A tensor that was written before."""

@@ -231,9 +231,26 @@ def _decode_mlx(spec: LinearSpec, places: Mapping[str, Place]) -> Decoded:
     stream = np.unpackbits(octets, axis=1, bitorder="little").reshape(rows, columns, bits)
     codes = (stream.astype(np.int16) << np.arange(bits)).sum(-1) - 2 ** (bits - 1)
     scales, biases = (places[f"{spec.prefix}{part}"].floats() for part in ("scales", "biases"))
-    if (biases != -scales * 2.0 ** (bits - 1)).any():
-        raise VerifyError(spec.key, "a bias that is not the scale's was written")
-    return codes.astype(np.int8), scales
+    if spec.scheme.symmetric:
+        if (biases != -scales * 2.0 ** (bits - 1)).any():
+            raise VerifyError(spec.key, "a bias that is not the scale's was written")
+        return codes.astype(np.int8), scales
+    if not np.isfinite(scales).all() or (scales == 0).any() or not np.isfinite(biases).all():
+        raise VerifyError(spec.key, "a scale that is zero or not finite was written")
+    steps = np.rint(-biases / scales)  # zeros + 2^(bits-1)
+    if (_rounded(-steps * scales, places[f"{spec.prefix}biases"].dtype) != biases).any():
+        raise VerifyError(spec.key, "a bias that is no multiple of its scale was written")
+    return codes.astype(np.int8), scales, (steps - 2 ** (bits - 1)).astype(np.int8)
+
+
+def _rounded(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
+    """To the nearest number of a safetensors dtype, halves to even."""
+    if dtype != "BF16":
+        return values.astype({"F16": np.float16, "F32": np.float32}[dtype]).astype(np.float32)
+    words = values.view(np.uint32)
+    kept = (words + np.uint32(0x7FFF) + (words >> 16 & 1)) & np.uint32(0xFFFF0000)
+    rounded: NDArray[np.float32] = kept.astype(np.uint32).view(np.float32)
+    return rounded
 
 
 def _decode_gguf(spec: LinearSpec, places: Mapping[str, Place]) -> Decoded:

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
+import tiny
 import torch
+from safetensors.torch import load_file, save_file
 
 import llmquant
 from llmquant.checkpoint import PackedSource, open_checkpoint
@@ -19,8 +22,12 @@ from llmquant.formats import FORMATS
 from llmquant.recipe import FORMAT_NAMES
 from llmquant.run_dir import sha256
 from llmquant.source import open_source
+from llmquant.verify_gguf import read_gguf
 
 FLAGS: dict[str, Any] = {"group_size": 32, "method": "rtn", "baselines": "none", "eval_tokens": 128, "eval_seq_len": 64}
+
+
+ASYMMETRIC_MLX: dict[str, Any] = {"format": "mlx", "symmetric": False}
 
 
 def quantized(model: Path | str, out: Path, **flags: Any) -> Path:
@@ -135,10 +142,76 @@ def test_several_formats_from_one_run(finished: Path, tmp_path: Path) -> None:
     assert "`gguf/`, `gptq/`, `mlx/`" in (out / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("bits", "symmetric", "kind"), [(4, True, "Q4_0"), (8, True, "Q8_0"), (4, False, "Q4_1")])
+def test_gguf_alone_is_byte_for_byte_the_export(bits: int, symmetric: bool, kind: str, tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"bits": bits, "symmetric": symmetric}
+    first = "compressed-tensors" if symmetric else "awq"
+    both = quantized("demo", tmp_path / "out" / "demo", format=f"{first},gguf", **flags)
+    alone = quantized("demo", tmp_path / "demo", format="gguf", **flags)
+    name = f"model-{kind}.gguf"
+    ours, theirs = read_gguf(alone / name), read_gguf(both / "gguf" / name)
+    assert {**ours[0], "general.name": ""} == {**theirs[0], "general.name": ""}
+    for tensor, place in theirs[1].items():
+        assert np.array_equal(ours[1][tensor].raw(), place.raw()), tensor
+    files = {path.name for path in alone.iterdir()}
+    assert files == {name, "report.json", "cost.json", "manifest.json", "README.md", "report.html"}
+    report = json.loads((alone / "report.json").read_text())
+    assert report["recipe"]["format"] == "gguf"
+    assert report["bits_per_weight"] == bits + (16 if symmetric else 32) / 32
+
+
+def test_a_tied_head_is_left_out_of_gguf_and_the_ledger_says_so(tmp_path: Path) -> None:
+    model = tiny.build(tmp_path / "model", tiny.ARCHITECTURES["llama"], tie_word_embeddings=True)
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, model / "model.safetensors")
+    out = quantized(model, tmp_path / "out", format="gguf")
+    rows = {row["name"]: row for row in json.loads((out / "report.json").read_text())["tensors"]}
+    assert rows.keys() == tensors.keys()
+    assert (rows["lm_head.weight"]["action"], rows["lm_head.weight"]["reason"]) == ("left out", "tied to the embedding")
+    assert "lm_head.weight" not in json.loads((out / "manifest.json").read_text())["tensors"]
+    assert "output.weight" not in read_gguf(out / "model-Q4_0.gguf")[1]
+
+
+@pytest.mark.parametrize("flags", [{"format": "gguf"}, {"format": "gguf", "symmetric": False}, ASYMMETRIC_MLX])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
+    flags: dict[str, Any], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """With the permuted rows of GGUF, and the biases that MLX rounds, read back from the disk."""
+    flags = flags | {"method": "gptq", "samples": 4, "seq_len": 32, "eval_data": "builtin", "eval_tokens": 128}
+    flags |= {"eval_seq_len": 64, "baselines": "none", "group_size": 32}
+    recipe = llmquant.make_recipe("x", flags=flags)
+    llmquant.quantize(tiny_model("llama"), recipe, tmp_path / "whole")
+
+    def stop(line: str) -> None:
+        if line.startswith("block 2/3"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        llmquant.quantize(tiny_model("llama"), recipe, tmp_path / "out", log=stop)
+    lines: list[str] = []
+    llmquant.quantize(tiny_model("llama"), recipe, tmp_path / "out", log=lines.append)
+    assert "going on after block 2 of 3" in lines
+    for file in (path.name for path in (tmp_path / "whole").iterdir()):
+        if file not in ("cost.json", "manifest.json", "README.md", "report.html"):
+            assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+
+def test_asymmetric_mlx_is_judged_as_it_is_loaded(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    flags = ASYMMETRIC_MLX | {"method": "rtn", "baselines": "none", "group_size": 32}
+    flags |= {"eval_data": "builtin", "eval_tokens": 128, "eval_seq_len": 64}
+    recipe = llmquant.make_recipe("x", flags=flags)
+    run = llmquant.quantize(tiny_model("llama"), recipe, tmp_path / "out")
+    found = llmquant.evaluate(tmp_path / "out", reference=tiny_model("llama"), recipe=recipe)
+    assert found.lanes["out"]["kl_mean"] == pytest.approx(run.lanes["llmquant"]["kl_mean"], rel=1e-6)
+    assert main(["verify", str(tmp_path / "out"), "--source", str(tiny_model("llama"))]) == 0
+
+
 @pytest.mark.parametrize(
     ("name", "flags", "error", "message"),
     [
-        ("gguf", {}, RecipeError, "compressed-tensors,gguf"),
+        ("gguf,gptq", {}, RecipeError, "'gguf' first"),
+        ("gguf", {"bits": 3}, FormatError, "3 bits in gguf"),
         ("fake,gguf", {}, RecipeError, "'fake' first"),
         ("gptq,exl2", {}, RecipeError, "'exl2'"),
         ("gptq,gptq", {}, RecipeError, "'gptq'; expected other ones"),

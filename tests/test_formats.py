@@ -79,6 +79,7 @@ def test_what_each_format_takes() -> None:
     assert [name for name, specs in taken.items() if any(s.transposed for s in specs)] == ["fake"]
     assert [name for name, specs in taken.items() if any(not s.scheme.symmetric for s in specs)] == [
         "awq",
+        "mlx",
         "gguf",
         "fake",
     ]

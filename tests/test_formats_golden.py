@@ -17,6 +17,7 @@ from torch import Tensor
 import llmquant
 from llmquant.errors import FormatError, SourceError
 from llmquant.formats import FORMATS, LinearSpec
+from llmquant.formats.mlx import flat_rope
 from llmquant.grid import QuantizedWeight
 from llmquant.source import DEMO
 from llmquant.verify import Record
@@ -161,17 +162,40 @@ def test_mlx_itself_dequantizes_our_bytes_to_exactly_our_weight(bits: int, group
     assert np.array_equal(np.array(found), weight.dequantize().numpy())
 
 
+@pytest.mark.parametrize(
+    ("bits", "dtype"),
+    [*((bits, torch.bfloat16) for bits in (2, 3, 4)), (4, torch.float16), (8, torch.float16), (8, torch.float32)],
+)
+def test_mlx_asymmetric_is_what_mlx_computes_and_its_zeros_come_back(bits: int, dtype: torch.dtype) -> None:
+    spec = spec_of(bits, 32, (64, 256), dtype=dtype, module="m", symmetric=False)
+    weight = weight_of(spec, seed=bits)
+    tensors = MLX.tensors(spec, weight)
+    back = MLX.read(spec, tensors.__getitem__)
+    assert torch.equal(back.zeros_OG, weight.zeros_OG)
+    assert torch.equal(back.codes_OI, weight.codes_OI)
+    loaded = MLX.loaded(spec, weight)
+    off = ((loaded - weight.dequantize()).abs().view(64, 8, 32) / weight.scales_OG.abs()[..., None]).max()
+    assert off <= {torch.float32: 1e-6, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype] * (2**bits - 1)
+    mx = pytest.importorskip("mlx.core", reason="needs mlx, which has wheels for macOS and Linux only")
+    words = mx.array(tensors["m.weight"].numpy())
+    scales, biases = (mx.array(tensors[f"m.{part}"].float().numpy()) for part in ("scales", "biases"))
+    found = mx.dequantize(words, scales, biases, group_size=32, bits=bits, mode="affine")
+    torch.testing.assert_close(
+        torch.from_numpy(np.array(found)), loaded, rtol=0, atol=float(loaded.abs().max()) * 2**-22
+    )
+
+
 # -- what they cannot hold -----------------------------------------------------------------------------
 REFUSED: list[tuple[str, LinearSpec, str]] = [
     ("gptq", spec_of(3, 32, (32, 96)), "3 bits in gptq; expected 4 or 8"),
-    ("gptq", spec_of(4, 32, (32, 96), symmetric=False), "asymmetric grid in gptq.*--format awq or --format fake"),
+    ("gptq", spec_of(4, 32, (32, 96), symmetric=False), "asymmetric grid in gptq.*--format awq, mlx, gguf or fake"),
     ("gptq", spec_of(4, 32, (33, 96)), "33 outputs, 96 inputs"),
     ("gptq", spec_of(4, -1, (32, 80)), "32 outputs, 80 inputs"),
     ("gptq", spec_of(4, 32, (32, 96), kind="Conv1D"), "Conv1D"),
     ("awq", spec_of(8, 32, (32, 96)), "8 bits in awq; expected 4"),
     ("awq", spec_of(4, 32, (12, 96)), "12 outputs"),
     ("mlx", spec_of(4, -1, (32, 96)), "group size -1 in mlx"),
-    ("mlx", spec_of(4, 32, (32, 96), symmetric=False), "asymmetric grid in mlx"),
+    ("mlx", spec_of(8, 32, (32, 96), symmetric=False), "asymmetric grid of 8 bits in mlx"),
 ]
 
 
@@ -213,14 +237,48 @@ def demo_in(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 IDS = torch.randint(5, 4000, (48,), generator=torch.Generator().manual_seed(0))
 
 
-def test_mlx_lm_computes_the_same_in_float32(demo_in: Callable[..., Path]) -> None:
+def mlx_lm_logits(checkpoint: Path) -> torch.Tensor:
+    """[T, V] in float32 by the client."""
     utils = pytest.importorskip("mlx_lm.utils", reason="needs mlx-lm")
     mx = pytest.importorskip("mlx.core")
-    out = demo_in("mlx")
-    model, _ = utils.load_model(out)
+    model, _ = utils.load_model(checkpoint)
     model.set_dtype(mx.float32)
-    theirs = torch.from_numpy(np.array(model(mx.array(IDS[None].numpy()))[0])).double().log_softmax(-1)
+    return torch.from_numpy(np.array(model(mx.array(IDS[None].numpy()))[0]))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_mlx_lm_computes_the_same_in_float32(symmetric: bool, demo_in: Callable[..., Path]) -> None:
+    out = demo_in("mlx", symmetric=symmetric)
+    theirs = mlx_lm_logits(out).double().log_softmax(-1)
     assert divergence(log_probs(dequantized(DEMO, out), IDS), theirs) < 1e-7
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "smollm3"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_mlx_lm_agrees_to_float32_on_other_models(
+    name: str, symmetric: bool, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """To 1e-5 in logits, rope as transformers 5 saves it included."""
+    out = tmp_path / "out"
+    flags = {"format": "mlx", "group_size": 32, "method": "rtn", "eval_data": "none", "symmetric": symmetric}
+    llmquant.quantize(tiny_model(name), llmquant.make_recipe("x", flags=flags), out)
+    theirs = mlx_lm_logits(out)
+    with torch.no_grad():
+        ours = dequantized(tiny_model(name), out)(IDS[None]).logits[0]
+    assert float((ours - theirs).abs().max()) < 1e-5
+
+
+def test_rope_is_where_mlx_lm_looks_for_it() -> None:
+    linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    assert flat_rope({"rope_parameters": linear}) == {
+        "rope_theta": 5e5,
+        "rope_scaling": linear,
+        "rope_parameters": linear,
+    }
+    plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+    assert flat_rope(plain) == {"rope_theta": 1e4} | plain
+    assert flat_rope(plain | {"rope_theta": 7.0})["rope_theta"] == 7.0
+    assert flat_rope({"n_embd": 3}) == {"n_embd": 3}
 
 
 @pytest.mark.parametrize("name", ["gptq", "gptq8", "awq", "awq-asymmetric"])

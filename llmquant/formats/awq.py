@@ -43,6 +43,9 @@ class AWQ:
     def weight_bits(self, spec: LinearSpec) -> int:
         return sum(8 * dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self.layout(spec).values())
 
+    def loaded(self, spec: LinearSpec, weight: QuantizedWeight) -> Tensor:
+        return weight.dequantize()
+
     def config(self, specs: Sequence[LinearSpec], dense_linears: Sequence[str]) -> dict[str, Any]:
         return {
             "quantization_config": {

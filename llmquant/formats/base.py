@@ -54,6 +54,9 @@ class Format(Protocol):
     def tensors(self, spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
         """The tensors of one linear."""
 
+    def loaded(self, spec: LinearSpec, weight: QuantizedWeight) -> Tensor:
+        """weight_OI in float32 as a loader of `tensors` computes it, roundings of the format included."""
+
     def config(self, specs: Sequence[LinearSpec], dense_linears: Sequence[str]) -> dict[str, Any]:
         """Entries for config.json. `dense_linears`: module names of all linears that stay as they are."""
 
@@ -68,6 +71,13 @@ def unsigned(weight: QuantizedWeight) -> Tensor:
     """codes_OI + 2^(bits-1) as uint8: 0 .. 2^bits - 1."""
     shifted: Tensor = weight.codes_OI.short() + 2 ** (weight.scheme.bits - 1)
     return shifted.to(torch.uint8)
+
+
+def from_minima(weight: QuantizedWeight, minima_OG: Tensor) -> Tensor:
+    """weight_OI = u s + m in float32, with the unsigned codes u and a minimum of each group."""
+    rows, columns = weight.codes_OI.shape
+    u = unsigned(weight).view(rows, weight.scales_OG.shape[1], -1).float()
+    return u.mul_(weight.scales_OG[..., None]).add_(minima_OG[..., None]).view(rows, columns)
 
 
 def signed(codes_OI: Tensor, bits: int) -> Tensor:
@@ -118,7 +128,7 @@ def require_plain(
                 where,
                 f"an asymmetric grid in {name}",
                 expected="a symmetric grid",
-                remedy="leave --asymmetric out, or use --format awq or --format fake",
+                remedy="leave --asymmetric out, or use --format awq, mlx, gguf or fake",
             )
         if columns % in_multiple or rows % out_multiple:
             raise FormatError(

@@ -53,6 +53,9 @@ class CompressedTensors:
         rows, columns = spec.shape
         return rows * (columns * spec.scheme.bits + spec.scheme.groups(columns) * 8 * spec.dtype.itemsize)
 
+    def loaded(self, spec: LinearSpec, weight: QuantizedWeight) -> Tensor:
+        return weight.dequantize()
+
     def config(self, specs: Sequence[LinearSpec], dense_linears: Sequence[str]) -> dict[str, Any]:
         schemes = list(dict.fromkeys(spec.scheme for spec in specs))
         groups = {f"group_{i}": self._group(scheme, specs, len(schemes) == 1) for i, scheme in enumerate(schemes)}

@@ -23,6 +23,9 @@ class Fake:
     def weight_bits(self, spec: LinearSpec) -> int:
         return spec.shape[0] * spec.shape[1] * 8 * spec.dtype.itemsize
 
+    def loaded(self, spec: LinearSpec, weight: QuantizedWeight) -> Tensor:
+        return weight.dequantize(spec.dtype).float()
+
     def config(self, specs: Sequence[LinearSpec], dense_linears: Sequence[str]) -> dict[str, Any]:
         return {}
 

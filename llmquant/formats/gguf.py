@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import FormatError
-from llmquant.formats.base import Layout, LinearSpec, require_plain, signed, unsigned
+from llmquant.formats.base import Layout, LinearSpec, from_minima, require_plain, signed, unsigned
 from llmquant.grid import QuantizedWeight, QuantScheme
 
 BLOCK = 32
@@ -51,7 +51,7 @@ class GGUF:
         d = weight.scales_OG.repeat_interleave(blocks // weight.scales_OG.shape[1], dim=1)
         parts = [_bytes(d)]
         if weight.zeros_OG is not None:
-            m = (-(weight.zeros_OG.float() + 8) * weight.scales_OG).half()
+            m = _minima(weight)
             if not bool(torch.isfinite(m).all()):
                 raise FormatError(spec.module, "a minimum that overflows fp16", remedy="use --format awq")
             parts.append(_bytes(m.repeat_interleave(blocks // m.shape[1], dim=1)))
@@ -64,6 +64,9 @@ class GGUF:
 
     def weight_bits(self, spec: LinearSpec) -> int:
         return sum(8 * torch.Size(shape).numel() for _, shape in self.layout(spec).values())
+
+    def loaded(self, spec: LinearSpec, weight: QuantizedWeight) -> Tensor:
+        return weight.dequantize() if weight.zeros_OG is None else from_minima(weight, _minima(weight).float())
 
     def config(self, specs: Sequence[LinearSpec], dense_linears: Sequence[str]) -> dict[str, Any]:
         return {}
@@ -81,6 +84,12 @@ class GGUF:
             return QuantizedWeight(codes, scales, spec.scheme)
         m = first[..., 2:4].contiguous().view(torch.float16).float()[..., 0]
         return QuantizedWeight(codes, scales, spec.scheme, ((-m / scales).round() - 8).to(torch.int8))
+
+
+def _minima(weight: QuantizedWeight) -> Tensor:
+    """m_OG = -(z + 8) d, fp16."""
+    assert weight.zeros_OG is not None
+    return (-(weight.zeros_OG.float() + 8) * weight.scales_OG).half()
 
 
 def _bytes(numbers_OB: Tensor) -> Tensor:

@@ -48,6 +48,9 @@ class GPTQ:
     def weight_bits(self, spec: LinearSpec) -> int:
         return sum(8 * dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self.layout(spec).values())
 
+    def loaded(self, spec: LinearSpec, weight: QuantizedWeight) -> Tensor:
+        return weight.dequantize()
+
     def config(self, specs: Sequence[LinearSpec], dense_linears: Sequence[str]) -> dict[str, Any]:
         scheme = specs[0].scheme
         return {

@@ -2,7 +2,9 @@
 
 For a weight [N, K] of b bits in groups of g: weight uint32 [N, K b / 32], codes u = q + 2^(b-1) from the lowest bit up
 along K; scales s and biases -2^(b-1) s, [N, K / g], in the model's dtype: w = u s + bias. The bias of a symmetric grid
-is a power of two times the scale, hence exact; an asymmetric grid's is not, and is refused.
+is a power of two times the scale, hence exact. An asymmetric grid's is -(z + 2^(b-1)) s, rounded to the model's dtype:
+exact in float32, off by at most (2^b - 1) / 256 steps in bfloat16, by an eighth of that in float16. At 8 bits and
+bfloat16 that would be a whole step, and is refused.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,15 +14,24 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import FormatError
-from llmquant.formats.base import Layout, LinearSpec, require_plain, signed, unsigned
+from llmquant.formats.base import Layout, LinearSpec, from_minima, require_plain, signed, unsigned
 from llmquant.grid import QuantizedWeight
 from llmquant.packing import pack_rows, unpack_rows
 
 
 class MLX:
     def check(self, specs: Sequence[LinearSpec]) -> None:
-        require_plain("mlx", specs, bits=(2, 3, 4, 8), in_multiple=32, out_multiple=1, one_scheme=False)
+        require_plain(
+            "mlx", specs, bits=(2, 3, 4, 8), in_multiple=32, out_multiple=1, one_scheme=False, asymmetric=True
+        )
         for spec in specs:
+            if (spec.scheme.bits, spec.scheme.symmetric, spec.dtype) == (8, False, torch.bfloat16):
+                raise FormatError(
+                    spec.module,
+                    "an asymmetric grid of 8 bits in mlx, whose bias bfloat16 would round by up to a step",
+                    expected="a symmetric grid, or 4 bits",
+                    remedy="leave --asymmetric out",
+                )
             if spec.scheme.group_size not in (32, 64, 128):
                 raise FormatError(
                     spec.module,
@@ -38,7 +49,7 @@ class MLX:
         }
 
     def tensors(self, spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
-        biases = (weight.scales_OG * -(2 ** (spec.scheme.bits - 1))).to(spec.dtype)
+        biases = _biases(spec, weight)
         if not bool(torch.isfinite(biases).all()):
             raise FormatError(
                 spec.module, "a scale whose bias overflows fp16", remedy="use --format compressed-tensors"
@@ -52,6 +63,9 @@ class MLX:
     def weight_bits(self, spec: LinearSpec) -> int:
         return sum(8 * dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self.layout(spec).values())
 
+    def loaded(self, spec: LinearSpec, weight: QuantizedWeight) -> Tensor:
+        return weight.dequantize() if weight.zeros_OG is None else from_minima(weight, _biases(spec, weight).float())
+
     def config(self, specs: Sequence[LinearSpec], dense_linears: Sequence[str]) -> dict[str, Any]:
         first = specs[0].scheme
         table: dict[str, Any] = {"group_size": first.group_size, "bits": first.bits, "mode": "affine"}
@@ -63,4 +77,27 @@ class MLX:
 
     def read(self, spec: LinearSpec, read: Callable[[str], Tensor]) -> QuantizedWeight:
         codes = unpack_rows(read(f"{spec.prefix}weight").view(torch.int32), spec.scheme.bits, spec.shape[1])
-        return QuantizedWeight(signed(codes, spec.scheme.bits), read(f"{spec.prefix}scales").float(), spec.scheme)
+        scales, zeros = read(f"{spec.prefix}scales").float(), None
+        if not spec.scheme.symmetric:  # a bias is rounded by an eighth of a step at most
+            zeros = (-read(f"{spec.prefix}biases").float() / scales).round() - 2 ** (spec.scheme.bits - 1)
+            zeros = zeros.to(torch.int8)
+        return QuantizedWeight(signed(codes, spec.scheme.bits), scales, spec.scheme, zeros)
+
+
+def flat_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with `rope_theta` and `rope_scaling` at its top, where mlx-lm 0.32 looks for them in most models.
+
+    transformers 5 saves them under rope_parameters only, and mlx-lm would then silently take its own default.
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return config
+    scaled = rope.get("rope_type", "default") != "default"
+    flat = {"rope_theta": rope["rope_theta"]} | ({"rope_scaling": rope} if scaled else {})
+    return flat | config
+
+
+def _biases(spec: LinearSpec, weight: QuantizedWeight) -> Tensor:
+    zeros = 0 if weight.zeros_OG is None else weight.zeros_OG.float()
+    biases: Tensor = (weight.scales_OG * -(zeros + 2 ** (spec.scheme.bits - 1))).to(spec.dtype)
+    return biases
