@@ -81,6 +81,19 @@ class Lanes:
     def advance(self, name: str, block: Callable[[Tensor], Tensor]) -> None:
         self.streams[name].update(block)
 
+    def relative_errors(self, tokens: int = 2**14) -> dict[str, float]:
+        """||h_lane - h|| / ||h|| of every lane but the first, over the first `tokens` tokens (files are read slowly)."""
+        names, seen = list(self.streams), 0
+        power, squares = 0.0, dict.fromkeys(names[1:], 0.0)
+        for reference, *others in zip(*self.streams.values(), strict=True):
+            power += float(reference.double().square().sum())
+            for name, hidden in zip(names[1:], others, strict=True):
+                squares[name] += float((hidden.double() - reference.double()).square().sum())
+            seen += reference.shape[0] * reference.shape[1]
+            if seen >= tokens:
+                break
+        return {name: math.sqrt(value / power) if power else 0.0 for name, value in squares.items()}
+
     def score(self, logits_of: Callable[[str, Tensor], Tensor]) -> dict[str, TokenScores]:
         """Walk all windows once through `logits_of` (lane, [N, D]) -> [N, V]; only one chunk of logits is alive.
 

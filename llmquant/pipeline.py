@@ -22,7 +22,7 @@ from llmquant.formats import FORMATS, LinearSpec
 from llmquant.html_report import make_html
 from llmquant.job import ORIGINAL, OURS, Job, fingerprint, prepare, refuse_damaged_weights
 from llmquant.lint import refuse_runtimes
-from llmquant.log import Event, Log, silent, stages_of
+from llmquant.log import Event, Log, Scored, silent, stages_of
 from llmquant.memory import trim
 from llmquant.recipe import Recipe, make_recipe, parse_size
 from llmquant.report import SCHEMA_VERSION, LaneReport, LayerReport, Report, Stopwatch, evaluation_report, versions
@@ -251,15 +251,18 @@ class _Pass:
             return {}
         with self.watch.stage("evaluate"), self.skeleton.head(self.job.read) as logits_of:
             scores = self.lanes.score(lambda lane, hidden: logits_of(hidden))
-        return {
+        reports = {
             lane: LaneReport(figures(score, scores[ORIGINAL]), *_size(self.job, lane)) for lane, score in scores.items()
         }
+        self.log(Scored({lane: report.figures.kl_mean for lane, report in reports.items() if lane != ORIGINAL}))
+        return reports
 
     def _say(self, index: int, n_blocks: int, solved: Sequence[Solved], seconds: float) -> None:
         errors = [item.report.relative_error for item in solved if item.report.relative_error is not None]
         worst = f", largest relative error {max(errors):.2e}" if errors else ""
         line = f"block {index + 1}/{n_blocks}: {len(solved)} linears, {seconds:.1f} s{worst}"
-        self.log(Event(line, done=index + 1, total=n_blocks, seconds=seconds))
+        off = self.lanes.relative_errors() if self.lanes is not None else {}
+        self.log(Event(line, done=index + 1, total=n_blocks, seconds=seconds, errors=off))
         for item in solved:
             for note in item.report.notes:
                 self.log(f"  {item.report.name}: {note}")

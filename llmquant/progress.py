@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from llmquant.errors import Interrupted
-from llmquant.log import Event, Log
+from llmquant.log import Event, Log, Scored
 from llmquant.memory import peak_rss
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class JsonLines:
-    """One JSON object per line: {"event": "stage" | "block" | "message" | "done" | "error", ...}."""
+    """One JSON object per line: {"event": "stage" | "block" | "scored" | "message" | "done" | "error", ...}."""
 
     def __init__(self, write: Callable[[str], object] | None = None) -> None:
         self._write = write or (lambda line: print(line, file=sys.stderr, flush=True))
@@ -28,8 +28,12 @@ class JsonLines:
         self._write(json.dumps({"event": event, **facts}, ensure_ascii=False))
 
     def __call__(self, message: str) -> None:
-        facts = message.as_dict() if isinstance(message, Event) else {}
-        self.say("block" if facts else "message", message=str(message), **facts)
+        if isinstance(message, Event):
+            self.say("block", message=str(message), **message.as_dict())
+        elif isinstance(message, Scored):
+            self.say("scored", message=str(message), kl=message.kl)
+        else:
+            self.say("message", message=str(message))
 
     def stage(self, name: str) -> None:
         self.say("stage", stage=name)
@@ -46,10 +50,11 @@ class Live:
             BarColumn(bar_width=30),
             TextColumn("{task.fields[blocks]}", markup=False),
             TextColumn("{task.fields[left]}", markup=False),
+            TextColumn("{task.fields[errors]}", markup=False),
             TextColumn("{task.fields[memory]}", markup=False),
         )
         self.display = Progress(*columns, console=console, transient=True, refresh_per_second=2)
-        self._task = self.display.add_task("", total=None, stage="", blocks="", left="", memory="")
+        self._task = self.display.add_task("", total=None, stage="", blocks="", left="", errors="", memory="")
         self._seconds, self._blocks = 0.0, 0  # of this process: an interrupted run may have done others
 
     def __call__(self, message: str) -> None:
@@ -64,6 +69,7 @@ class Live:
             total=message.total,
             blocks=f"block {message.done}/{message.total}",
             left=f"{left} left for the blocks",
+            errors=", ".join(f"{lane} {error:.2%} off" for lane, error in message.errors.items()),
             memory=_memory(),
         )
 
