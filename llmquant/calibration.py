@@ -23,11 +23,15 @@ _WIKITEXT = "Salesforce/wikitext"
 
 @dataclass(frozen=True)
 class Text:
-    """Documents, and where they came from. `revision` is the dataset's commit, where it has one."""
+    """Documents, and where they came from. `revision` is the dataset's commit, where it has one.
+
+    `chats`: each document is a JSON list of messages {"role", "content"}, for `as_text`.
+    """
 
     name: str
     documents: list[str]
     revision: str | None = None
+    chats: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,13 @@ def _c4(split: str, limit: int) -> Text:
     return _hub_dataset("allenai/c4:en:" + ("train" if split == "train" else "validation"), limit, "c4")
 
 
+def _ultrachat(split: str, limit: int) -> Text:
+    """Conversations of an assistant; the model's own chat template makes text of them."""
+    spec = "HuggingFaceH4/ultrachat_200k:default:" + ("train_sft" if split == "train" else "test_sft") + ":messages"
+    text = _hub_dataset(spec, limit, "ultrachat", _chats)
+    return Text(text.name, text.documents, text.revision, chats=True)
+
+
 def _auto(split: str, limit: int) -> Text:
     """wikitext2 where the Hub answers within five seconds, else the built-in text."""
     return DATASETS["wikitext2" if _hub_answers() else "builtin"](split, limit)
@@ -104,6 +115,7 @@ DATASETS: dict[str, Callable[[str, int], Text]] = {
     "builtin": _builtin,
     "wikitext2": _wikitext2,
     "c4": _c4,
+    "ultrachat": _ultrachat,
 }
 
 
@@ -139,8 +151,10 @@ def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
-def _hub_dataset(spec: str, limit: int, name: str) -> Text:
-    """A dataset of the Hub, streamed: only as many rows are fetched as are needed."""
+def _hub_dataset(
+    spec: str, limit: int, name: str, pick: Callable[[str, Any, str | None, int], Iterator[str]] | None = None
+) -> Text:
+    """A dataset of the Hub, streamed: only as many rows are fetched as `pick` (a column's text) asks for."""
     from datasets import load_dataset
     from huggingface_hub import HfApi
 
@@ -155,7 +169,7 @@ def _hub_dataset(spec: str, limit: int, name: str) -> Text:
     try:
         revision = HfApi().dataset_info(repo, timeout=TIMEOUT).sha
         rows = load_dataset(repo, config or None, split=split or "train", streaming=True, revision=revision)
-        documents = list(_column(spec, rows, column or None, limit))
+        documents = list((pick or _column)(spec, rows, column or None, limit))
     except CalibrationError:
         raise
     except StopIteration:  # what datasets lets escape for a JSON file without a row
@@ -166,7 +180,7 @@ def _hub_dataset(spec: str, limit: int, name: str) -> Text:
         raise CalibrationError(
             spec,
             f"cannot be loaded ({brief})",
-            expected="builtin, wikitext2, c4, FILE.txt, FILE.jsonl or HUB_ID[:config[:split[:column]]]",
+            expected="builtin, wikitext2, c4, ultrachat, FILE.txt, FILE.jsonl or HUB_ID[:config[:split[:column]]]",
             remedy="check the name and the network, or use builtin",
         ) from error
     return Text(name, documents, revision)
@@ -197,6 +211,48 @@ def _column(where: str, rows: Any, column: str | None, limit: int) -> Iterator[s
         if isinstance(document := row.get(column), str):
             seen += len(document)
             yield document.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates; tokenizers refuse them
+
+
+def _chats(where: str, rows: Any, column: str | None, limit: int) -> Iterator[str]:
+    """The messages of `rows` as JSON, until their contents reach `limit` characters."""
+    seen = 0
+    for row in rows:
+        if seen >= limit:
+            return
+        messages = row.get(column or "messages")
+        if not isinstance(messages, list) or not all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        ):
+            raise CalibrationError(
+                where, f"columns {list(row)}"[:200], expected=f"a list of messages in {column or 'messages'}"
+            )
+        seen += sum(len(message["content"]) for message in messages)
+        yield json.dumps([{"role": m["role"], "content": m["content"]} for m in messages], ensure_ascii=False)
+
+
+def as_text(tokenizer: Any, text: Text) -> str:
+    """All documents joined by blank lines; conversations through the tokenizer's own chat template.
+
+    The template is a stranger's program: transformers runs it in jinja2's ImmutableSandboxedEnvironment, and what the
+    sandbox forbids, or the template gets wrong, is a CalibrationError.
+    """
+    if not text.chats:
+        return "\n\n".join(text.documents)
+    if not getattr(tokenizer, "chat_template", None):
+        raise CalibrationError(
+            text.name, "the tokenizer has no chat template", remedy="use a text such as wikitext2, or an instruct model"
+        )
+    from jinja2 import TemplateError
+
+    try:
+        chats = [tokenizer.apply_chat_template(json.loads(chat), tokenize=False) for chat in text.documents]
+    except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
+        brief = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise CalibrationError(
+            text.name, f"the model's chat template fails ({brief})", remedy="use a text such as wikitext2"
+        ) from error
+    return "\n\n".join(chats)
 
 
 def has_tokenizer(source: Source) -> bool:
@@ -293,7 +349,7 @@ def _draw(tokenizer: Any, spec: str, samples: int, seq_len: int, seed: int) -> t
     """Windows [samples, T] of one text."""
     # Characters that surely hold enough tokens: eight per token, and twice that to choose from.
     text = load_text(spec, "train", samples * seq_len * 16)
-    joined = "\n\n".join(text.documents)
+    joined = as_text(tokenizer, text)
     if not joined.strip():
         raise CalibrationError(spec, "no text in it", remedy="choose another --calibration")
     ids = tokenize_pieces(tokenizer, joined)
@@ -318,7 +374,7 @@ def evaluation_windows(tokenizer: Any, spec: str, max_tokens: int | None, seq_le
     At most `max_tokens` tokens (None: the whole text).
     """
     text = load_text(spec, "test", 10**12 if max_tokens is None else max_tokens * 16)
-    joined = "\n\n".join(text.documents)
+    joined = as_text(tokenizer, text)
     # Six characters a token are nearly always enough, and the ids of a text's head are the head of its ids.
     head = joined if max_tokens is None else joined[: 6 * max_tokens]
     ids = tokenize(tokenizer, head, special=True)

@@ -43,7 +43,7 @@ def _option(text: str, name: str, panel: str) -> Any:
 
 
 _JOB, _SOLVER, _CALIB, _EVAL, _RUN = "What", "How codes are chosen", "Calibration", "Evaluation", "Where and with what"
-_DATA = "builtin, wikitext2, c4, FILE.txt, FILE.jsonl or HUB_ID\\[:config\\[:split\\[:column]]]"
+_DATA = "builtin, wikitext2, c4, ultrachat, FILE.txt, FILE.jsonl or HUB_ID\\[:config\\[:split\\[:column]]]"
 
 
 @app.callback()

@@ -82,7 +82,7 @@ class Lanes:
         self.streams[name].update(block)
 
     def relative_errors(self, tokens: int = 2**14) -> dict[str, float]:
-        """||h_lane - h|| / ||h|| of every lane but the first, over the first `tokens` tokens (files are read slowly)."""
+        """||h_lane - h|| / ||h|| of every lane but the first, over the first `tokens` tokens (files are slow)."""
         names, seen = list(self.streams), 0
         power, squares = 0.0, dict.fromkeys(names[1:], 0.0)
         for reference, *others in zip(*self.streams.values(), strict=True):

@@ -26,6 +26,7 @@ from llmquant.source import open_source
 
 ALL = 10**9
 WIKITEXT, C4, TEXTS = "datasets/Salesforce/wikitext", "datasets/allenai/c4", "datasets/user/texts"
+ULTRACHAT = "datasets/HuggingFaceH4/ultrachat_200k"
 SILENT = "user/silent"  # accepts a connection and never answers
 SEQ_LEN, EVAL_TOKENS, SAMPLES = 32, 256, 4
 # name: (what load_text is asked, the split, the characters that are enough)
@@ -43,6 +44,8 @@ ASKED = {
     "auto": ("auto", "test", ALL),
     "c4 train": ("c4", "train", 5000),
     "c4 test": ("c4", "test", ALL),
+    "ultrachat train": ("ultrachat", "train", ALL),
+    "ultrachat test": ("ultrachat", "test", 10),
 }
 # what load_text is asked: what its message says
 REFUSED = {
@@ -168,6 +171,19 @@ def write_c4(folder: Path) -> Path:
     return folder
 
 
+def chat(split: str, n: int) -> list[dict[str, str]]:
+    return [{"role": "user", "content": f"{split} question {n}"}, {"role": "assistant", "content": "an answer"}]
+
+
+def write_ultrachat(folder: Path) -> Path:
+    """As HuggingFaceH4/ultrachat_200k: a list of messages in each row, splits of its own names."""
+    write_card(folder, {"default": {split: f"data/{split}-*" for split in ("train_sft", "test_sft")}})
+    for split in ("train_sft", "test_sft"):
+        rows = [{"prompt": "p", "messages": chat(split, n)} for n in range(3)]
+        write(folder / f"data/{split}-00000-of-00001.parquet", rows)
+    return folder
+
+
 def write_others(folder: Path) -> dict[str, Path]:
     """The repositories of `user`, by their names."""
     texts = folder / "texts"
@@ -198,6 +214,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hub(folder: Path) -> Iterator[FakeHub]:
     with fake_hub() as hub:
         hub.repos = {WIKITEXT: write_wikitext(folder / "wikitext"), C4: write_c4(folder / "c4"), **write_others(folder)}
+        hub.repos[ULTRACHAT] = write_ultrachat(folder / "ultrachat")
         for failure in ("gated", "broken", "html", "silent"):
             hub.repos[f"datasets/user/{failure}"] = folder / "lines"
             hub.failures[f"datasets/user/{failure}"] = failure
@@ -220,6 +237,15 @@ def unreachable(folder: Path) -> tuple[dict[str, Any], str]:
     with fake_hub() as gone:
         endpoint = gone.endpoint
     return run_child("unreachable", folder, endpoint)
+
+
+def test_ultrachat_is_read_as_conversations_until_there_is_enough(online: dict[str, Any]) -> None:
+    train, test = online["answers"]["ultrachat train"], online["answers"]["ultrachat test"]
+    assert [json.loads(document) for document in train["documents"]] == [chat("train_sft", n) for n in range(3)]
+    assert [json.loads(document) for document in test["documents"]] == [chat("test_sft", 0)]
+    assert train["chats"]
+    assert train["name"] == "ultrachat"
+    assert len(train["revision"]) == 40
 
 
 def fetched(hub: FakeHub, repo: str) -> dict[str, int]:
@@ -260,7 +286,7 @@ def test_documents_are_the_rows_of_the_asked_config_split_and_column(
 
 
 def test_every_dataset_has_its_name_and_its_commit(online: dict[str, Any]) -> None:
-    repos = {"wikitext2": WIKITEXT, "auto": WIKITEXT, "c4": C4}
+    repos = {"wikitext2": WIKITEXT, "auto": WIKITEXT, "c4": C4, "ultrachat": ULTRACHAT}
     for asked, (spec, _, _) in ASKED.items():
         answer = online["answers"][asked]
         assert answer["name"] == ("wikitext2" if spec == "auto" else spec)
