@@ -13,6 +13,7 @@ from llmquant.errors import SolveError, SourceError
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.grid import QuantizedWeight
 from llmquant.hessian import Hessian, default_propagation
+from llmquant.histograms import histograms
 from llmquant.paused import Paused, pausing
 from llmquant.recipe import Recipe
 from llmquant.report import LayerReport
@@ -302,6 +303,7 @@ def _split(
         report = _report(
             spec,
             weight_OI,
+            quantized,
             dense,
             solution.target_OI[rows],
             float(solution.loss_O[rows].sum()),
@@ -317,6 +319,7 @@ def _split(
 def _report(
     spec: LinearSpec,
     weight_OI: Tensor,
+    quantized: QuantizedWeight,
     dense_OI: Tensor,
     target_OI: Tensor,
     loss: float,
@@ -328,13 +331,14 @@ def _report(
     weight_error = float((weight_OI - dense_OI).square().sum()) / power if power else 0.0
     rows, columns = spec.shape
     bits = FORMATS[recipe.format].weight_bits(spec) / (rows * columns)
+    spread = histograms(weight_OI, quantized)
     if task.H_II is None:
-        return LayerReport(spec.module, None, None, None, weight_error, bits, 0, notes)
+        return LayerReport(spec.module, None, None, None, weight_error, bits, 0, notes, spread)
     plain_OI = round_to_nearest(weight_OI, spec.scheme)
     rtn_loss = _quadratic(target_OI - plain_OI, task.H_II)
     energy = _quadratic(weight_OI, task.H_II)
     relative = loss / energy if energy else 0.0
-    return LayerReport(spec.module, loss, rtn_loss, relative, weight_error, bits, task.n_tokens, notes)
+    return LayerReport(spec.module, loss, rtn_loss, relative, weight_error, bits, task.n_tokens, notes, spread)
 
 
 def _quadratic(E_OI: Tensor, H_II: Tensor) -> float:

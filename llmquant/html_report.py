@@ -57,6 +57,7 @@ def make_html(name: str, report: dict[str, Any]) -> str:
         health=health(report),
         command=command_of(report),
         depth=_depth(report["layers"]),
+        worst=_worst(report["layers"]),
         ledger=_ledger(report),
         script=_safe(_SCRIPT),
         script_digest=digest,
@@ -117,6 +118,24 @@ def _depth(layers: list[dict[str, Any]]) -> dict[str, Any] | None:
         "legend": plots.legend(list(means)),
         "rows": [["kind", "median", "largest", "in block"], *rows],
     }
+
+
+def _worst(layers: list[dict[str, Any]], count: int = 3) -> list[dict[str, Any]]:
+    """The layers of the largest error, with how their weights, codes and scales are spread."""
+    measured = all(layer["relative_error"] is not None for layer in layers)
+    key = "relative_error" if measured else "weight_error"
+    labels = {"weights": "weight before quantization", "codes": "code", "scales": "log2 of the scale"}
+    return [
+        {
+            "name": layer["name"],
+            "error": f"{layer[key]:.2e}",
+            "plots": [
+                _safe(plots.histogram(f"worst{i}-{what}", label, layer["histograms"][what]))
+                for what, label in labels.items()
+            ],
+        }
+        for i, layer in enumerate(sorted(layers, key=lambda layer: -layer[key])[:count])
+    ]
 
 
 def _ledger(report: dict[str, Any]) -> list[dict[str, Any]]:

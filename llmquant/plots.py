@@ -73,6 +73,20 @@ def error_by_depth(kinds: dict[str, dict[int, float]], label: str) -> str:
     return _svg("depth", draw)
 
 
+def histogram(name: str, label: str, counts: dict[str, Any]) -> str:
+    """Bars of one of `histograms.histograms`; `name` must be unique on the page."""
+
+    def draw(axes: "Axes") -> None:
+        low, bins = counts["low"], len(counts["counts"])
+        width = (counts["high"] - low) / bins
+        middles = [low + (i + 0.5) * width for i in range(bins)]
+        axes.bar(middles, counts["counts"], width=width, color=_COLOURS[0])
+        axes.set_xlabel(label)
+        axes.set_ylabel("count")
+
+    return _svg(name, draw)
+
+
 def legend(names: Sequence[str]) -> list[dict[str, str]]:
     """Name, glyph and CSS colour of each series, in the order in which they were drawn."""
     return [

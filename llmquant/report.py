@@ -32,6 +32,7 @@ class LayerReport:
     bits_per_weight: float
     n_tokens: int
     notes: tuple[str, ...]
+    histograms: dict[str, dict[str, Any]]  # of weights, codes and log2 |scale|: `histograms.histograms`
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"notes": list(self.notes)}

@@ -31,7 +31,7 @@ class CompressedTensors:
                 "compressed-tensors",
                 "an asymmetric grid, which its loader cannot open by default",
                 expected="a symmetric grid",
-                remedy="leave --asymmetric out, or use --format awq (4 bit) or --format fake",
+                remedy="leave --asymmetric out, or use --format awq, mlx, gguf (4 bits) or fake",
             )
 
     def layout(self, spec: LinearSpec) -> Layout:
