@@ -116,14 +116,14 @@ def run(
         Optional[bool],
         typer.Option(
             "--refit/--no-refit",
-            help="Fit the scales once more to the chosen codes [dim]\\[default: refit]",
+            help="Fit the scales, too, in every sweep [dim]\\[default: refit]",
             rich_help_panel=_SOLVER,
             show_default=False,
         ),
     ] = None,
     sweeps: Annotated[
         Optional[int],
-        _option("Sweeps of coordinate descent on the codes (default: 1, and 2 below 4 bits)", "sweeps", _SOLVER),
+        _option("Sweeps of coordinate descent on codes and scales (default: 2, and 4 below 4 bits)", "sweeps", _SOLVER),
     ] = None,
     passes: Annotated[
         Optional[str], _option("Hessians after each step of a block, or in one pass per block", "passes", _SOLVER)
@@ -133,6 +133,12 @@ def run(
     ] = None,
     device: Annotated[Optional[str], _option("auto, cpu or cuda\\[:n]", "device", _RUN)] = None,
     dtype: Annotated[Optional[str], _option("Compute dtype", "dtype", _RUN)] = None,
+    products: Annotated[
+        Optional[str],
+        _option(
+            "Of calibration forwards and Hessians (auto: bfloat16 below 8 bits on CPUs made for it)", "products", _RUN
+        ),
+    ] = None,
     max_ram: Annotated[
         str,
         typer.Option(help="What the streams of hidden states may hold before they go to files", rich_help_panel=_RUN),

@@ -15,6 +15,7 @@ from llmquant.errors import RecipeError, SourceError
 from llmquant.log import Log
 from llmquant.overlap import refuse_overlap
 from llmquant.plan import Plan, make_plan
+from llmquant.products import pick_products
 from llmquant.recipe import Recipe
 from llmquant.report import versions
 from llmquant.skeleton import Skeleton
@@ -35,6 +36,7 @@ class Job:
     calibration: text.Windows | None
     evaluation: text.Windows | None
     lanes: tuple[str, ...]
+    products: torch.dtype  # of calibration forwards and Hessians
     key_of: dict[str, str] = field(repr=False)  # parameter of the model -> tensor of the checkpoint
 
     def read(self, param: str) -> Tensor:
@@ -76,6 +78,7 @@ def fingerprint(job: Job, weights: str) -> dict[str, str]:
         "instruction set": torch.backends.cpu.get_cpu_capability(),
         "device": job.skeleton.device.type,
         "dtype": str(job.skeleton.dtype),
+        "products": str(job.products),
         **{name: None if text is None else text.as_dict() for name, text in windows.items()},
     }
     digests = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in parts.items()}
@@ -88,6 +91,7 @@ def prepare(model: str | Path, revision: str | None, recipe: Recipe, log: Log) -
     refuse_quantized(source)
     device = pick_device(recipe.device)
     skeleton = Skeleton(source, device, pick_dtype(recipe.dtype, device, source))
+    products = pick_products(recipe.products, device, skeleton.dtype, recipe.bits)
     plan = make_plan(source, skeleton, recipe)
     lanes = (ORIGINAL, OURS, *pick_baselines(recipe)) if recipe.eval_data != "none" else ()
     calibration = evaluation = None
@@ -106,7 +110,7 @@ def prepare(model: str | Path, revision: str | None, recipe: Recipe, log: Log) -
         if share:
             log(f"evaluation: {share:.2%} of its tokens are in runs that the calibration text holds too")
     key_of = {param: key for key, param in skeleton.param_of.items()}
-    return Job(source, recipe, skeleton, plan, calibration, evaluation, lanes, key_of)
+    return Job(source, recipe, skeleton, plan, calibration, evaluation, lanes, products, key_of)
 
 
 def prepare_evaluation(

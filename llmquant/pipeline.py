@@ -126,7 +126,7 @@ class _Pass:
         self.streams: CalibrationStreams | None = None
         if job.calibration is not None:
             original = streams.new("calibration (original)") if job.recipe.propagation != 0 else None
-            self.streams = CalibrationStreams(streams.new("calibration"), original, streams.spare_bytes)
+            self.streams = CalibrationStreams(streams.new("calibration"), original, streams.spare_bytes, job.products)
         self.lanes = Lanes(job.lanes, job.evaluation, streams) if job.evaluation is not None else None
         for name in streams.spilled:
             log(f"--max-ram: the {name} stream is kept in a file")
@@ -207,16 +207,17 @@ class _Pass:
             return
         specs = [row.spec for row in self.job.plan.block(index) if row.spec is not None]
         forward, more = forward_of(self.skeleton, index, calls), index + 1 < len(self.skeleton.blocks)
+        calibrate = forward_of(self.skeleton, index, calls, self.job.products)
         with self.watch.stage("resume"), self.skeleton.loaded(self.skeleton.block_params(index), self.job.read):
             self._advance(ORIGINAL, forward)
             self._advance_baselines(specs, forward)
             if self.streams is not None and self.streams.original is not None and more:
-                self.streams.original.update(forward)
+                self.streams.original.update(calibrate)
             for spec in specs:
                 stored = self.format.read(spec, self.run.read_tensor)
                 set_weight(self.skeleton, spec, stored.float() if isinstance(stored, Tensor) else stored.dequantize())
             if self.streams is not None and more:
-                self.streams.quantized.update(forward)
+                self.streams.quantized.update(calibrate)
             self._advance(OURS, forward)
         for name, stream in self._all_streams().items():
             if stream.checksum() != body["streams"][name]:
@@ -291,7 +292,11 @@ def _report(
         "model": {"id": job.source.name, "revision": job.source.revision},
         "versions": versions(),
         "recipe": job.recipe.as_dict(),
-        "compute": {"device": job.skeleton.device.type, "dtype": str(job.skeleton.dtype).removeprefix("torch.")},
+        "compute": {
+            "device": job.skeleton.device.type,
+            "dtype": str(job.skeleton.dtype).removeprefix("torch."),
+            "products": str(job.products).removeprefix("torch."),
+        },
         "bits_per_weight": job.plan.bits_per_weight(job.recipe.format),
         "calibration": None if job.calibration is None else job.calibration.as_dict(),
         "evaluation": None if job.evaluation is None else evaluation_report(job.evaluation, lanes, floor),
