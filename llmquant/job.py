@@ -20,6 +20,7 @@ from llmquant.report import versions
 from llmquant.skeleton import Skeleton
 from llmquant.solvers import DATA_FREE
 from llmquant.source import Source, open_source
+from llmquant.source_card import read_card
 
 ORIGINAL, OURS = "original", "llmquant"
 
@@ -36,6 +37,7 @@ class Job:
     evaluation: text.Windows | None
     lanes: tuple[str, ...]
     key_of: dict[str, str] = field(repr=False)  # parameter of the model -> tensor of the checkpoint
+    card: dict[str, Any] = field(default_factory=dict)  # what the original's own card says, by `read_card`
 
     def read(self, param: str) -> Tensor:
         """A parameter's weights as they are in the checkpoint; NaN and Inf are refused by name."""
@@ -69,6 +71,7 @@ def fingerprint(job: Job, weights: str) -> dict[str, str]:
         "revision": job.source.revision,
         "weights": weights,
         "config": job.source.config,
+        "model card": job.card,
         "side files": side,
         "plan": [row.as_dict() for row in job.plan.rows],
         "lanes": job.lanes,
@@ -106,7 +109,7 @@ def prepare(model: str | Path, revision: str | None, recipe: Recipe, log: Log) -
         if share:
             log(f"evaluation: {share:.2%} of its tokens are in runs that the calibration text holds too")
     key_of = {param: key for key, param in skeleton.param_of.items()}
-    return Job(source, recipe, skeleton, plan, calibration, evaluation, lanes, key_of)
+    return Job(source, recipe, skeleton, plan, calibration, evaluation, lanes, key_of, read_card(source, log))
 
 
 def prepare_evaluation(
