@@ -37,8 +37,7 @@ def verify_folder(folder: str | Path, original: str | Path | None = None, log: L
     report says (||W - W^||^2 / ||W||^2, to one part in a thousand).
     """
     root = Path(folder)
-    manifest = _json(root, MANIFEST)
-    n_files = _check_files(root, manifest["files"])
+    n_files, manifest = verify_files(root), _json(root, MANIFEST)
     log(f"{n_files} files are those of the manifest")
     report = _json(root, "report.json")
     format_name = report["recipe"]["format"]
@@ -73,7 +72,9 @@ def _json(root: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def _check_files(root: Path, table: dict[str, dict[str, Any]]) -> int:
+def verify_files(root: Path) -> int:
+    """VerifyError unless the files in `root` are those of its manifest, byte for byte; how many they are."""
+    table: dict[str, dict[str, Any]] = _json(root, MANIFEST)["files"]
     present = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()} - {MANIFEST}
     hidden = {name for name in present if name.startswith((".git", ".cache/"))}  # what a download leaves
     if odd := sorted((present - hidden) ^ table.keys()):
