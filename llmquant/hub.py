@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from llmquant.card import make_card
-from llmquant.check import verify_files, verify_folder
+from llmquant.check import read_json, verify_files, verify_folder
 from llmquant.errors import HubError, VerifyError
 from llmquant.hub_errors import AGAIN, clean, told
 from llmquant.hub_target import check_target
@@ -100,10 +100,12 @@ def _refuse_unfinished(root: Path) -> None:
 
 def _verified(root: Path, log: Log) -> dict[str, Any]:
     """The files of the manifest, all as they were computed; a GGUF's tensors by their file's hash."""
-    is_gguf = json.loads((root / "report.json").read_bytes())["recipe"]["format"] == "gguf"
-    n_files = verify_files(root) if is_gguf else verify_folder(root).files
+    report = read_json(root, "report.json")
+    if not {"runtimes", "files"} <= report.keys():
+        raise VerifyError(str(root / "report.json"), "is an earlier version's", remedy="quantize or export again")
+    n_files = verify_files(root) if report["recipe"]["format"] == "gguf" else verify_folder(root).files
     log(f"{root}: {n_files} files are right")
-    files: dict[str, Any] = json.loads((root / MANIFEST).read_bytes())["files"]
+    files: dict[str, Any] = read_json(root, MANIFEST)["files"]
     return files
 
 
@@ -113,9 +115,9 @@ def _items(root: Path, files: Mapping[str, Any], repo: str, base_model: str | No
     for name, entry in files.items():
         path = root / name
         items[name] = Item(path, path.stat().st_size, sha256(path) if name == COST else entry["sha256"])
-    report = json.loads((root / "report.json").read_bytes())
+    report = read_json(root, "report.json")
     card = _of_bytes(make_card(repo, report, base_model).encode())
-    manifest = json.loads((root / MANIFEST).read_bytes())
+    manifest = read_json(root, MANIFEST)
     manifest["files"][_CARD] = {"bytes": card.bytes, "sha256": card.sha256}
     return items | {_CARD: card, MANIFEST: _of_bytes(json_bytes(manifest))}
 

@@ -116,6 +116,9 @@ def made(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
         for file in (folder / "small").iterdir():
             (folder / name / file.name).write_bytes(file.read_bytes())
     (folder / "bare" / "manifest.json").unlink()
+    (folder / "early").mkdir()
+    for file in ("manifest.json", "report.json"):
+        (folder / "early" / file).write_text('{"files": {}}')
     data = bytearray((folder / "changed" / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (folder / "changed" / "model.safetensors").write_bytes(data)
@@ -240,12 +243,13 @@ def test_a_pull_request_leaves_the_branch_as_it_is(hub: PublishingHub, made: Pat
 
 # -- what is refused ---------------------------------------------------------------------------------------------
 def test_folders_that_verify_rejects_are_not_published(hub: PublishingHub, made: Path, tmp_path: Path) -> None:
-    names = ("changed", "bare", "nothing")
-    changed, bare, nothing = run(hub, tmp_path, [push(made, name, "me/m") for name in names])
-    assert [said.code for said in (changed, bare, nothing)] == [8, 8, 8]
+    names = ("changed", "bare", "nothing", "early")
+    changed, bare, nothing, early = run(hub, tmp_path, [push(made, name, "me/m") for name in names])
+    assert [said.code for said in (changed, bare, nothing, early)] == [8, 8, 8, 8]
     assert "model.safetensors: its bytes have changed" in changed.err
     assert "bare: no manifest.json; expected a folder that `llmquant run` or `llmquant export` finished" in bare.err
     assert "nothing: no such folder" in nothing.err
+    assert "report.json: is an earlier version's; quantize or export again" in early.err
     assert hub.models == {}
 
 
