@@ -22,6 +22,7 @@ from llmquant.gguf_file import FLOATS, Entry, build_gguf
 from llmquant.gguf_model import GGUFModel
 from llmquant.gguf_tokenizer import tokenizer_metadata
 from llmquant.grid import QuantizedWeight, QuantScheme
+from llmquant.lint import verdicts
 from llmquant.log import Log, silent
 from llmquant.packed import PackedLinear
 from llmquant.plan import Plan, Row
@@ -55,9 +56,9 @@ def export(
     run = RunDir(Path(out), overwrite=overwrite, needed_bytes=exporter.plan.output_bytes + source.side_bytes)
     with run:
         exporter.write(run, parse_size("--max-shard-size", max_shard_size), log)
-        report = exporter.report()
+        report = exporter.report() | {"files": run.weight_files()}
         run.write_json("report.json", report)
-        run.write_bytes("README.md", make_card(run.out.name, report["model"]["id"], report).encode())
+        run.write_bytes("README.md", make_card(run.out.name, report).encode())
         run.commit(exporter.record.digests)
     return run.out
 
@@ -185,6 +186,7 @@ class Export:
         report: dict[str, Any] = json.loads(self.source.local("report.json").read_text("utf-8"))
         report["exported_from"] = report["recipe"]["format"]
         report["recipe"] |= {"format": self.format_name, "exports": []}
+        report["runtimes"] = {self.format_name: verdicts(self.plan.specs, self.format_name, self.plan.dense_linears)}
         report["bits_per_weight"] = self.plan.bits_per_weight(self.format_name)
         lane = ((report["evaluation"] or {}).get("lanes") or {}).get("llmquant")
         if lane is not None:

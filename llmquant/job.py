@@ -21,6 +21,7 @@ from llmquant.report import versions
 from llmquant.skeleton import Skeleton
 from llmquant.solvers import DATA_FREE
 from llmquant.source import Source, open_source
+from llmquant.source_card import read_card
 
 ORIGINAL, OURS = "original", "llmquant"
 
@@ -38,6 +39,7 @@ class Job:
     lanes: tuple[str, ...]
     products: torch.dtype  # of calibration forwards and Hessians
     key_of: dict[str, str] = field(repr=False)  # parameter of the model -> tensor of the checkpoint
+    card: dict[str, Any] = field(default_factory=dict)  # what the original's own card says, by `read_card`
 
     def read(self, param: str) -> Tensor:
         """A parameter's weights as they are in the checkpoint; NaN and Inf are refused by name."""
@@ -71,6 +73,7 @@ def fingerprint(job: Job, weights: str) -> dict[str, str]:
         "revision": job.source.revision,
         "weights": weights,
         "config": job.source.config,
+        "model card": job.card,
         "side files": side,
         "plan": [row.as_dict() for row in job.plan.rows],
         "lanes": job.lanes,
@@ -110,7 +113,8 @@ def prepare(model: str | Path, revision: str | None, recipe: Recipe, log: Log) -
         if share:
             log(f"evaluation: {share:.2%} of its tokens are in runs that the calibration text holds too")
     key_of = {param: key for key, param in skeleton.param_of.items()}
-    return Job(source, recipe, skeleton, plan, calibration, evaluation, lanes, products, key_of)
+    card = read_card(source, log)
+    return Job(source, recipe, skeleton, plan, calibration, evaluation, lanes, products, key_of, card)
 
 
 def prepare_evaluation(

@@ -20,7 +20,7 @@ from llmquant.export import check_exports, export_beside
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.html_report import make_html
 from llmquant.job import ORIGINAL, OURS, Job, fingerprint, prepare, refuse_damaged_weights
-from llmquant.lint import refuse_runtimes
+from llmquant.lint import refuse_runtimes, verdicts
 from llmquant.log import Event, Log, silent, stages_of
 from llmquant.memory import trim
 from llmquant.recipe import Recipe, make_recipe, parse_size
@@ -91,10 +91,10 @@ def quantize(
         with watch.stage("export"):
             export_beside(recipe.exports, run, parse_size("--max-shard-size", recipe.max_shard_size), log)
         floor = None if job.evaluation is None else noise_floor(job.source, job.skeleton, job.evaluation, watch)
-        report = Report(_report(job, layers, lanes, floor), watch.cost(), run.out)
+        report = Report(_report(job, layers, lanes, floor, run.weight_files()), watch.cost(), run.out)
         run.write_json("report.json", report.data)
         run.write_json("cost.json", report.cost)
-        run.write_bytes("README.md", make_card(run.out.name, job.source.name, report.data).encode())
+        run.write_bytes("README.md", make_card(run.out.name, report.data).encode())
         run.write_bytes("report.html", make_html(run.out.name, report.data).encode())
         run.commit({row.name: record.digests[row.name] for row in job.plan.rows})
     return report
@@ -284,12 +284,13 @@ def _size(job: Job, lane: str) -> tuple[float, int]:
 
 
 def _report(
-    job: Job, layers: Sequence[LayerReport], lanes: dict[str, LaneReport], floor: Figures | None
+    job: Job, layers: Sequence[LayerReport], lanes: dict[str, LaneReport], floor: Figures | None, files: dict[str, Any]
 ) -> dict[str, Any]:
     """report.json: nothing in it differs between two runs of the same job on one machine."""
+    specs, dense = job.plan.specs, job.plan.dense_linears
     return {
         "schema_version": SCHEMA_VERSION,
-        "model": {"id": job.source.name, "revision": job.source.revision},
+        "model": {"id": job.source.name, "revision": job.source.revision, "card": job.card},
         "versions": versions(),
         "recipe": job.recipe.as_dict(),
         "compute": {
@@ -300,6 +301,8 @@ def _report(
         "bits_per_weight": job.plan.bits_per_weight(job.recipe.format),
         "calibration": None if job.calibration is None else job.calibration.as_dict(),
         "evaluation": None if job.evaluation is None else evaluation_report(job.evaluation, lanes, floor),
+        "runtimes": {name: verdicts(specs, name, dense) for name in (job.recipe.format, *job.recipe.exports)},
+        "files": files,
         "layers": [layer.as_dict() for layer in layers],
         "tensors": [row.as_dict() for row in job.plan.rows],
     }
