@@ -124,7 +124,7 @@ def run(
     ] = None,
     sweeps: Annotated[
         Optional[int],
-        _option("Sweeps of coordinate descent on codes and scales (default: 2, and 4 below 4 bits)", "sweeps", _SOLVER),
+        _option("Sweeps of coordinate descent on codes and scales (default: 1, and 4 below 4 bits)", "sweeps", _SOLVER),
     ] = None,
     passes: Annotated[
         Optional[str], _option("Hessians after each step of a block, or in one pass per block", "passes", _SOLVER)
