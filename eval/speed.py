@@ -2,9 +2,9 @@
 
 Seconds by stage of one quantization without evaluation, peak memory, and the ratio to the floor: the products that the
 default cannot do without, timed as plain GEMM calls on the same shapes in the same process. These are the linears of
-two calibration forwards (original and quantized), the Gram matrix and the drift of every distinct input, each at the
-faster of float32 and bfloat16 products; and in float32 the solver's products of all rows with the Hessian (drift,
-propagation, feedback, two refits, one sweep, loss). Weights are random; quality is not measured here.
+two calibration forwards (original and quantized), half a Gram product and the drift of every distinct input, each at
+the fastest of float32 and bfloat16; and in float32 the solver's products of all rows with the Hessian (propagation,
+feedback, sweeps, loss). Weights are random; quality is not measured here.
 
 small: 2 blocks of 2048 x 5632, 32 query and 8 key heads.  7b: 32 blocks of 4096 x 11008 (13.5 GB on disk).
 """
@@ -24,16 +24,19 @@ from typing import Any
 import torch
 from memory import build
 
+from llmquant.hessian import default_propagation
+from llmquant.products import sums_of
+from llmquant.solvers.refine import default_sweeps
+
 SHAPES = {
     "small": {"hidden": 2048, "ffn": 5632, "blocks": 2, "heads": 32, "kv_heads": 8, "vocab": 4096},
     "7b": {"hidden": 4096, "ffn": 11008, "blocks": 32, "heads": 32, "kv_heads": 32, "vocab": 32000},
 }
-SOLVER_PRODUCTS = 6.5  # [O, I] x [I, I]: drift 1, propagation 1, feedback 1/2, refits 2, sweep 1, loss 1
 # Functions timed by name, outermost first; what one of them spends in another counts for the inner one only.
 STAGES = {
     "read": ["source:Source.read_finite"],
-    "forward": ["paused:_Run.switch", "skeleton:Skeleton.record", "skeleton:Skeleton.steps"],
-    "gram": ["hessian:Hessian.add", "hessian:Hessian.take_drift"],
+    "forward": ["paused:Paused._go_on", "blocks:_Runs._advance", "skeleton:Skeleton.record", "skeleton:Skeleton.steps"],
+    "gram": ["hessian:Hessian.add", "hessian:Hessian.mean", "hessian:Hessian.take_drift"],
     "factor": ["solvers.gptq:factor", "solvers.gptq:propagated"],
     "grid": ["solvers.gptq:search_grid"],
     "solve": ["solvers.gptq:ldlq"],
@@ -95,7 +98,7 @@ def child(arguments: argparse.Namespace, model: str, out: str) -> None:
     seconds["other"] = total - sum(seconds.values())
     shapes = [row["shape"] for row in report.data["tensors"] if row["action"] == "quantized"]
     tokens = arguments.samples * arguments.seq_len
-    floor = floor_seconds(shapes, tokens) if arguments.method == "gptq" else 0.0
+    floor = floor_seconds(shapes, tokens, default_sweeps(recipe.bits)) if arguments.method == "gptq" else 0.0
     cost = {name: report.cost[name] for name in ("threads", "machine")}
     peak = report.cost["peak_rss_bytes"] / 1e6
     print(json.dumps({"stages": seconds, "total": total, "floor": floor, "peak_mb": peak, **cost}))
@@ -127,37 +130,41 @@ def _time(name: str, stage: str, seconds: dict[str, float], open_stages: list[st
     setattr(owner, leaf, timed)
 
 
-def floor_seconds(shapes: list[list[int]], tokens: int) -> float:
-    """Two forwards through all linears, and two Gram-like products of each distinct input, as plain GEMMs."""
+def floor_seconds(shapes: list[list[int]], tokens: int, sweeps: int) -> float:
+    """Seconds of the products that a Llama's default cannot do without, each as the fastest GEMM of this machine."""
     outputs: dict[int, int] = {}
     for rows, columns in shapes:
         outputs[columns] = outputs.get(columns, 0) + rows
-    inputs = [columns for rows, columns in shapes]
-    n_inputs = {width: 1 if width == max(inputs) else 3 for width in outputs}  # qkv, o and gate/up; down
-    n_blocks = sum(1 for rows, columns in shapes if columns == max(inputs)) or 1
+    wide = max(outputs)
+    n_blocks = sum(columns == wide for _, columns in shapes)
     chunk, total = min(tokens, 4096), 0.0
     for width, rows in outputs.items():
-        x, weight = torch.randn(chunk, width), torch.randn(min(rows, 8192), width)
-        forward = fastest(lambda x=x, w=weight: x @ w.T) * rows / len(weight)
-        gram = fastest(lambda x=x: x.T @ x) * n_inputs[width] * n_blocks
-        H = torch.randn(width, width)
-        solver = fastest(lambda w=weight, H=H: w @ H, ("none",)) * rows / len(weight) * SOLVER_PRODUCTS
-        total += 2 * (forward + gram) * tokens / chunk + solver
+        drift = default_propagation(tokens, width, wide=width == wide) > 0
+        x, weight, H = torch.randn(chunk, width), torch.randn(min(rows, 8192), width), torch.randn(width, width)
+        n_inputs = n_blocks * (1 if width == wide else 3)  # down; qkv, o and gate/up
+        # The last block's output is not needed.
+        needed = rows * (n_blocks - 1) / n_blocks if width == wide else rows
+        halves = x.bfloat16(), weight.bfloat16()
+        forward = fastest([lambda x=x, w=weight: x @ w.T, lambda halves=halves: halves[0] @ halves[1].T])
+        gram = fastest([lambda x=x: x.T @ x]) * n_inputs * (1.5 if drift else 0.5)
+        solver = fastest([lambda w=weight, H=H: w @ H], bf16=False) * (rows / len(weight))
+        products = 0.5 + sweeps + 0.5 + (2 if drift else 0)  # feedback, sweeps, loss, propagation
+        total += (2 * forward * needed / len(weight) + gram) * tokens / chunk + solver * products
     return total
 
 
-def fastest(product: Callable[[], Any], precisions: tuple[str, ...] = ("none", "bf16")) -> float:
-    """Median seconds of the product at the best of some precisions."""
+def fastest(products: list[Callable[[], Any]], *, bf16: bool = True) -> float:
+    """Seconds of the fastest of some forms of a product, float32 factors also rounded to bfloat16."""
     medians = []
-    for precision in precisions:
-        torch.backends.mkldnn.matmul.fp32_precision = precision
-        times = []
-        for _ in range(4):
-            begin = time.perf_counter()
-            product()
-            times.append(time.perf_counter() - begin)
-        medians.append(statistics.median(times[1:]))
-    torch.backends.mkldnn.matmul.fp32_precision = "none"
+    for product in products:
+        for precision in (torch.float32, torch.bfloat16) if bf16 else (torch.float32,):
+            with sums_of(precision):
+                times = []
+                for _ in range(4):
+                    begin = time.perf_counter()
+                    product()
+                    times.append(time.perf_counter() - begin)
+            medians.append(statistics.median(times[1:]))
     return min(medians)
 
 

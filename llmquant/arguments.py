@@ -37,6 +37,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "--ignore-layers": ("--ignore",),
     "--torch-dtype": ("--dtype",),
     "--quant-method": ("--method",),
+    "--upload-repo": ("--push-to-hub", "--repo"),
+    "--repo-id": ("--repo", "--push-to-hub"),
     "--algorithm": ("--method",),
 }
 COMMANDS = {"quantize": "run", "quant": "run", "evaluate": "eval", "perplexity": "eval", "info": "inspect"}

@@ -12,9 +12,10 @@ from llmquant.baselines import round_to_nearest
 from llmquant.errors import SolveError, SourceError
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.grid import QuantizedWeight
-from llmquant.hessian import Hessian, default_propagation
+from llmquant.hessian import Hessian, default_propagation, quadratic
 from llmquant.histograms import histograms
 from llmquant.paused import Paused, pausing
+from llmquant.products import forwards_in, sums_of
 from llmquant.recipe import Recipe
 from llmquant.report import LayerReport
 from llmquant.skeleton import Call, Calls, Skeleton
@@ -32,12 +33,17 @@ class Solved:
     report: LayerReport
 
 
-def forward_of(skeleton: Skeleton, index: int, calls: Calls) -> Callable[[Tensor], Tensor]:
-    """The loaded block as a function of hidden states [B, T, D], with the arguments recorded for their shape."""
+def forward_of(
+    skeleton: Skeleton, index: int, calls: Calls, products: torch.dtype | None = None
+) -> Callable[[Tensor], Tensor]:
+    """The loaded block as a function of hidden states [B, T, D], with the arguments recorded for their shape.
+
+    `products`: the precision of its products, where it is not that of the compute dtype.
+    """
     block = skeleton.blocks[index][1]
 
     def forward(hidden: Tensor) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), forwards_in(products or skeleton.dtype, skeleton.dtype):
             return _call_for(calls, index, hidden)(block, hidden.to(skeleton.device))
 
     return forward
@@ -63,12 +69,14 @@ def get_weight(skeleton: Skeleton, spec: LinearSpec) -> Tensor:
 class CalibrationStreams:
     """Hidden states before the block: of the quantized blocks, and of the original ones (for error propagation).
 
-    `spare_bytes` is what forwards may hold while they are paused between the steps of a block.
+    `spare_bytes` is what forwards may hold while they are paused between the steps of a block; `products` is the
+    precision of their products and of the Hessians.
     """
 
     quantized: Stream
     original: Stream | None = None
     spare_bytes: int = 0
+    products: torch.dtype = torch.float32
 
     def append(self, hidden: Tensor) -> None:
         """Before the first block both are the same."""
@@ -165,7 +173,9 @@ class _Runs:
         self, skeleton: Skeleton, index: int, specs: Sequence[LinearSpec], calls: Calls, streams: CalibrationStreams
     ) -> None:
         self._skeleton, self._streams = skeleton, streams
-        self._forward = forward_of(skeleton, index, calls)
+        self._forward = forward_of(skeleton, index, calls, streams.products)
+        self._plain = forward_of(skeleton, index, calls)
+        self._around = partial(forwards_in, streams.products, skeleton.dtype)
         self._names = [f"{spec.module}.weight" for spec in specs]
         self._originals = self._weights()
         self._current = self._originals
@@ -183,23 +193,29 @@ class _Runs:
 
     def hessian(self, position: int, step: Step) -> Hessian:
         """Over all batches, of the inputs of the step at `position`; steps must come in order."""
-        hessian = Hessian(step.in_features, self._skeleton.device, drift=step.propagation > 0)
+        hessian = self._empty(step)
         for x, original in self._pairs(position):
             hessian.add(x, original)
         return hessian
 
     def hessians_of_all(self, steps: Sequence[Step]) -> list[Hessian]:
         """The Hessians of all steps in one pass, before any of them is quantized."""
-        device = self._skeleton.device
-        hessians = [Hessian(step.in_features, device, drift=step.propagation > 0) for step in steps]
+        hessians = [self._empty(step) for step in steps]
         original = self._streams.original
         for hidden, other in zip(self._streams.quantized, original or self._streams.quantized, strict=True):
-            run, reference = Paused(partial(self._forward, hidden)), Paused(partial(self._forward, other))
+            run, reference = self._paused(hidden), self._paused(other)
             for position, hessian in enumerate(hessians):
                 hessian.add(run.input_of(position), reference.input_of(position) if original is not None else None)
             run.close()
             reference.close()
         return hessians
+
+    def _empty(self, step: Step) -> Hessian:
+        drift = step.propagation > 0
+        return Hessian(step.in_features, self._skeleton.device, drift=drift, products=self._streams.products)
+
+    def _paused(self, hidden: Tensor) -> Paused:
+        return Paused(partial(self._plain, hidden), self._around)
 
     def _pairs(self, position: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Inputs of a step, of the quantized and of the original model, batch by batch."""
@@ -215,7 +231,7 @@ class _Runs:
 
     def _input(self, position: int, batch: int, stream: str, hidden: Tensor) -> Tensor:
         run, _ = self._kept.pop((batch, stream), (None, 0))
-        run = run or Paused(partial(self._forward, hidden))
+        run = run or self._paused(hidden)
         x = run.input_of(position)
         held, spare = run.held_bytes(), self._streams.spare_bytes - sum(held for _, held in self._kept.values())
         if held <= spare:
@@ -277,7 +293,8 @@ def _solve(
         on_bad_layer=recipe.on_bad_layer,
     )
     solution = SOLVERS[recipe.method](task, options)
-    return _split(skeleton, step, weights, task, solution, recipe, notes)
+    products = torch.float32 if hessian is None else hessian.products
+    return _split(skeleton, step, weights, task, solution, recipe, notes, products)
 
 
 def _split(
@@ -288,6 +305,7 @@ def _split(
     solution: Solution,
     recipe: Recipe,
     notes: tuple[str, ...],
+    products: torch.dtype,
 ) -> list[Solved]:
     done, start = [], 0
     for spec, weight_OI in zip(step, weights, strict=True):
@@ -310,6 +328,7 @@ def _split(
             task,
             recipe,
             notes + solution.notes,
+            products,
         )
         set_weight(skeleton, spec, dense)
         done.append(Solved(spec, quantized, report))
@@ -326,6 +345,7 @@ def _report(
     task: LayerTask,
     recipe: Recipe,
     notes: tuple[str, ...],
+    products: torch.dtype,
 ) -> LayerReport:
     power = float(weight_OI.square().sum())
     weight_error = float((weight_OI - dense_OI).square().sum()) / power if power else 0.0
@@ -335,12 +355,7 @@ def _report(
     if task.H_II is None:
         return LayerReport(spec.module, None, None, None, weight_error, bits, 0, notes, spread)
     plain_OI = round_to_nearest(weight_OI, spec.scheme)
-    rtn_loss = _quadratic(target_OI - plain_OI, task.H_II)
-    energy = _quadratic(weight_OI, task.H_II)
+    with sums_of(products):  # they judge the loss, and nothing is computed from them
+        rtn_loss, energy = (float(quadratic(x_OI, task.H_II).sum()) for x_OI in (target_OI - plain_OI, weight_OI))
     relative = loss / energy if energy else 0.0
     return LayerReport(spec.module, loss, rtn_loss, relative, weight_error, bits, task.n_tokens, notes, spread)
-
-
-def _quadratic(E_OI: Tensor, H_II: Tensor) -> float:
-    """tr(E H E^T)."""
-    return float(torch.sum((E_OI @ H_II) * E_OI))

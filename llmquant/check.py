@@ -38,10 +38,9 @@ def verify_folder(folder: str | Path, original: str | Path | None = None, log: L
     report says (||W - W^||^2 / ||W||^2, to one part in a thousand).
     """
     root = Path(folder)
-    manifest = _json(root, MANIFEST)
-    n_files = _check_files(root, manifest["files"])
+    n_files, manifest = verify_files(root), read_json(root, MANIFEST)
     log(f"{n_files} files are those of the manifest")
-    report = _json(root, "report.json")
+    report = read_json(root, "report.json")
     format_name = report["recipe"]["format"]
     if format_name == "gguf":
         raise VerifyError(
@@ -66,7 +65,8 @@ def verify_folder(folder: str | Path, original: str | Path | None = None, log: L
     return Checked(n_files, quantized, len(report["tensors"]) - quantized, None if source is None else source.name)
 
 
-def _json(root: Path, name: str) -> dict[str, Any]:
+def read_json(root: Path, name: str) -> dict[str, Any]:
+    """A JSON file of a finished folder; VerifyError where it cannot be read."""
     try:
         found: dict[str, Any] = json.loads((root / name).read_bytes())
     except (OSError, ValueError) as error:
@@ -74,7 +74,9 @@ def _json(root: Path, name: str) -> dict[str, Any]:
     return found
 
 
-def _check_files(root: Path, table: dict[str, dict[str, Any]]) -> int:
+def verify_files(root: Path) -> int:
+    """VerifyError unless the files in `root` are those of its manifest, byte for byte; how many they are."""
+    table: dict[str, dict[str, Any]] = read_json(root, MANIFEST)["files"]
     present = {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()} - {MANIFEST}
     hidden = {name for name in present if name.startswith((".git", ".cache/"))}  # what a download leaves
     if odd := sorted((present - hidden) ^ table.keys()):
@@ -169,6 +171,6 @@ def _as_loaded(spec: LinearSpec, places: dict[str, Place], format_name: str) -> 
 
 
 def _check_config(root: Path, format_name: str) -> None:
-    config = _json(root, "config.json")
+    config = read_json(root, "config.json")
     if format_name not in DENSE and not {"quantization_config", "quantization"} & config.keys():
         raise VerifyError("config.json", "says nothing of the quantization", expected="quantization_config")

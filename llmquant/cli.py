@@ -11,6 +11,7 @@ import typer
 from llmquant import commands
 from llmquant.arguments import count, normalise, strength, suggestion
 from llmquant.cli_export import export
+from llmquant.cli_push import check_login, push, push_result
 from llmquant.console import show_report
 from llmquant.errors import Interrupted, LLMQuantError
 from llmquant.progress import JsonLines, progress, stoppable
@@ -118,14 +119,14 @@ def run(
         Optional[bool],
         typer.Option(
             "--refit/--no-refit",
-            help="Fit the scales once more to the chosen codes [dim]\\[default: refit]",
+            help="Fit the scales, too, in every sweep [dim]\\[default: refit]",
             rich_help_panel=_SOLVER,
             show_default=False,
         ),
     ] = None,
     sweeps: Annotated[
         Optional[int],
-        _option("Sweeps of coordinate descent on the codes (default: 1, and 2 below 4 bits)", "sweeps", _SOLVER),
+        _option("Sweeps of coordinate descent on codes and scales (default: 1, and 4 below 4 bits)", "sweeps", _SOLVER),
     ] = None,
     passes: Annotated[
         Optional[str], _option("Hessians after each step of a block, or in one pass per block", "passes", _SOLVER)
@@ -135,6 +136,12 @@ def run(
     ] = None,
     device: Annotated[Optional[str], _option("auto, cpu or cuda\\[:n]", "device", _RUN)] = None,
     dtype: Annotated[Optional[str], _option("Compute dtype", "dtype", _RUN)] = None,
+    products: Annotated[
+        Optional[str],
+        _option(
+            "Of calibration forwards and Hessians (auto: bfloat16 below 8 bits on CPUs made for it)", "products", _RUN
+        ),
+    ] = None,
     max_ram: Annotated[
         str,
         typer.Option(help="What the streams of hidden states may hold before they go to files", rich_help_panel=_RUN),
@@ -162,6 +169,13 @@ def run(
             rich_help_panel=_JOB,
         ),
     ] = None,
+    push_to_hub: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Publish the result as owner/name, private; login and name are checked before the work",
+            rich_help_panel=_JOB,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, as `llmquant plan` does", rich_help_panel=_RUN)
     ] = False,
@@ -185,6 +199,8 @@ def run(
         flags["eval_tokens"] = count(eval_tokens)
     settings = make_recipe(model, recipe, flags)
     _calm_libraries()
+    if push_to_hub is not None:
+        check_login(push_to_hub)
     targets = [name.strip() for name in runtimes.split(",")] if runtimes else []
     if dry_run:
         return commands.show_plan(model, settings, out, revision, max_ram, overwrite, json, targets)
@@ -203,6 +219,8 @@ def run(
             log=log,
         )
     show_report(report)
+    if push_to_hub is not None and report.out is not None:
+        push_result(report.out, push_to_hub, quiet or json)
 
 
 _Data = Annotated[Optional[str], typer.Option("--data", help=f"Text: {_DATA} [dim]\\[default: {_DEFAULTS.eval_data}]")]
@@ -260,6 +278,9 @@ def compare(
 app.command(rich_help_panel=commands.MAKE, epilog="Example:  llmquant export ./out --format gguf --out ./out-gguf")(
     export
 )
+app.command(
+    rich_help_panel=commands.PUBLISH, epilog="Example:  llmquant push ./demo-W4A16-G128 --repo user/demo-W4A16-G128"
+)(push)
 
 
 def _eval_flags(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from llmquant.estimate import Estimate
 
-MAKE, JUDGE, LOOK = "Quantize", "Judge", "Look"
+MAKE, JUDGE, PUBLISH, LOOK = "Quantize", "Judge", "Publish", "Look"
 # Blank lines keep typer from joining the lines.
 EXAMPLES = """[bold]Try it[/], offline, in a minute
 
@@ -33,6 +33,10 @@ EXAMPLES = """[bold]Try it[/], offline, in a minute
 [bold]Judge[/] finished checkpoints
 
   llmquant compare ./a-W4A16-G128 ./b-W4A16-G128 --reference ./original
+
+[bold]Publish[/] one, private at first
+
+  llmquant push ./a-W4A16-G128 --repo user/a-W4A16-G128
 
 [bold]Something is wrong[/]
 

@@ -8,7 +8,8 @@
     |-- FormatError          6   the output format or a runtime cannot hold the plan
     |-- OutputError          7   the output folder or the disk
     |-- VerifyError          8   what was written is not what was computed
-    `-- ResumeError          9   an interrupted run cannot be gone on with
+    |-- ResumeError          9   an interrupted run cannot be gone on with
+    `-- HubError            10   the Hub refuses to publish, or cannot be reached
 
 A run that Ctrl-C or SIGTERM ended exits with 75: the same command goes on.
 
@@ -57,6 +58,10 @@ class VerifyError(LLMQuantError):
 
 class ResumeError(LLMQuantError):
     exit_code = 9
+
+
+class HubError(LLMQuantError):
+    exit_code = 10
 
 
 class Interrupted(BaseException):

@@ -16,6 +16,7 @@ from llmquant.errors import FormatError, SourceError
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.formats.base import Layout
 from llmquant.grid import QuantizedWeight, QuantScheme
+from llmquant.lint import verdicts
 from llmquant.log import Log, silent
 from llmquant.output import open_output
 from llmquant.packed import PackedLinear
@@ -46,9 +47,9 @@ def export(
     run = RunDir(Path(out), overwrite=overwrite, needed_bytes=exporter.plan.output_bytes + source.side_bytes)
     with run:
         exporter.write(run, parse_size("--max-shard-size", max_shard_size), log)
-        report = exporter.report()
+        report = exporter.report() | {"files": run.weight_files()}
         run.write_json("report.json", report)
-        run.write_bytes("README.md", make_card(run.out.name, report["model"]["id"], report).encode())
+        run.write_bytes("README.md", make_card(run.out.name, report).encode())
         run.commit(exporter.output.record.digests)
     return run.out
 
@@ -151,6 +152,7 @@ class Export:
         report: dict[str, Any] = json.loads(self.source.local("report.json").read_text("utf-8"))
         report["exported_from"] = report["recipe"]["format"]
         report["recipe"] |= {"format": self.format_name, "exports": []}
+        report["runtimes"] = {self.format_name: verdicts(self.plan.specs, self.format_name, self.plan.dense_linears)}
         report["bits_per_weight"] = self.plan.bits_per_weight(self.format_name)
         lane = ((report["evaluation"] or {}).get("lanes") or {}).get("llmquant")
         if lane is not None:

@@ -6,9 +6,12 @@ Shapes: N tokens, I in_features.
 import torch
 from torch import Tensor
 
+from llmquant.products import sums_of
+
 # Few tokens per input dimension leave H noisy: damp it more (METHODS: 0.01, or 0.003 from 8 tokens per dimension).
 _DAMP_FEW, _DAMP_MANY, _MANY = 0.01, 0.003, 8
 _DAMP_STEP, _DAMP_TRIES = 3.0, 5
+_COLUMNS = 512  # in a block of a symmetric product
 
 
 class Hessian:
@@ -16,13 +19,21 @@ class Hessian:
 
     With `drift`, also of (x - x^) x^^T, where x is the same input in the original model: what error propagation
     needs. Memory: 4 * I^2 bytes for each sum. Tokens with a non-finite entry are left out and counted.
+    Inputs are rounded to `products` (llmquant.products) before they are multiplied; sums are float32.
     """
 
     def __init__(
-        self, in_features: int, device: torch.device, dtype: torch.dtype = torch.float32, *, drift: bool = False
+        self,
+        in_features: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        *,
+        drift: bool = False,
+        products: torch.dtype = torch.float32,
     ) -> None:
         self.sum_II = torch.zeros(in_features, in_features, dtype=dtype, device=device)
         self.drift_II = torch.zeros_like(self.sum_II) if drift else None
+        self.products = products
         self.n_tokens = 0
         self.n_excluded = 0
 
@@ -39,13 +50,22 @@ class Hessian:
             self.n_excluded += int((~finite).sum())
             x_NI = x_NI[finite]
             drift_NI = None if drift_NI is None else drift_NI[finite]
-        if self.drift_II is not None and drift_NI is not None:
-            self.drift_II.addmm_(drift_NI.T, x_NI)
-        self.sum_II.addmm_(x_NI.T, x_NI)
+        with sums_of(self.products):
+            if self.drift_II is not None and drift_NI is not None:
+                self.drift_II.addmm_(drift_NI.T, x_NI)
+            # The upper triangle, block column by block column: about half of the products.
+            for start in range(0, x_NI.shape[1], _COLUMNS):
+                end = start + _COLUMNS
+                self.sum_II[:end, start:end].addmm_(x_NI[:, :end].T, x_NI[:, start:end])
         self.n_tokens += x_NI.shape[0]
 
     def mean(self) -> Tensor:
-        """H_II = sum / N. The sum is divided in place, so call this once."""
+        """H_II = sum / N, symmetric to the bit. The sum is divided in place, so call this once."""
+        for start in range(0, self.sum_II.shape[0], _COLUMNS):
+            end = start + _COLUMNS
+            self.sum_II[start:end, :start] = self.sum_II[:start, start:end].T
+            diagonal = self.sum_II[start:end, start:end]
+            diagonal.copy_(diagonal.triu() + diagonal.triu(1).T)
         return self.sum_II.div_(max(1, self.n_tokens))
 
     def take_drift(self, weight_OI: Tensor) -> Tensor | None:
@@ -55,6 +75,21 @@ class Hessian:
         drift_OI = (weight_OI @ self.drift_II).div_(max(1, self.n_tokens))
         self.drift_II = None
         return drift_OI
+
+
+def quadratic(E_OI: Tensor, H_II: Tensor) -> Tensor:
+    """e^T H e of every row e of E, [O], H symmetric: the upper triangle by block columns, half of the products.
+
+    >>> quadratic(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 1.0], [1.0, 4.0]])).tolist()
+    [23.0]
+    """
+    loss_O = E_OI.new_zeros(E_OI.shape[0])
+    for start in range(0, E_OI.shape[1], _COLUMNS):
+        end = start + _COLUMNS
+        here_OB = E_OI[:, start:end]
+        half_OB = torch.addmm(here_OB @ H_II[start:end, start:end], E_OI[:, :start], H_II[:start, start:end], alpha=2)
+        loss_O += (half_OB * here_OB).sum(1)
+    return loss_O
 
 
 def default_propagation(n_tokens: int, in_features: int, *, wide: bool = False) -> float:

@@ -135,6 +135,7 @@ def _worst(layers: list[dict[str, Any]], count: int = 3) -> list[dict[str, Any]]
             ],
         }
         for i, layer in enumerate(sorted(layers, key=lambda layer: -layer[key])[:count])
+        if "histograms" in layer  # reports of earlier versions have none
     ]
 
 

@@ -17,11 +17,13 @@ from llmquant.log import Log
 from llmquant.output import Output, open_output
 from llmquant.overlap import refuse_overlap
 from llmquant.plan import Plan, make_plan
+from llmquant.products import pick_products
 from llmquant.recipe import Recipe
 from llmquant.report import versions
 from llmquant.skeleton import Skeleton
 from llmquant.solvers import DATA_FREE
 from llmquant.source import Source
+from llmquant.source_card import read_card
 
 ORIGINAL, OURS = "original", "llmquant"
 
@@ -38,7 +40,9 @@ class Job:
     calibration: text.Windows | None
     evaluation: text.Windows | None
     lanes: tuple[str, ...]
+    products: torch.dtype  # of calibration forwards and Hessians
     key_of: dict[str, str] = field(repr=False)  # parameter of the model -> tensor of the checkpoint
+    card: dict[str, Any] = field(default_factory=dict)  # what the original's own card says, by `read_card`
 
     def read(self, param: str) -> Tensor:
         """A parameter's weights as they are in the checkpoint; NaN and Inf are refused by name."""
@@ -72,6 +76,7 @@ def fingerprint(job: Job, weights: str) -> dict[str, str]:
         "revision": job.source.revision,
         "weights": weights,
         "config": job.source.config,
+        "model card": job.card,
         "side files": side,
         "plan": [row.as_dict() for row in job.plan.rows],
         "lanes": job.lanes,
@@ -79,6 +84,7 @@ def fingerprint(job: Job, weights: str) -> dict[str, str]:
         "instruction set": torch.backends.cpu.get_cpu_capability(),
         "device": job.skeleton.device.type,
         "dtype": str(job.skeleton.dtype),
+        "products": str(job.products),
         **{name: None if text is None else text.as_dict() for name, text in windows.items()},
     }
     digests = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in parts.items()}
@@ -90,6 +96,7 @@ def prepare(model: str | Path, revision: str | None, recipe: Recipe, log: Log) -
     source = open_original(model, revision)
     device = pick_device(recipe.device)
     skeleton = Skeleton(source, device, pick_dtype(recipe.dtype, device, source))
+    products = pick_products(recipe.products, device, skeleton.dtype, recipe.bits)
     output = open_output(recipe.format, source, skeleton, make_plan(source, skeleton, recipe))
     lanes = (ORIGINAL, OURS, *pick_baselines(recipe)) if recipe.eval_data != "none" else ()
     calibration = evaluation = None
@@ -108,7 +115,8 @@ def prepare(model: str | Path, revision: str | None, recipe: Recipe, log: Log) -
         if share:
             log(f"evaluation: {share:.2%} of its tokens are in runs that the calibration text holds too")
     key_of = {param: key for key, param in skeleton.param_of.items()}
-    return Job(source, recipe, skeleton, output.plan, output, calibration, evaluation, lanes, key_of)
+    card = read_card(source, log)
+    return Job(source, recipe, skeleton, output.plan, output, calibration, evaluation, lanes, products, key_of, card)
 
 
 def prepare_evaluation(

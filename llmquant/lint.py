@@ -7,6 +7,7 @@ The rules of vLLM and SGLang were read in their sources and documentation, not r
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -267,6 +268,21 @@ def opens(specs: Sequence[LinearSpec], format_name: str, dense_linears: Sequence
     findings = lint(specs, format_name, dense_linears)
     refused = {finding.runtime for finding in findings if finding.severity == "refuses"}
     return {runtime: not refused & {runtime, "llmquant"} for runtime in RUNTIMES}
+
+
+def verdicts(
+    specs: Sequence[LinearSpec], format_name: str, dense_linears: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """For every runtime, as plain data for a report: its version, whether it opens the result, and at what price."""
+    findings, answers = lint(specs, format_name, dense_linears), opens(specs, format_name, dense_linears)
+    return {
+        runtime: {
+            "version": version,
+            "opens": answers[runtime],
+            "notes": [f"{f.got}; {f.remedy}" for f in findings if f.runtime in (runtime, "llmquant")],
+        }
+        for runtime, version in RUNTIMES.items()
+    }
 
 
 def refuse_runtimes(

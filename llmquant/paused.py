@@ -6,7 +6,7 @@ times. Each paused forward is a greenlet: a call stack of its own in the same th
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -16,16 +16,21 @@ from torch import Tensor, nn
 
 
 class Paused:
-    """One forward on its way. Make and resume it only within `pausing` of the modules that it is to pause at."""
+    """One forward on its way. Make and resume it only within `pausing` of the modules that it is to pause at.
 
-    def __init__(self, forward: Callable[[], Tensor]) -> None:
-        self._run = _Run(forward)
+    `around` is entered whenever it goes on and left whenever it pauses: settings of the thread that are its own.
+    """
+
+    def __init__(
+        self, forward: Callable[[], Tensor], around: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> None:
+        self._run, self._around = _Run(forward), around
 
     def input_of(self, position: int) -> Tensor:
         """Go on up to the module at `position`; the input that it is about to read."""
         reached, x = -1, torch.empty(0)
         while reached != position:
-            result = self._run.switch()
+            result = self._go_on()
             if self._run.dead:
                 raise RuntimeError(f"the block's forward ended before step {position}")
             reached, x = result
@@ -33,11 +38,15 @@ class Paused:
 
     def finish(self) -> Tensor:
         """Go on to the end; what the forward returns."""
-        result = self._run.switch()
+        result = self._go_on()
         while not self._run.dead:
-            result = self._run.switch()
+            result = self._go_on()
         output: Tensor = result
         return output
+
+    def _go_on(self) -> Any:
+        with self._around():
+            return self._run.switch()
 
     def close(self) -> None:
         """Give up, and free what the forward holds."""

@@ -21,7 +21,7 @@ from llmquant.export import check_exports, export_beside
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.html_report import make_html
 from llmquant.job import ORIGINAL, OURS, Job, fingerprint, prepare, refuse_damaged_weights
-from llmquant.lint import refuse_runtimes
+from llmquant.lint import refuse_runtimes, verdicts
 from llmquant.log import Event, Log, Scored, silent, stages_of
 from llmquant.memory import trim
 from llmquant.recipe import Recipe, make_recipe, parse_size
@@ -89,10 +89,10 @@ def quantize(
         with watch.stage("export"):
             export_beside(recipe.exports, run, parse_size("--max-shard-size", recipe.max_shard_size), log)
         floor = None if job.evaluation is None else noise_floor(job.source, job.skeleton, job.evaluation, watch)
-        report = Report(_report(job, layers, lanes, floor), watch.cost(), run.out)
+        report = Report(_report(job, layers, lanes, floor, run.weight_files()), watch.cost(), run.out)
         run.write_json("report.json", report.data)
         run.write_json("cost.json", report.cost)
-        run.write_bytes("README.md", make_card(run.out.name, job.source.name, report.data).encode())
+        run.write_bytes("README.md", make_card(run.out.name, report.data).encode())
         run.write_bytes("report.html", make_html(run.out.name, report.data).encode())
         run.commit({row.name: output.record.digests[row.name] for row in job.plan.rows})
     return report
@@ -124,7 +124,7 @@ class _Pass:
         self.streams: CalibrationStreams | None = None
         if job.calibration is not None:
             original = streams.new("calibration (original)") if job.recipe.propagation != 0 else None
-            self.streams = CalibrationStreams(streams.new("calibration"), original, streams.spare_bytes)
+            self.streams = CalibrationStreams(streams.new("calibration"), original, streams.spare_bytes, job.products)
         self.lanes = Lanes(job.lanes, job.evaluation, streams) if job.evaluation is not None else None
         for name in streams.spilled:
             log(f"--max-ram: the {name} stream is kept in a file")
@@ -203,18 +203,19 @@ class _Pass:
             return
         specs = [row.spec for row in self.job.plan.block(index) if row.spec is not None]
         forward, more = forward_of(self.skeleton, index, calls), index + 1 < len(self.skeleton.blocks)
+        calibrate = forward_of(self.skeleton, index, calls, self.job.products)
         with self.watch.stage("resume"), self.skeleton.loaded(self.skeleton.block_params(index), self.job.read):
             self._advance(ORIGINAL, forward)
             self._advance_baselines(specs, forward)
             if self.streams is not None and self.streams.original is not None and more:
-                self.streams.original.update(forward)
+                self.streams.original.update(calibrate)
             for spec in specs:
                 stored = self.output.read(self.run, spec)
                 if not isinstance(stored, Tensor):
                     stored = FORMATS[self.job.recipe.format].loaded(spec, stored)
                 set_weight(self.skeleton, spec, stored.float())
             if self.streams is not None and more:
-                self.streams.quantized.update(forward)
+                self.streams.quantized.update(calibrate)
             self._advance(OURS, forward)
         for name, stream in self._all_streams().items():
             if stream.checksum() != body["streams"][name]:
@@ -282,18 +283,30 @@ def _size(job: Job, lane: str) -> tuple[float, int]:
 
 
 def _report(
-    job: Job, layers: Sequence[LayerReport], lanes: dict[str, LaneReport], floor: Figures | None
+    job: Job, layers: Sequence[LayerReport], lanes: dict[str, LaneReport], floor: Figures | None, files: dict[str, Any]
 ) -> dict[str, Any]:
     """report.json: nothing in it differs between two runs of the same job on one machine."""
+    specs, dense = job.plan.specs, job.plan.dense_linears
     return {
         "schema_version": SCHEMA_VERSION,
-        "model": {"id": job.source.name, "revision": job.source.revision, "stored_as": stored_forms(job.source)},
+        "model": {
+            "id": job.source.name,
+            "revision": job.source.revision,
+            "card": job.card,
+            **({"stored_as": forms} if (forms := stored_forms(job.source)) else {}),
+        },
         "versions": versions(),
         "recipe": job.recipe.as_dict(),
-        "compute": {"device": job.skeleton.device.type, "dtype": str(job.skeleton.dtype).removeprefix("torch.")},
+        "compute": {
+            "device": job.skeleton.device.type,
+            "dtype": str(job.skeleton.dtype).removeprefix("torch."),
+            "products": str(job.products).removeprefix("torch."),
+        },
         "bits_per_weight": job.plan.bits_per_weight(job.recipe.format),
         "calibration": None if job.calibration is None else job.calibration.as_dict(),
         "evaluation": None if job.evaluation is None else evaluation_report(job.evaluation, lanes, floor),
+        "runtimes": {name: verdicts(specs, name, dense) for name in (job.recipe.format, *job.recipe.exports)},
+        "files": files,
         "layers": [layer.as_dict() for layer in layers],
         "tensors": [row.as_dict() for row in (*job.plan.rows, *job.output.left_out)],
     }

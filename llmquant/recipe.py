@@ -26,6 +26,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "passes": ("step", "block"),
     "on_bad_layer": ("fail", "rtn"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "products": ("auto", "float32", "bfloat16"),
 }
 
 
@@ -45,8 +46,8 @@ class Recipe:
     order: str = "descending"
     damp: float | None = None  # share of mean(diag H); None: 0.003 from 8 tokens per input dimension on, else 0.01
     propagation: float | str = "auto"  # strength of error propagation, 0 (off) to 1; auto: by tokens per input
-    refit: bool = True  # scales fitted again to the codes
-    sweeps: int | None = None  # of coordinate descent on the codes; None: 1 at 4 bits and more, 2 below
+    refit: bool = True  # scales, too, in each sweep
+    sweeps: int | None = None  # of coordinate descent on codes and scales; None: 1, and 4 below 4 bits
     passes: str = "step"  # Hessians after each step of a block, or all in one pass per block
     on_bad_layer: str = "fail"
     # calibration text
@@ -62,6 +63,7 @@ class Recipe:
     # numerics and files
     device: str = "auto"
     dtype: str = "auto"
+    products: str = "auto"  # of calibration forwards and Hessians; auto: bfloat16 below 8 bits on CPUs made for it
     max_shard_size: str = "5GB"
 
     def __post_init__(self) -> None:

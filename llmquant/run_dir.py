@@ -69,6 +69,7 @@ class RunDir:
         self._fds: dict[str, int] = {}
         self._unwritten: set[str] = set()
         self._given: set[str] = set()  # files beside the weights
+        self._weights: dict[str, dict[str, Any]] = {}  # what `weight_files` has found
         self._since: list[str] = []  # tensors written since the last commit
         self._lock: int | None = None
         self._journal: int | None = None
@@ -167,7 +168,7 @@ class RunDir:
             self._disk.fsync(self._journal)
         if not self.path.exists():
             self._disk.mkdir(self.path)
-        data = _json_bytes({"schema_version": 1, "fingerprint": self._fingerprint, "threads": self.threads})
+        data = json_bytes({"schema_version": 1, "fingerprint": self._fingerprint, "threads": self.threads})
         self._replace(self.partial / _JOB, data)
         fsync_path(self._disk, self.partial)
 
@@ -340,7 +341,7 @@ class RunDir:
 
     # -- other files -----------------------------------------------------------------------------------
     def write_json(self, name: str, value: Any) -> None:
-        self.write_bytes(name, _json_bytes(value))
+        self.write_bytes(name, json_bytes(value))
 
     def write_bytes(self, name: str, data: bytes) -> None:
         target = self.path / name
@@ -367,6 +368,16 @@ class RunDir:
         self._disk.unlink(path)
         return file
 
+    def weight_files(self) -> dict[str, dict[str, Any]]:
+        """Bytes and SHA-256 of every file of weights, once all shards are closed."""
+        for name in self.files():
+            if name.endswith((".safetensors", ".gguf")) and name not in self._weights:
+                self._weights[name] = self._facts(name)
+        return dict(self._weights)
+
+    def _facts(self, name: str) -> dict[str, Any]:
+        return {"bytes": (self.path / name).stat().st_size, "sha256": sha256(self.path / name)}
+
     def files(self) -> list[str]:
         return sorted(str(path.relative_to(self.path)) for path in self.path.rglob("*") if path.is_file())
 
@@ -381,9 +392,7 @@ class RunDir:
         if missing := sorted(name for name in self._given if not (self.path / name).is_file()):
             raise VerifyError(missing[0], "was written and is not there")
         table = {
-            name: {"bytes": (self.path / name).stat().st_size, "sha256": sha256(self.path / name)}
-            if name != COST
-            else {"sha256": None}
+            name: self._weights.get(name) or self._facts(name) if name != COST else {"sha256": None}
             for name in self.files()
             if name != MANIFEST  # of a commit that was killed
         }
@@ -429,13 +438,14 @@ def write_json_file(path: Path, value: Any) -> None:
     """Write a report outside of any run, whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(_json_bytes(value))
+        temporary.write_bytes(json_bytes(value))
         os.replace(temporary, path)
     except OSError as error:
         raise _disk_error(path, error) from None
 
 
-def _json_bytes(value: Any) -> bytes:
+def json_bytes(value: Any) -> bytes:
+    """As every JSON file of an output is written."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 

@@ -76,9 +76,9 @@ def work_of(plan: Plan, skeleton: Skeleton, recipe: Recipe, tokens: Tokens, n_la
     solve_flops, columns = 0.0, 0
     for rows, width in inputs if n_calibration else ():
         columns += width
-        solve_flops += 2.0 * n_calibration * width**2 * (2 if drift else 1) + width**3 / 3
-        # feedback, loss and plain rounding's loss and energy, two products per sweep, and the drift's three
-        solve_flops += rows * width**2 * (1 + 6 + 4 * sweeps + (6 if drift else 0))
+        solve_flops += n_calibration * width**2 * (3.0 if drift else 1.0) + width**3 / 3  # half of a symmetric product
+        # feedback, loss, plain rounding's loss and energy, half a product each; one per sweep; the drift's two
+        solve_flops += rows * width**2 * (4 + 2 * sweeps + (4 if drift else 0))
     planned = sum(spec.shape[0] * spec.shape[1] for spec in plan.specs)
     return Work(forward_flops, solve_flops, planned, planned if n_calibration else 0, columns)
 

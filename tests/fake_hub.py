@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
 # What a repository can be made to answer: (request it hits, status, X-Error-Code).
@@ -55,8 +56,8 @@ class FakeHub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, handler: "type[Handler] | None" = None) -> None:
+        super().__init__(("127.0.0.1", 0), handler or Handler)
         self.repos: dict[str, Path] = {}
         self.failures: dict[str, str] = {}
         self.log: list[Request] = []
@@ -71,6 +72,9 @@ class FakeHub(ThreadingHTTPServer):
         return [request for request in self.log if f"/{repo}" in request.path]
 
 
+Hub = TypeVar("Hub", bound=FakeHub)
+
+
 def commit_of(repo: str) -> str:
     """The only commit of a repository."""
     return hashlib.sha1(repo.encode()).hexdigest()
@@ -79,7 +83,13 @@ def commit_of(repo: str) -> str:
 @contextmanager
 def fake_hub() -> Iterator[FakeHub]:
     """A running FakeHub."""
-    hub = FakeHub()
+    with serve(FakeHub()) as hub:
+        yield hub
+
+
+@contextmanager
+def serve(hub: Hub) -> Iterator[Hub]:
+    """`hub`, answering until the end of the context."""
     thread = threading.Thread(target=hub.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:
@@ -96,7 +106,7 @@ def _etag(path: Path) -> str:
     return f'"{hashlib.sha256(path.read_bytes()).hexdigest()}"'
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     server: FakeHub
     protocol_version = "HTTP/1.1"
 

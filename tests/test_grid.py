@@ -43,7 +43,7 @@ def weighted_error(weight_OI: Tensor, scales_OG: Tensor, importance_I: Tensor, s
     rows, groups = scales_OG.shape
     codes_OI = quantize_to_grid(weight_OI, scales_OG, scheme)
     product = codes_OI.view(rows, groups, -1).double() * scales_OG.double()[..., None]
-    error = (product - weight_OI.double().view(rows, groups, -1)).abs() ** 2.4
+    error = (product - weight_OI.double().view(rows, groups, -1)).abs() ** 2.5
     return (error * importance_I.double().view(groups, -1)).sum(-1)
 
 
@@ -131,7 +131,7 @@ def test_absmax_error_is_at_most_half_a_step(bits: int) -> None:
 # -- asymmetric grids ----------------------------------------------------------------------------------
 def asymmetric_error(weight: Tensor, scales: Tensor, zeros: Tensor, importance: Tensor, scheme: QuantScheme) -> Tensor:
     quantized = QuantizedWeight(quantize_to_grid(weight, scales, scheme, zeros), scales.float(), scheme, zeros)
-    error = (quantized.dequantize(weight.dtype) - weight).abs() ** 2.4 * importance
+    error = (quantized.dequantize(weight.dtype) - weight).abs() ** 2.5 * importance
     return error.view(*scales.shape, -1).sum(-1)
 
 
@@ -211,7 +211,7 @@ def slow_search(weight: Tensor, importance: Tensor, bits: int) -> float:
         error = 0.0
         for w, h in zip(weight, importance, strict=True):
             code = (w / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-            error += float(h * (code * scale - w).abs() ** 2.4)
+            error += float(h * (code * scale - w).abs() ** 2.5)
         if error < best_error:
             best_error, best_scale, best_ratio = error, float(scale), ratio
 

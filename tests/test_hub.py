@@ -163,6 +163,7 @@ def hub(folder: Path) -> Iterator[FakeHub]:
         hub.repos = dict.fromkeys(("user/opened", "user/read", "user/prefetched"), sharded)
         hub.repos |= {f"user/{failure}": small for failure in (*BAD, "silent")} | {"user/empty-shard": damaged}
         hub.repos["user/llama"] = build(folder / "llama", ARCHITECTURES["llama"], shard="100KB")
+        (hub.repos["user/llama"] / "README.md").write_text("---\nlicense: mit\n---\n")
         hub.repos["user/planned"] = hub.repos["user/llama"]
         hub.repos["user/rangeless"] = write_large(folder / "large")
         hub.failures = {f"user/{failure}": failure for failure in (*BAD, "silent", "rangeless")}
@@ -273,7 +274,7 @@ def test_every_failure_has_its_own_message(online: dict[str, Any]) -> None:
 
 def test_model_of_the_hub_is_quantized_like_its_folder(online: dict[str, Any], hub: FakeHub, folder: Path) -> None:
     model = online["report"]["model"]
-    assert model == {"id": "user/llama", "revision": commit_of("user/llama")}
+    assert model == {"id": "user/llama", "revision": commit_of("user/llama"), "card": {"license": "mit"}}
     quantized = [row for row in online["report"]["tensors"] if row["action"] == "quantized"]
     assert len(quantized) == 21
     assert set(open_source(folder / "out").config) > {"quantization_config"}

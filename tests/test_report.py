@@ -59,7 +59,7 @@ def test_the_card_and_the_table_show_the_reports_figures(tiny_model: Callable[[s
     assert describe_evaluation(report.data["evaluation"]) in card
     assert f"**{verdict(report.data)}**" in card
     assert f"```bash\n{command_of(report.data)}\n```" in card
-    assert card.startswith("---\nbase_model: llama\nbase_model_relation: quantized\n")
+    assert card.startswith("---\nlibrary_name: transformers\n")
     assert str(tmp_path) not in card + json.dumps(report.data)
 
 

@@ -12,8 +12,9 @@ from llmquant.errors import SolveError
 from llmquant.grid import QuantizedWeight, QuantScheme, absmax_scales, quantize_to_grid, round_scales, search_grid
 from llmquant.hessian import Hessian
 from llmquant.solvers import DATA_FREE, SOLVERS, LayerTask, Solution, SolveOptions
+from llmquant.solvers import refine as refine_module
 from llmquant.solvers.gptq import solve_gptq
-from llmquant.solvers.refine import descend
+from llmquant.solvers.refine import refine
 from llmquant.solvers.rtn import solve_rtn
 
 every_solver = pytest.mark.parametrize("solver", SOLVERS)
@@ -313,101 +314,71 @@ def test_without_drift_nothing_is_propagated() -> None:
     assert torch.equal(plain.weight.codes_OI, unmoved.weight.codes_OI)
 
 
-@bit_widths
-@pytest.mark.parametrize("group", [16, 32, -1])
-@pytest.mark.parametrize("propagation", [0.0, 1.0])
-def test_refitted_scales_solve_the_least_squares_of_each_row(bits: int, group: int, propagation: float) -> None:
-    task = propagation_task(bits=bits, group=group)[0]
-    options = SolveOptions(damp=0.01, propagation=propagation)
-    plain, refit = solve_gptq(task, options), solve_gptq(task, replace(options, refit=True))
-    assert torch.equal(plain.weight.codes_OI, refit.weight.codes_OI)
-    root = torch.linalg.cholesky(damped(task, 0.01))  # H_l = L L^T: the loss is |L^T (t - q)|^2
-    n_groups = task.scheme.groups(64)
-    for row in range(6):
-        codes = refit.weight.codes_OI[row].double().view(n_groups, -1)
-        basis = torch.block_diag(*codes[:, None]).T  # [I, G]
-        best = torch.linalg.lstsq(root.T @ basis, root.T @ refit.target_OI[row]).solution
-        got, old = refit.weight.scales_OG[row].double(), plain.weight.scales_OG[row].double()
-        assert torch.equal(got, round_scales(best)) or torch.equal(got, old)
+# -- refinement: coordinate descent on codes and scales -------------------------------------------------
+def one_sweep(weight: QuantizedWeight, target: Tensor, H: Tensor, *, refit: bool) -> QuantizedWeight:
+    """Group by group: every candidate of every code tried by its loss, then the best scale for these codes."""
+    codes, scales, scheme = weight.codes_OI.clone(), weight.scales_OG.clone(), weight.scheme
+    group = codes.shape[1] // scales.shape[1]
 
-    def error(solution: Solution) -> Tensor:
-        gap = solution.target_OI - solution.weight.dequantize(torch.float64)
-        return ((gap @ damped(task, 0.01)) * gap).sum(1)
+    def gap(row: int) -> Tensor:
+        zeros = None if weight.zeros_OG is None else weight.zeros_OG[row : row + 1]
+        dense = QuantizedWeight(codes[row : row + 1], scales[row : row + 1], scheme, zeros)
+        return target[row] - dense.dequantize(torch.float64)[0]
 
-    assert bool((error(refit) <= error(plain) * (1 + 1e-12)).all())
-    if bits < 8:  # at 8 bits, rounding the scales to bf16 outweighs what can be gained
-        assert float(error(refit).sum()) < float(error(plain).sum())
+    def loss(row: int) -> float:
+        return float(gap(row) @ H @ gap(row))
+
+    for row, first in itertools.product(range(len(codes)), range(scales.shape[1])):
+        for j in range(first * group, (first + 1) * group):
+            losses = []
+            for code in range(scheme.code_min, scheme.code_max + 1):
+                codes[row, j] = code
+                losses.append(loss(row))
+            codes[row, j] = scheme.code_min + losses.index(min(losses))
+        level = torch.zeros_like(target[row])
+        here = slice(first * group, (first + 1) * group)
+        level[here] = codes[row, here].double() - (0 if weight.zeros_OG is None else weight.zeros_OG[row, first])
+        if refit and bool(level.any()):
+            old, before = scales[row, first].clone(), loss(row)
+            others = gap(row) + float(old) * level
+            scales[row, first] = round_scales(level @ H @ others / (level @ H @ level))
+            if loss(row) >= before:
+                scales[row, first] = old
+    return QuantizedWeight(codes, scales, scheme, weight.zeros_OG)
 
 
-@pytest.mark.parametrize("propagation", [0.0, 0.75])
-def test_the_reported_loss_is_that_of_the_refitted_weight_and_its_target(propagation: float) -> None:
-    task = propagation_task(bits=3)[0]
-    solution = solve_gptq(task, SolveOptions(propagation=propagation, refit=True))
-    aimed = replace(task, weight_OI=solution.target_OI)
-    torch.testing.assert_close(solution.loss_O, quadratic(aimed, solution.weight), rtol=1e-9, atol=0)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("refit", [True, False])
+@pytest.mark.parametrize("group", [8, -1])
+@pytest.mark.parametrize(("block", "inside"), [(1, 1), (16, 3), (512, 32)])
+def test_a_sweep_makes_every_code_and_scale_the_best_while_the_others_stay(
+    symmetric: bool, refit: bool, group: int, block: int, inside: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refine_module, "_BLOCK", block)
+    monkeypatch.setattr(refine_module, "_INSIDE", inside)
+    task = problem(3, 24, bits=3, group=group)
+    task = replace(task, scheme=QuantScheme(3, group, symmetric))
+    start = solve_rtn(task).weight  # far from the best, so that many codes move
+    lam = 0.01 * float(hessian(task).diagonal().mean())
+    expected = start
+    for sweeps in (1, 2):
+        options = SolveOptions(refit=refit, sweeps=sweeps)
+        swept = refine(start, task.weight_OI, hessian(task), lam, options)
+        expected = one_sweep(expected, task.weight_OI, damped(task, 0.01), refit=refit)
+        assert torch.equal(swept.codes_OI, expected.codes_OI)
+        assert torch.equal(swept.scales_OG, expected.scales_OG)
+    assert not torch.equal(swept.codes_OI, start.codes_OI)
+    assert torch.equal(swept.scales_OG, start.scales_OG) is not refit
 
 
-def test_groups_without_a_code_keep_their_scale_in_the_refit() -> None:
+def test_groups_without_a_code_keep_their_scale() -> None:
     task = propagation_task(group=16)[0]
     weight = task.weight_OI.clone()
     weight[:, 16:32] = 0
     task = replace(task, weight_OI=weight, H_II=hessian(task).diagonal().diag(), drift_OI=None)
-    plain, refit = (solve_gptq(task, SolveOptions(refit=on)).weight for on in (False, True))
-    assert torch.equal(plain.scales_OG[:, 1], refit.scales_OG[:, 1])
-    assert not torch.equal(plain.scales_OG, refit.scales_OG)
-
-
-def test_rows_refitted_in_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmquant.solvers import refine
-
-    task = propagation_task(group=16)[0]
-    whole = solve_gptq(task, SolveOptions(refit=True)).weight.scales_OG
-    refit_rows, seen = refine._refit_rows, []
-
-    def counting(target_OI: Tensor, *rest: Tensor) -> Tensor:
-        seen.append(len(target_OI))
-        return refit_rows(target_OI, *rest)
-
-    monkeypatch.setattr(refine, "_refit_rows", counting)
-    monkeypatch.setattr(refine, "_NUMBERS", 2 * 64)
-    assert torch.equal(solve_gptq(task, SolveOptions(refit=True)).weight.scales_OG, whole)
-    assert seen == [2, 2, 2]
-
-
-# -- coordinate descent --------------------------------------------------------------------------------
-def one_sweep(weight: QuantizedWeight, target: Tensor, H: Tensor, order: Tensor) -> Tensor:
-    """Codes after one sweep, every candidate of every code tried by its loss."""
-    codes, scheme = weight.codes_OI.clone(), weight.scheme
-    for row in range(len(codes)):
-        for j in order.tolist():
-            losses = []
-            for code in range(scheme.code_min, scheme.code_max + 1):
-                codes[row, j] = code
-                dense = QuantizedWeight(
-                    codes[row : row + 1],
-                    weight.scales_OG[row : row + 1],
-                    scheme,
-                    None if weight.zeros_OG is None else weight.zeros_OG[row : row + 1],
-                )
-                gap = target[row] - dense.dequantize(torch.float64)[0]
-                losses.append(float(gap @ H @ gap))
-            codes[row, j] = scheme.code_min + losses.index(min(losses))
-    return codes
-
-
-@both_orders
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("block_size", [1, 7, 64])
-def test_a_sweep_makes_every_code_the_best_while_the_others_stay(order: str, symmetric: bool, block_size: int) -> None:
-    task = problem(3, 24, bits=3, group=8)
-    task = replace(task, scheme=QuantScheme(3, 8, symmetric))
-    start = solve_rtn(task).weight  # far from the best, so that many codes move
-    column, H = column_order(task, order), damped(task, 0.01)
-    lam = 0.01 * float(hessian(task).diagonal().mean())
-    swept = descend(start, task.weight_OI, hessian(task), lam, column, block_size)
-    assert torch.equal(swept.codes_OI, one_sweep(start, task.weight_OI, H, column))
-    assert not torch.equal(swept.codes_OI, start.codes_OI)
-    assert torch.equal(swept.scales_OG, start.scales_OG)
+    plain, swept = (solve_gptq(task, SolveOptions(refit=True, sweeps=n)).weight for n in (0, 1))
+    assert torch.equal(plain.scales_OG[:, 1], swept.scales_OG[:, 1])
+    assert not torch.equal(plain.scales_OG, swept.scales_OG)
 
 
 @bit_widths
@@ -415,8 +386,7 @@ def test_a_sweep_makes_every_code_the_best_while_the_others_stay(order: str, sym
 def test_refinement_never_raises_the_loss_of_a_row(bits: int, symmetric: bool) -> None:
     task = replace(propagation_task(bits=bits)[0], scheme=QuantScheme(bits, 32, symmetric))
     solutions = [
-        solve_gptq(task, SolveOptions(damp=0.01, propagation=0.5, refit=sweeps > 0, sweeps=sweeps))
-        for sweeps in (0, 1, 2, 4)
+        solve_gptq(task, SolveOptions(damp=0.01, propagation=0.5, refit=True, sweeps=sweeps)) for sweeps in (0, 1, 2, 4)
     ]
 
     def loss(solution: Solution) -> Tensor:
@@ -461,7 +431,7 @@ def test_asymmetric_codes_are_those_of_the_dense_recursion_with_zeros(order: str
         codes[:, j] = ((v / s[:, j]).round() + zero[:, j]).clamp(task.scheme.code_min, task.scheme.code_max)
         error[:, j] = w[:, j] - s[:, j] * (codes[:, j] - zero[:, j])
     assert torch.equal(plain.weight.codes_OI[:, column], codes.to(torch.int8))
-    solution = solve_gptq(task, SolveOptions(order=order, damp=0.01, refit=refit))
+    solution = solve_gptq(task, SolveOptions(order=order, damp=0.01, refit=refit, sweeps=1))
     torch.testing.assert_close(solution.loss_O, quadratic(task, solution.weight), rtol=1e-9, atol=0)
 
 

@@ -20,7 +20,7 @@ class SolveOptions:
     propagation: float = 0.0  # strength of error propagation, 0 to 1
     refit: bool = False  # scales fitted again to the codes
     sweeps: int = 0  # of coordinate descent on the codes
-    block_size: int = 128
+    block_size: int = 512
     on_bad_layer: str = "fail"  # fail | rtn
 
 

@@ -9,6 +9,7 @@ inverse, and the grid never sees compensated weights.
 Shapes: O out_features, I in_features, G groups.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -16,12 +17,15 @@ from torch import Tensor
 
 from llmquant.errors import SolveError
 from llmquant.grid import QuantizedWeight, QuantScheme, plain_grid, search_grid
-from llmquant.hessian import default_damp, factor, ridge
+from llmquant.hessian import default_damp, factor, quadratic, ridge
 from llmquant.solvers.base import LayerTask, Solution, SolveOptions
 from llmquant.solvers.refine import refine
 from llmquant.solvers.rtn import solve_rtn
 
-_GRIDS = {
+_INSIDE = 32  # columns corrected one by one; beyond them by products
+
+_Grid = Callable[[Tensor, Tensor, QuantScheme], tuple[Tensor, Tensor | None]]
+_GRIDS: dict[str, _Grid] = {
     "hessian": search_grid,
     "absmax": lambda weight, diagonal, scheme: plain_grid(weight, scheme),
 }
@@ -61,9 +65,9 @@ def solve_gptq(task: LayerTask, options: SolveOptions) -> Solution:
     codes_OI = ldlq(target_OI, U_II, scales_OG, zeros_OG, scheme, order, options.block_size)
     weight = QuantizedWeight(codes_OI, scales_OG.float(), scheme, zeros_OG)
     del U_II, factored
-    weight = refine(weight, target_OI, H_II, lam, order, options)
+    weight = refine(weight, target_OI, H_II, lam, options)
     error_OI = target_OI - weight.dequantize(weight_OI.dtype)
-    loss_O = ((error_OI @ H_II) * error_OI).sum(1)
+    loss_O = quadratic(error_OI, H_II)
     notes = [f"damping raised to {damp:g} after {tries} failed factorizations"] if tries else []
     if n_dead := int((diagonal == 0).sum()):
         notes.append(f"{n_dead} of {in_features} inputs are zero on all calibration tokens: rounded to nearest")
@@ -94,8 +98,8 @@ def ldlq(
 ) -> Tensor:
     """The loop of `solve_gptq`; U_II is the factor of the permuted H. Returns codes_OI (int8).
 
-    Left-looking: before a block of columns its part of all earlier errors comes in by one product; inside,
-    one column at a time. Everything lies transposed, [I, O], so that a column is contiguous in memory.
+    Left-looking: before a block of columns its part of all earlier errors comes in by one product, inside by narrower
+    ones, and by single columns in the end. Everything lies transposed, [I, O], so that a column is contiguous.
     """
     in_features, group = weight_OI.shape[1], scheme.group(weight_OI.shape[1])
     weight_IO = weight_OI.T[order].contiguous()
@@ -112,8 +116,13 @@ def ldlq(
         target = torch.addmm(weight_IO[start:end], feedback[:start].T, error_IO[:start])
         inside = feedback[start:].T.contiguous()
         for j in range(end - start):
+            near = j - j % _INSIDE
+            if j == near:
+                target[j : j + _INSIDE].addmm_(inside[j : j + _INSIDE, :j], error_IO[start : start + j])
             scale = scales_GO[groups[start + j]]
-            v = torch.addmv(target[j], error_IO[start : start + j].T, inside[j, :j]) if j else target[0]
+            v = target[j]
+            if j > near:
+                v = torch.addmv(v, error_IO[start + near : start + j].T, inside[j, near:j])
             level = (v / scale).round_()
             if zeros_GO is None:
                 codes_IO[start + j] = level.clamp_(scheme.code_min, scheme.code_max)
