@@ -1,6 +1,5 @@
 """Runs on a disk that a test has broken: shared by the tests of kills, faults and power loss."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

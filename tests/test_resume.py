@@ -6,14 +6,14 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
 from broken import Counting, Killed, files, go_on, kill, on_disk, run
+
 from llmquant import cli, pipeline, run_dir
 from llmquant.check import verify_folder
 from llmquant.disk import Disk
