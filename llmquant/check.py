@@ -4,6 +4,7 @@ The bytes are read by the NumPy reader of `verify.py`, which shares no code with
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from llmquant.formats import DENSE, FORMATS, LinearSpec
 from llmquant.grid import QuantScheme
 from llmquant.log import Log, silent
 from llmquant.run_dir import COST, MANIFEST, sha256
-from llmquant.source import Source, open_source
+from llmquant.source import Source, open_source, safe_config
 from llmquant.verify import DECODERS, Decoded, Place, digest, read_places
 
 
@@ -33,8 +34,8 @@ class Checked:
 def verify_folder(folder: str | Path, original: str | Path | None = None, log: Log = silent) -> Checked:
     """VerifyError unless everything in `folder` is what the run that wrote it computed.
 
-    With `original` also: every copied tensor equals the original's, and every quantized one is as far from it as the
-    report says (||W - W^||^2 / ||W||^2, to one part in a thousand).
+    With `original` also: side files, config and copied tensors equal the original's, and every quantized tensor is as
+    far from it as the report says (||W - W^||^2 / ||W||^2, to one part in a thousand).
     """
     root = Path(folder)
     n_files, manifest = verify_files(root), read_json(root, MANIFEST)
@@ -59,7 +60,9 @@ def verify_folder(folder: str | Path, original: str | Path | None = None, log: L
             _check_original(row, spec, places, format_name, report, source)
     if odd := sorted(places.keys() - expected):
         raise VerifyError(odd[0], "is in no row of the report's ledger")
-    _check_config(root, format_name)
+    _check_config(root, format_name, report["tensors"])
+    if source is not None:
+        _check_beside(root, source, {row["name"] for row in report["tensors"]})
     quantized = sum(row["action"] == "quantized" for row in report["tensors"])
     return Checked(n_files, quantized, len(report["tensors"]) - quantized, None if source is None else source.name)
 
@@ -163,7 +166,51 @@ def _dequantized(decoded: Decoded) -> np.ndarray[Any, np.dtype[np.float32]]:
     return dense
 
 
-def _check_config(root: Path, format_name: str) -> None:
+def _check_config(root: Path, format_name: str, rows: list[dict[str, Any]]) -> None:
+    """What loaders are told fits the ledger: bits, group sizes, and which linears stay dense."""
     config = read_json(root, "config.json")
-    if format_name not in DENSE and not {"quantization_config", "quantization"} & config.keys():
+    if format_name in DENSE:
+        return
+    told = config.get("quantization_config") or config.get("quantization")
+    if not told:
         raise VerifyError("config.json", "says nothing of the quantization", expected="quantization_config")
+    quantized = [row for row in rows if row["action"] == "quantized"]
+    right = {"bits": {row["bits"] for row in quantized}, "group_size": {row["group_size"] for row in quantized}}
+    right["num_bits"] = right["bits"]
+    for name, value in _entries(told):
+        if name in right and value is not None and value not in right[name]:
+            raise VerifyError(f"config.json: {name}", str(value), expected=" or ".join(map(str, sorted(right[name]))))
+        if name in ("ignore", "modules_to_not_convert"):
+            _check_ignored(f"config.json: {name}", value, rows)
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    """Names and values at all levels of a config."""
+    for name, item in value.items() if isinstance(value, dict) else ():
+        yield name, item
+        yield from _entries(item)
+
+
+def _check_ignored(where: str, ignored: list[str], rows: list[dict[str, Any]]) -> None:
+    """The list names every linear that was left dense, and none that was quantized."""
+    for row in rows:
+        module = row["name"].removesuffix(".weight")
+        named = any(module == name or module.endswith(f".{name}") or name.endswith(f".{module}") for name in ignored)
+        if row["action"] == "quantized" and named:
+            raise VerifyError(where, f"names {module}, which is quantized")
+        dense = row["reason"] == "outside the decoder blocks (Linear)" or row["reason"].startswith("--ignore")
+        if dense and row["name"].endswith(".weight") and not named:
+            raise VerifyError(where, f"does not name {module}, which is not quantized")
+
+
+def _check_beside(root: Path, source: Source, names: set[str]) -> None:
+    """Ledger, side files and config are the original's."""
+    if odd := sorted(names ^ source.tensors.keys()):
+        raise VerifyError(odd[0], f"is {'not' if odd[0] in names else 'only'} in {source.name}")
+    for file in source.side_files():
+        if not (root / file).is_file() or sha256(root / file) != sha256(source.local(file)):
+            raise VerifyError(file, f"is not that of {source.name}")
+    config = read_json(root, "config.json")
+    for name, value in safe_config(source.config).items():
+        if config.get(name) != value:
+            raise VerifyError(f"config.json: {name}", "is not that of the original", expected=str(value)[:80])
