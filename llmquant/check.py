@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from llmquant.errors import VerifyError
 from llmquant.formats import DENSE, FORMATS, LinearSpec
@@ -150,11 +151,15 @@ def _check_original(
         return
     dense = places[name].floats() if format_name in DENSE else _dequantized(DECODERS[format_name](spec, places))
     weight = original.float()
-    error = float((weight - torch.from_numpy(dense)).square().sum()) / max(float(weight.square().sum()), 1e-30)
+    error = _square(weight - torch.from_numpy(dense)) / (_square(weight) or 1.0)
     modules = [layer for layer in report["layers"] if f"{layer['name']}.weight" == name or name.endswith(layer["name"])]
     said = next((layer["weight_error"] for layer in modules), None)
     if said is not None and abs(error - said) > 1e-3 * max(said, 1e-9):
         raise VerifyError(name, f"relative error {error:.3e} against {source.name}", expected=f"{said:.3e}")
+
+
+def _square(weight: Tensor) -> float:
+    return float(weight.double().square().sum())
 
 
 def _dequantized(decoded: Decoded) -> np.ndarray[Any, np.dtype[np.float32]]:

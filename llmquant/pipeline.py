@@ -23,6 +23,7 @@ from llmquant.job import ORIGINAL, OURS, Job, fingerprint, prepare, refuse_damag
 from llmquant.lint import refuse_runtimes, verdicts
 from llmquant.log import Event, Log, silent, stages_of
 from llmquant.memory import trim
+from llmquant.plan import Row
 from llmquant.recipe import Recipe, make_recipe, parse_size
 from llmquant.report import SCHEMA_VERSION, LaneReport, LayerReport, Report, Stopwatch, evaluation_report, versions
 from llmquant.run_dir import RunDir
@@ -304,8 +305,14 @@ def _report(
         "runtimes": {name: verdicts(specs, name, dense) for name in (job.recipe.format, *job.recipe.exports)},
         "files": files,
         "layers": [layer.as_dict() for layer in layers],
-        "tensors": [row.as_dict() for row in job.plan.rows],
+        "tensors": [row.as_dict() | _notes(row, layers) for row in job.plan.rows],
     }
+
+
+def _notes(row: Row, layers: Sequence[LayerReport]) -> dict[str, list[str]]:
+    """What was unusual about a quantized tensor, for its row of the ledger."""
+    notes = [note for layer in layers if row.spec is not None and layer.name == row.spec.module for note in layer.notes]
+    return {"notes": notes} if notes else {}
 
 
 def _write_side_files(job: Job, run: RunDir) -> None:

@@ -471,7 +471,7 @@ def test_of_eight_racers_one_wins(model: Path, wanted: dict[str, bytes], tmp_pat
 
 
 # -- signals -------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_command_with_75_and_the_same_command_goes_on(
     number: signal.Signals,
     model: Path,
