@@ -18,7 +18,7 @@ The message is one line: `where: got; expected ...; remedy`.
 
 import re
 
-# What other libraries put into their messages and nobody should find in a log: tokens, passwords and signatures in URLs.
+# What other libraries put into their messages and nobody should find in a log: tokens, passwords, signed URLs.
 _SECRETS = re.compile(r"\bhf_\w{8,}|(?<=://)[^/\s@]+(?=@)|(?<=\?)[^\s'\"<>]*(?:[Ss]ignature|[Tt]oken)=[^\s'\"<>]*")
 
 

@@ -129,7 +129,7 @@ def test_code_of_a_tokenizer_is_not_run(model: Path, tmp_path: Path) -> None:
     tokenizer = {"auto_map": {"AutoTokenizer": CODE["AutoTokenizer"]}, "tokenizer_class": "Evil"}
     (model / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     edit(model, lambda config: config.update(UNSAFE))
-    assert "its tokenizer cannot be loaded" in refusal(lambda: load_tokenizer(open_source(model)))
+    assert "its tokenizer is code of its own, which is not run" in refusal(lambda: load_tokenizer(open_source(model)))
     assert not (tmp_path / "sung").exists()
     assert not [name for name in sys.modules if "_evil" in name]
 

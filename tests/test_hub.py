@@ -91,7 +91,7 @@ def child_online(folder: Path) -> dict[str, Any]:
 
 
 def child_secrets(folder: Path) -> dict[str, Any]:
-    """Command lines that succeed, are refused, crash in the middle and are stopped, all of them as talkative as can be."""
+    """Command lines that succeed, are refused and crash in the middle, all of them as talkative as can be."""
     from llmquant import cli, pipeline
 
     options = [

@@ -4,18 +4,19 @@ import contextlib
 import errno
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from broken import Counting, files, go_on, on_disk, run
 
 from llmquant.disk import Disk
-from llmquant.errors import LLMQuantError
+from llmquant.errors import LLMQuantError, OutputError
 from llmquant.source import DEMO
 
 pytestmark = pytest.mark.usefixtures("one_thread", "short_runs")
@@ -185,3 +186,79 @@ def test_a_line_of_the_journal_that_may_not_be_durable_does_not_count(
     run(model, out, log=lines.append)
     assert [line for line in lines if "finished before" in line] == ["block 1: finished before"]
     assert files(out) == wanted
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A file system of the size that is asked for."""
+    mounted: list[Path] = []
+
+    def mount(size: str) -> Path:
+        folder = tmp_path / f"disk-{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "llmquant-test", str(folder)]
+        try:
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
+        except FileNotFoundError:
+            pytest.skip("there is no mount command")
+        if done.returncode:
+            pytest.skip(f"this machine allows no mount: {done.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_too_small_is_refused_with_the_bytes_that_are_needed(
+    model: Path, small_disk: Callable[[str], Path]
+) -> None:
+    disk = small_disk("400k")
+    with pytest.raises(OutputError, match=r"bytes free; expected \d{6,} for the output"):
+        run(model, disk / "out")
+    assert not list(disk.iterdir())
+
+
+def test_a_disk_that_fills_up_on_the_way_keeps_what_is_finished(
+    model: Path, wanted: dict[str, bytes], small_disk: Callable[[str], Path]
+) -> None:
+    disk = small_disk("8m")
+
+    def fill(line: str) -> None:
+        if line.startswith("block 2/"):
+            with contextlib.suppress(OSError), (disk / "others").open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+
+    with pytest.raises(OutputError, match=r"No space left on device; [23] blocks are kept: free space"):
+        run(model, disk / "out", log=fill)
+    with pytest.raises(OutputError):  # still full
+        run(model, disk / "out")
+    (disk / "others").unlink()
+    go_on(model, disk / "out", wanted)
+
+
+def test_a_folder_that_may_not_be_written_is_refused(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked").chmod(0o555)
+    if os.access(tmp_path / "locked", os.W_OK):
+        pytest.skip("root may write everywhere")
+    with pytest.raises(OutputError, match=r"locked: is not writable; choose another --out"):
+        run(model, tmp_path / "locked" / "out")
+
+
+def test_a_limit_on_the_size_of_files_is_one_line(model: Path, tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        code = 1
+        with contextlib.suppress(BaseException):
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python itself has it
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+            try:
+                run(model, tmp_path / "out")
+            except OutputError as error:
+                code = 7 if os.strerror(errno.EFBIG) in str(error) else 2
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert not list(tmp_path.iterdir())
