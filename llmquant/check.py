@@ -61,7 +61,7 @@ def verify_folder(folder: str | Path, original: str | Path | None = None, log: L
             _check_original(row, spec, places, format_name, report, source)
     if odd := sorted(places.keys() - expected):
         raise VerifyError(odd[0], "is in no row of the report's ledger")
-    _check_config(root, format_name, report["tensors"])
+    check_config(root, format_name, report["tensors"])
     if source is not None:
         _check_beside(root, source, {row["name"] for row in report["tensors"]})
     quantized = sum(row["action"] == "quantized" for row in report["tensors"])
@@ -171,7 +171,7 @@ def _dequantized(decoded: Decoded) -> np.ndarray[Any, np.dtype[np.float32]]:
     return dense
 
 
-def _check_config(root: Path, format_name: str, rows: list[dict[str, Any]]) -> None:
+def check_config(root: Path, format_name: str, rows: list[dict[str, Any]]) -> None:
     """What loaders are told fits the ledger: bits, group sizes, and which linears stay dense."""
     config = read_json(root, "config.json")
     if format_name in DENSE:

@@ -13,6 +13,7 @@ from torch import Tensor
 from llmquant.baselines import BASELINES
 from llmquant.blocks import CalibrationStreams, Solved, forward_of, get_weight, quantize_block, set_weight
 from llmquant.card import make_card
+from llmquant.check import check_config
 from llmquant.comparison import noise_floor
 from llmquant.errors import ResumeError
 from llmquant.evaluation import Figures, Lanes, figures
@@ -93,6 +94,7 @@ def quantize(
             export_beside(recipe.exports, run, parse_size("--max-shard-size", recipe.max_shard_size), log)
         floor = None if job.evaluation is None else noise_floor(job.source, job.skeleton, job.evaluation, watch)
         report = Report(_report(job, layers, lanes, floor, run.weight_files()), watch.cost(), run.out)
+        check_config(run.path, recipe.format, report.data["tensors"])
         run.write_json("report.json", report.data)
         run.write_json("cost.json", report.cost)
         run.write_bytes("README.md", make_card(run.out.name, report.data).encode())
