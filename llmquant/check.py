@@ -197,14 +197,21 @@ def _entries(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _check_ignored(where: str, ignored: list[str], rows: list[dict[str, Any]]) -> None:
-    """The list names every linear that was left dense, and none that was quantized."""
+    """The list names every linear that was left dense, and none that was quantized.
+
+    Modules may be named otherwise in the model than in the checkpoint: before the path of a quantized one, and all but
+    the last part of a dense one.
+    """
+    leaves = {name.rpartition(".")[2] for name in ignored}
     for row in rows:
         module = row["name"].removesuffix(".weight")
-        named = any(module == name or module.endswith(f".{name}") or name.endswith(f".{module}") for name in ignored)
-        if row["action"] == "quantized" and named:
+        same = (
+            n for n in ignored if n == module or n.endswith(f".{module}") or ("." in n and module.endswith(f".{n}"))
+        )
+        if row["action"] == "quantized" and any(same):
             raise VerifyError(where, f"names {module}, which is quantized")
         dense = row["reason"] == "outside the decoder blocks (Linear)" or row["reason"].startswith("--ignore")
-        if dense and row["name"].endswith(".weight") and not named:
+        if dense and row["name"].endswith(".weight") and module.rpartition(".")[2] not in leaves:
             raise VerifyError(where, f"does not name {module}, which is not quantized")
 
 
