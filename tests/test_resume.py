@@ -331,7 +331,7 @@ def cut(model: Path, out: Path, **flags: Any) -> None:
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ({"bits": 8}, "plan, recipe.bits"),
+        ({"bits": 8}, "plan, products, recipe.bits"),
         ({"damp": 0.02}, "recipe.damp"),
         ({"seed": 1}, "calibration text, recipe.seed"),
         ({"samples": 3}, "calibration text, recipe.samples"),
