@@ -1,5 +1,6 @@
 """Quantize the linears of one block that is in memory: Hessians, solve, dequantized weights set back."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -347,8 +348,8 @@ def _report(
     notes: tuple[str, ...],
     products: torch.dtype,
 ) -> LayerReport:
-    power = float(weight_OI.square().sum())
-    weight_error = float((weight_OI - dense_OI).square().sum()) / power if power else 0.0
+    power = _square(weight_OI)
+    weight_error = _square(weight_OI - dense_OI) / power if power else 0.0
     rows, columns = spec.shape
     bits = FORMATS[recipe.format].weight_bits(spec) / (rows * columns)
     spread = histograms(weight_OI, quantized)
@@ -358,4 +359,11 @@ def _report(
     with sums_of(products):  # they judge the loss, and nothing is computed from them
         rtn_loss, energy = (float(quadratic(x_OI, task.H_II).sum()) for x_OI in (target_OI - plain_OI, weight_OI))
     relative = loss / energy if energy else 0.0
+    if not all(map(math.isfinite, (loss, rtn_loss, relative))):  # a Hessian that overflowed measures nothing
+        return LayerReport(spec.module, None, None, None, weight_error, bits, task.n_tokens, notes, spread)
     return LayerReport(spec.module, loss, rtn_loss, relative, weight_error, bits, task.n_tokens, notes, spread)
+
+
+def _square(weight_OI: Tensor) -> float:
+    """||W||^2 in float64: squares of weights that float32 can hold may overflow it."""
+    return float(torch.linalg.vector_norm(weight_OI, dtype=torch.float64)) ** 2

@@ -274,6 +274,13 @@ def load_tokenizer(source: Source) -> Any:
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raise bare Exception
         brief = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        if "trust_remote_code" in str(error):  # what transformers advises is no option of ours
+            raise CalibrationError(
+                source.name,
+                "its tokenizer is code of its own, which is not run",
+                expected="a tokenizer that transformers knows",
+                remedy="convert it to tokenizer.json, or use --method rtn --eval-data none",
+            ) from None
         raise CalibrationError(
             source.name,
             f"its tokenizer cannot be loaded ({brief})",

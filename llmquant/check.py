@@ -4,12 +4,14 @@ The bytes are read by the NumPy reader of `verify.py`, which shares no code with
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from llmquant.checkpoint import open_original
 from llmquant.errors import VerifyError
@@ -17,7 +19,7 @@ from llmquant.formats import DENSE, FORMATS, LinearSpec
 from llmquant.grid import QuantScheme
 from llmquant.log import Log, silent
 from llmquant.run_dir import COST, MANIFEST, sha256
-from llmquant.source import Source
+from llmquant.source import Source, safe_config
 from llmquant.verify import DECODERS, Decoded, Place, digest, read_places
 
 
@@ -34,8 +36,8 @@ class Checked:
 def verify_folder(folder: str | Path, original: str | Path | None = None, log: Log = silent) -> Checked:
     """VerifyError unless everything in `folder` is what the run that wrote it computed.
 
-    With `original` also: every copied tensor equals the original's, and every quantized one is as far from it as the
-    report says (||W - W^||^2 / ||W||^2, to one part in a thousand).
+    With `original` also: side files, config and copied tensors equal the original's, and every quantized tensor is as
+    far from it as the report says (||W - W^||^2 / ||W||^2, to one part in a thousand).
     """
     root = Path(folder)
     n_files, manifest = verify_files(root), read_json(root, MANIFEST)
@@ -60,7 +62,9 @@ def verify_folder(folder: str | Path, original: str | Path | None = None, log: L
             _check_original(row, spec, places, format_name, report, source)
     if odd := sorted(places.keys() - expected):
         raise VerifyError(odd[0], "is in no row of the report's ledger")
-    _check_config(root, format_name)
+    check_config(root, format_name, report["tensors"])
+    if source is not None:
+        _check_beside(root, source, {row["name"] for row in report["tensors"]})
     quantized = sum(row["action"] == "quantized" for row in report["tensors"])
     return Checked(n_files, quantized, len(report["tensors"]) - quantized, None if source is None else source.name)
 
@@ -148,11 +152,15 @@ def _check_original(
         return
     dense = _as_loaded(spec, places, format_name)
     weight = original.float()
-    error = float((weight - torch.from_numpy(dense)).square().sum()) / max(float(weight.square().sum()), 1e-30)
+    error = _square(weight - torch.from_numpy(dense)) / (_square(weight) or 1.0)
     modules = [layer for layer in report["layers"] if f"{layer['name']}.weight" == name or name.endswith(layer["name"])]
     said = next((layer["weight_error"] for layer in modules), None)
     if said is not None and abs(error - said) > 1e-3 * max(said, 1e-9):
         raise VerifyError(name, f"relative error {error:.3e} against {source.name}", expected=f"{said:.3e}")
+
+
+def _square(weight: Tensor) -> float:
+    return float(weight.double().square().sum())
 
 
 def _as_loaded(spec: LinearSpec, places: dict[str, Place], format_name: str) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -170,7 +178,58 @@ def _as_loaded(spec: LinearSpec, places: dict[str, Place], format_name: str) -> 
     return dense
 
 
-def _check_config(root: Path, format_name: str) -> None:
+def check_config(root: Path, format_name: str, rows: list[dict[str, Any]]) -> None:
+    """What loaders are told fits the ledger: bits, group sizes, and which linears stay dense."""
     config = read_json(root, "config.json")
-    if format_name not in DENSE and not {"quantization_config", "quantization"} & config.keys():
+    if format_name in DENSE:
+        return
+    told = config.get("quantization_config") or config.get("quantization")
+    if not told:
         raise VerifyError("config.json", "says nothing of the quantization", expected="quantization_config")
+    quantized = [row for row in rows if row["action"] == "quantized"]
+    right = {"bits": {row["bits"] for row in quantized}, "group_size": {row["group_size"] for row in quantized}}
+    right["num_bits"] = right["bits"]
+    for name, value in _entries(told):
+        if name in right and value is not None and value not in right[name]:
+            raise VerifyError(f"config.json: {name}", str(value), expected=" or ".join(map(str, sorted(right[name]))))
+        if name in ("ignore", "modules_to_not_convert"):
+            _check_ignored(f"config.json: {name}", value, rows)
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    """Names and values at all levels of a config."""
+    for name, item in value.items() if isinstance(value, dict) else ():
+        yield name, item
+        yield from _entries(item)
+
+
+def _check_ignored(where: str, ignored: list[str], rows: list[dict[str, Any]]) -> None:
+    """The list names every linear that was left dense, and none that was quantized.
+
+    Modules may be named otherwise in the model than in the checkpoint: before the path of a quantized one, and all but
+    the last part of a dense one.
+    """
+    leaves = {name.rpartition(".")[2] for name in ignored}
+    for row in rows:
+        module = row["name"].removesuffix(".weight")
+        same = (
+            n for n in ignored if n == module or n.endswith(f".{module}") or ("." in n and module.endswith(f".{n}"))
+        )
+        if row["action"] == "quantized" and any(same):
+            raise VerifyError(where, f"names {module}, which is quantized")
+        dense = row["reason"].startswith(("outside the decoder blocks (Linear)", "--ignore"))
+        if dense and row["name"].endswith(".weight") and module.rpartition(".")[2] not in leaves:
+            raise VerifyError(where, f"does not name {module}, which is not quantized")
+
+
+def _check_beside(root: Path, source: Source, names: set[str]) -> None:
+    """Ledger, side files and config are the original's."""
+    if odd := sorted(names ^ source.tensors.keys()):
+        raise VerifyError(odd[0], f"is {'not' if odd[0] in names else 'only'} in {source.name}")
+    for file in source.side_files():
+        if not (root / file).is_file() or sha256(root / file) != sha256(source.local(file)):
+            raise VerifyError(file, f"is not that of {source.name}")
+    config = read_json(root, "config.json")
+    for name, value in safe_config(source.config).items():
+        if config.get(name) != value:
+            raise VerifyError(f"config.json: {name}", "is not that of the original", expected=str(value)[:80])

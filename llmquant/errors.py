@@ -16,6 +16,11 @@ A run that Ctrl-C or SIGTERM ended exits with 75: the same command goes on.
 The message is one line: `where: got; expected ...; remedy`.
 """
 
+import re
+
+# What other libraries put into their messages and nobody should find in a log: tokens, passwords, signed URLs.
+_SECRETS = re.compile(r"\bhf_\w{8,}|(?<=://)[^/\s@]+(?=@)|(?<=\?)[^\s'\"<>]*(?:[Ss]ignature|[Tt]oken)=[^\s'\"<>]*")
+
 
 class LLMQuantError(Exception):
     """Base of all errors that are the caller's to mend; anything else is a bug of ours."""
@@ -24,7 +29,7 @@ class LLMQuantError(Exception):
 
     def __init__(self, where: str, got: str, *, expected: str = "", remedy: str = "") -> None:
         parts = [f"{where}: {got}", f"expected {expected}" if expected else "", remedy]
-        text = " ".join("; ".join(part for part in parts if part).split())
+        text = _SECRETS.sub("***", " ".join("; ".join(part for part in parts if part).split()))
         super().__init__("".join(char if char.isprintable() else "?" for char in text))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from llmquant.baselines import BASELINES
 from llmquant.blocks import CalibrationStreams, Solved, forward_of, get_weight, quantize_block, set_weight
 from llmquant.card import make_card
+from llmquant.check import check_config
 from llmquant.checkpoint import stored_forms
 from llmquant.comparison import noise_floor
 from llmquant.errors import ResumeError
@@ -24,6 +25,7 @@ from llmquant.job import ORIGINAL, OURS, Job, fingerprint, prepare, refuse_damag
 from llmquant.lint import refuse_runtimes, verdicts
 from llmquant.log import Event, Log, Scored, silent, stages_of
 from llmquant.memory import trim
+from llmquant.plan import Row
 from llmquant.recipe import Recipe, make_recipe, parse_size
 from llmquant.report import SCHEMA_VERSION, LaneReport, LayerReport, Report, Stopwatch, evaluation_report, versions
 from llmquant.run_dir import RunDir
@@ -90,6 +92,8 @@ def quantize(
             export_beside(recipe.exports, run, parse_size("--max-shard-size", recipe.max_shard_size), log)
         floor = None if job.evaluation is None else noise_floor(job.source, job.skeleton, job.evaluation, watch)
         report = Report(_report(job, layers, lanes, floor, run.weight_files()), watch.cost(), run.out)
+        if recipe.format != "gguf":  # which has none beside it
+            check_config(run.path, recipe.format, report.data["tensors"])
         run.write_json("report.json", report.data)
         run.write_json("cost.json", report.cost)
         run.write_bytes("README.md", make_card(run.out.name, report.data).encode())
@@ -308,5 +312,11 @@ def _report(
         "runtimes": {name: verdicts(specs, name, dense) for name in (job.recipe.format, *job.recipe.exports)},
         "files": files,
         "layers": [layer.as_dict() for layer in layers],
-        "tensors": [row.as_dict() for row in (*job.plan.rows, *job.output.left_out)],
+        "tensors": [row.as_dict() | _notes(row, layers) for row in (*job.plan.rows, *job.output.left_out)],
     }
+
+
+def _notes(row: Row, layers: Sequence[LayerReport]) -> dict[str, list[str]]:
+    """What was unusual about a quantized tensor, for its row of the ledger."""
+    notes = [note for layer in layers if row.spec is not None and layer.name == row.spec.module for note in layer.notes]
+    return {"notes": notes} if notes else {}

@@ -108,14 +108,18 @@ def _plain(message: str) -> None:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the run by an exception, a second one the process; what is finished is kept."""
+    """Ctrl-C, SIGTERM and a closed terminal end the run by an exception, a second one the process; what is finished
+    is kept. A signal that is ignored (nohup) stays ignored."""
 
     def stop(number: int, frame: object) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in previous:
             signal.signal(each, signal.SIG_DFL)
         raise Interrupted
 
-    previous = {each: signal.signal(each, stop) for each in (signal.SIGINT, signal.SIGTERM)}
+    ends = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {each: signal.getsignal(each) for each in ends if signal.getsignal(each) != signal.SIG_IGN}
+    for each in previous:
+        signal.signal(each, stop)
     try:
         yield
     finally:

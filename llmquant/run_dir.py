@@ -326,8 +326,13 @@ class RunDir:
         if self._journal is None:
             raise RuntimeError("the run is not open")
         line, digest = journal.encode(record, self._previous)
-        write_all(self._disk, self._journal, line, self._end)
-        self._disk.fsync(self._journal)
+        try:
+            write_all(self._disk, self._journal, line, self._end)
+            self._disk.fsync(self._journal)
+        except OSError:  # the line can be read, and the disk may not have it: it must not count for the next run
+            with contextlib.suppress(OSError):
+                self._disk.truncate(self._journal, self._end)
+            raise
         self._end, self._previous = self._end + len(line), digest
 
     def close_shards(self) -> None:

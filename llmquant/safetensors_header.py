@@ -12,7 +12,8 @@ import torch
 
 from llmquant.errors import SourceError
 
-MAX_HEADER_BYTES = 25 * 1024 * 1024
+MAX_HEADER_BYTES = 25 * 1024 * 1024  # of a header, an index or a config
+_MAX_TENSORS = 100_000  # in one file; a header of that many is parsed in a second and 100 MB
 
 DTYPES = {
     "F64": torch.float64,
@@ -61,7 +62,16 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
-    """A JSON object without duplicate names, else SourceError."""
+    """A JSON object without duplicate names, else SourceError.
+
+    A few bytes of text can become a hundred of memory: what has more brackets and commas than the header of
+    100,000 tensors (three and at most eleven for each) is not parsed at all.
+    """
+    data = text.encode() if isinstance(text, str) else text
+    if data.count(b"[") + data.count(b"{") > 3 * _MAX_TENSORS or data.count(b",") > 11 * _MAX_TENSORS:
+        raise SourceError(
+            where, f"{len(data)} bytes of JSON with too many parts", expected=f"{_MAX_TENSORS} tensors at most"
+        )
     try:
         value = json.loads(text, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:

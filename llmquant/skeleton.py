@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmquant.config_bounds import refuse_absurd, refuse_buffers
 from llmquant.errors import SourceError
 from llmquant.source import Source, safe_config
 
@@ -398,6 +399,7 @@ def _build(source: Source, dtype: torch.dtype) -> Any:
     from transformers.initialization import no_init_weights
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    refuse_absurd(source, source.config)
     config = safe_config(source.config)
     config.pop("quantization_config", None)
     model_type = config.pop("model_type", None)
@@ -408,24 +410,19 @@ def _build(source: Source, dtype: torch.dtype) -> Any:
             f"model_type {model_type!r} ({architectures}) is no causal LM of the installed transformers",
             remedy="remote code is not run; a newer transformers may know it",
         )
-    _refuse_absurd_depth(source, config)
     try:
+        settings = AutoConfig.for_model(model_type, **config)
+        with torch.device("meta"), no_init_weights():  # nothing is allocated, and buffers can be counted
+            empty = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+        refuse_buffers(source, sum(buffer.nbytes for buffer in empty.buffers()))
         with init_empty_weights(include_buffers=False), no_init_weights():
-            built = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config), dtype=dtype)
+            built = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+    except SourceError:
+        raise
     except Exception as error:  # what a wrong config raises depends on the model class
         brief = f"{type(error).__name__}: {error}"[:200]
         raise SourceError(f"{source.name}: config.json", f"transformers cannot build the model ({brief})") from error
     return built.eval()
-
-
-def _refuse_absurd_depth(source: Source, config: dict[str, Any]) -> None:
-    """A model of more layers than the checkpoint has tensors would be built for hours before it is refused."""
-    for key in ("num_hidden_layers", "n_layer", "num_layers"):
-        depth = config.get(key)
-        if isinstance(depth, int) and depth > len(source.tensors):
-            raise SourceError(
-                f"{source.name}: config.json", f"{key} {depth}", expected=f"at most its {len(source.tensors)} tensors"
-            )
 
 
 def _names(model: Any, source: Source) -> dict[str, str]:

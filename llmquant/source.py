@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import LLMQuantError, SourceError
-from llmquant.safetensors_header import TensorInfo, header_length, parse_header, parse_json
+from llmquant.safetensors_header import MAX_HEADER_BYTES, TensorInfo, header_length, parse_header, parse_json
 
 T = TypeVar("T")
 
@@ -31,7 +31,7 @@ _SIDE_FILES = re.compile(
 )
 # Keys that would make a reader run foreign code or choose kernels for the user, at any depth of a config.
 _UNSAFE_KEYS = re.compile(
-    r"auto_map|trust_remote_code|_attn_implementation.*|_experts_implementation.*|.*kernel_config"
+    r"auto_map|trust_remote_code|_?attn_implementation.*|_?experts_implementation.*|.*kernel_config|use_kernels"
 )
 
 
@@ -44,6 +44,8 @@ class Source:
         self.folder = folder
         self.config = self._config()
         self.tensors = self._tensors()
+        for file in self.side_files():  # others read them later: here, or not at all
+            self.local(file)
 
     # -- what a Hub source overrides -------------------------------------------------------------------
     def files(self) -> list[str]:
@@ -59,6 +61,15 @@ class Source:
         path = self.folder / _relative(file)
         if not path.is_file():
             raise SourceError(self.name, f"{file} is missing", remedy="download the checkpoint again")
+        root, target = self.folder.resolve(), path.resolve()
+        # The Hub's cache keeps the files of a snapshot in a folder of blobs beside all snapshots.
+        blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
+        if not target.is_relative_to(root) and not target.is_relative_to(blobs):
+            raise SourceError(
+                f"{self.name}: {file}",
+                "is a link that leads out of the checkpoint",
+                remedy="put the file itself there, or name the folder in which it lies",
+            )
         return path
 
     def is_local(self, name: str) -> bool:
@@ -88,7 +99,10 @@ class Source:
             return stream.read(length), size
 
     def _json(self, file: str) -> dict[str, Any]:
-        return parse_json(self.local(file).read_bytes(), file)
+        path = self.local(file)
+        if (size := path.stat().st_size) > MAX_HEADER_BYTES:
+            raise SourceError(f"{self.name}: {file}", f"{size} bytes of JSON", expected=f"at most {MAX_HEADER_BYTES}")
+        return parse_json(path.read_bytes(), file)
 
     # -- common ----------------------------------------------------------------------------------------
     @property
@@ -201,8 +215,6 @@ class HubSource(Source):
         self._files = sorted(sibling.rfilename for sibling in info.siblings)
         self.revision = info.sha
         super().__init__(repo, Path(), info.sha)
-        for file in self.side_files():
-            self.local(file)
         self.folder = self.local("config.json").parent
 
     def files(self) -> list[str]:

@@ -1,12 +1,14 @@
 """Fixtures: tiny models built once per session, and the one door to ../shared."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+
+from llmquant import calibration, pipeline
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network; the fake Hub's run in a child process
 torch.set_num_threads(2)
@@ -33,3 +35,27 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the assets in ../shared, which are not part of the project")
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors are tiny here; and a forked child cannot use the threads of its parent."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def short_runs() -> Iterator[None]:
+    """For files that make hundreds of runs: what takes their time, plots and the tokens of a whole book, left out."""
+    whole = calibration.DATASETS["builtin"]
+
+    def part(split: str, limit: int) -> calibration.Text:
+        text = whole(split, limit)
+        return calibration.Text(text.name, [document[:20_000] for document in text.documents])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "make_html", lambda name, report: f"<p>{name}</p>")
+        patch.setitem(calibration.DATASETS, "builtin", part)
+        yield

@@ -56,7 +56,8 @@ def changed(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
     repaired(folder)
 
 
-Q = "model.layers.1.self_attn.q_proj."
+Q, K = "model.layers.1.self_attn.q_proj.", "model.layers.0.self_attn.q_proj."
+NORM = "model.layers.0.input_layernorm.weight"
 BUGS: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
     "one bit of a code": lambda t: t[Q + "weight_packed"].view(torch.uint8)[0, :1].bitwise_xor_(1),
     "nibbles swapped": lambda t: t[Q + "weight_packed"].copy_((t[Q + "weight_packed"] & 0x0F0F0F0F) << 4),
@@ -76,6 +77,26 @@ BUGS: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
     "a tensor missing": lambda t: t.pop("model.norm.weight"),
     "a packed part missing": lambda t: t.pop(Q + "weight_scale"),
     "a tensor too many": lambda t: t.update(extra=torch.zeros(3)),
+    "a scale of Inf": lambda t: t[Q + "weight_scale"][0, :1].fill_(torch.inf),
+    "a scale off by its last bit": lambda t: t[Q + "weight_scale"].view(torch.int16)[0, :1].add_(1),
+    "codes a column further": lambda t: t[Q + "weight_packed"].copy_(t[Q + "weight_packed"].roll(1, 1)),
+    "another layer's scales": lambda t: t.update({Q + "weight_scale": t[K + "weight_scale"].clone()}),
+    "the head as a copy of the embedding": lambda t: t["lm_head.weight"].copy_(t["model.embed_tokens.weight"]),
+    "a norm in another dtype": lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float()}),
+    "an embedding of fewer rows": lambda t: t.update(
+        {"model.embed_tokens.weight": t["model.embed_tokens.weight"][:-1].clone()}
+    ),
+    "two norms exchanged": lambda t: t.update(
+        {NORM: t[NORM.replace("input", "post_attention")], NORM.replace("input", "post_attention"): t[NORM]}
+    ),
+}
+WEIGHTS = ("quantization_config", "config_groups", "group_0", "weights")
+TOLD: dict[str, tuple[tuple[str, ...], Any]] = {  # what config.json tells loaders
+    "another group size": ((*WEIGHTS, "group_size"), 64),
+    "other bits": ((*WEIGHTS, "num_bits"), 8),
+    "a dense head not named": (("quantization_config", "ignore"), []),
+    "a quantized layer named as dense": (("quantization_config", "ignore"), ["lm_head", Q.rstrip(".")]),
+    "nothing of the quantization": (("quantization_config",), None),
 }
 
 
@@ -86,6 +107,43 @@ def test_a_wrong_packer_is_caught_though_the_manifest_fits(name: str, finished: 
     changed(folder, BUGS[name])
     with pytest.raises(VerifyError):
         verify_folder(folder)
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_a_config_that_tells_loaders_otherwise_is_caught(name: str, finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "out")
+    path, value = TOLD[name]
+    config = table = json.loads((folder / "config.json").read_text())
+    for key in path[:-1]:
+        table = table[key]
+    assert table[path[-1]] != value
+    table[path[-1]] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    repaired(folder)
+    with pytest.raises(VerifyError, match=r"config\.json"):
+        verify_folder(folder)
+
+
+def test_side_files_and_config_are_those_of_the_original(
+    finished: Path, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for name, change in {
+        "tokenizer.json": lambda path: path.write_bytes(path.read_bytes() + b" "),
+        "generation_config.json": lambda path: path.unlink(),
+        "config.json": lambda path: path.write_text(
+            path.read_text().replace('"hidden_act": "silu"', '"hidden_act": "gelu"')
+        ),
+    }.items():
+        folder = shutil.copytree(finished, tmp_path / name)
+        change(folder / name)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if not (folder / name).exists():
+            del manifest["files"][name]
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+        repaired(folder)
+        verify_folder(folder)
+        with pytest.raises(VerifyError, match=name):
+            verify_folder(folder, tiny_model("llama"))
 
 
 def test_changed_missing_and_added_files_are_named(finished: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from llmquant.safetensors_header import build_header
 from llmquant.source import INDEX, SINGLE, Source, open_source
 
 SHARDS = ("model-1.safetensors", "model-2.safetensors")
+TOKEN = "hf_canaryThatMustNotSing0123456789abcd"
 BAD = ("gated", "busy", "broken", "html", "foreign")
 
 
@@ -88,6 +90,40 @@ def child_online(folder: Path) -> dict[str, Any]:
     }
 
 
+def child_secrets(folder: Path) -> dict[str, Any]:
+    """Command lines that succeed, are refused and crash in the middle, all of them as talkative as can be."""
+    from llmquant import cli, pipeline
+
+    options = [
+        "--group-size",
+        "32",
+        "--samples",
+        "4",
+        "--seq-len",
+        "32",
+        "--eval-tokens",
+        "64",
+        "--eval-seq-len",
+        "32",
+        "--debug",
+    ]
+    codes = {}
+    for name in ("llama", "gated", "unknown", "broken"):
+        codes[name] = cli.main(["run", "--model", f"user/{name}", "--out", str(folder / "secret" / name), *options])
+    real = pipeline._Pass._say
+
+    def crash(self: Any, index: int, *rest: Any) -> None:
+        real(self, index, *rest)
+        raise RuntimeError(f"a bug in block {index}")
+
+    pipeline._Pass._say = crash  # type: ignore[method-assign]
+    try:
+        cli.main(["run", "--model", "user/llama", "--out", str(folder / "secret" / "crashed"), *options, "--json"])
+    except RuntimeError:
+        traceback.print_exc()
+    return {"codes": codes}
+
+
 def child_offline(folder: Path) -> dict[str, Any]:
     cached = open_source("user/read", commit_of("user/read"))
     return {
@@ -106,11 +142,12 @@ def run_child(what: str, folder: Path, endpoint: str, **env: str) -> dict[str, A
     """What `child_<what>` returned in a fresh process."""
     here = Path(__file__).parent
     clean = {name: value for name, value in os.environ.items() if "proxy" not in name.lower() and name[:3] != "HF_"}
-    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_TOKEN": "hf_fake"}
+    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_TOKEN": TOKEN}
     settings["PYTHONPATH"] = os.pathsep.join((str(here.parent), str(here)))
     command = [sys.executable, __file__, what, str(folder)]
     child = subprocess.run(command, env=clean | settings | env, capture_output=True, text=True, timeout=300)
     assert child.returncode == 0, child.stderr
+    (folder / f"{what}.said").write_text(child.stdout + child.stderr)
     answers: dict[str, Any] = json.loads((folder / f"{what}.json").read_text())
     return answers
 
@@ -312,8 +349,47 @@ def test_unreachable_hub_is_told_in_one_line(folder: Path) -> None:
     assert message.isprintable()
 
 
+def test_the_token_is_in_nothing_that_is_written_or_said(hub: FakeHub, folder: Path) -> None:
+    answers = run_child("secrets", folder, hub.endpoint)
+    assert answers["codes"] == {"llama": 0, "gated": 4, "unknown": 4, "broken": 4}
+    assert (folder / "secret" / "crashed.partial" / "journal").stat().st_size > 0
+    assert any(request.authorized for request in hub.requests("user/llama"))  # it was used
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {"job.json", "journal", "report.html", "README.md", "secrets.said"} <= {path.name for path in files}
+    for path in files:
+        assert TOKEN.encode() not in path.read_bytes(), path
+    said = (folder / "secrets.said").read_text()
+    assert "a bug in block 0" in said
+    assert "access is gated" in said
+    # What is published names no place on this machine, either.
+    for path in (folder / "secret" / "llama").rglob("*"):
+        assert str(folder).encode() not in (path.read_bytes() if path.is_file() else b""), path
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        f"401 for {TOKEN}",
+        "no answer from https://user:TheSecret@proxy.example/api",
+        "Forbidden for url 'https://cdn.example/x?Expires=1&Signature=TheSecret~_&Key-Pair-Id=K'",
+        "https://cdn.example/x?X-Amz-Security-Token=TheSecret&a=1",
+    ],
+)
+def test_secrets_in_the_messages_of_others_are_left_out(secret: str) -> None:
+    message = str(SourceError("user/m", f"cannot be fetched ({secret})", remedy="check https://huggingface.co/a?b=c"))
+    assert "***" in message
+    assert TOKEN not in message
+    assert "TheSecret" not in message
+    assert "https://huggingface.co/a?b=c" in message
+
+
 if __name__ == "__main__":
     _, child, child_folder = sys.argv
-    children = {"online": child_online, "offline": child_offline, "unreachable": child_unreachable}
+    children = {
+        "online": child_online,
+        "offline": child_offline,
+        "secrets": child_secrets,
+        "unreachable": child_unreachable,
+    }
     result = children[child](Path(child_folder))
     (Path(child_folder) / f"{child}.json").write_text(json.dumps(result))

@@ -6,125 +6,20 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from broken import Counting, Killed, files, go_on, kill, on_disk, run
 
-import llmquant
 from llmquant import cli, pipeline, run_dir
 from llmquant.check import verify_folder
 from llmquant.disk import Disk
 from llmquant.errors import LLMQuantError, OutputError, ResumeError, VerifyError
 
-TINY: dict[str, Any] = {
-    "group_size": 32,
-    "samples": 4,
-    "seq_len": 32,
-    "eval_tokens": 128,
-    "eval_seq_len": 64,
-    "baselines": "rtn",
-    "max_shard_size": "40KB",
-}
-
-
-class Killed(BaseException):
-    """What a SIGKILL is to the code: nothing of it runs on."""
-
-
-class Counting(Disk):
-    """Counts the changes to the disk, and calls `at` before one of them (its number), or after it (number + 0.5)."""
-
-    CHANGES = (
-        "mkdir",
-        "open",
-        "pwrite",
-        "allocate",
-        "truncate",
-        "fsync",
-        "rename",
-        "exchange",
-        "unlink",
-        "remove_tree",
-    )
-
-    def __init__(self, at: float = -1, act: Callable[[], None] = lambda: None) -> None:
-        self.count, self.at, self.act = 0, at, act
-        self.names: list[str] = []
-        self.dead = False
-        for name in self.CHANGES:
-            setattr(self, name, self._counted(name, getattr(self, name)))
-
-    def _counted(self, name: str, change: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any) -> Any:
-            if self.dead:
-                raise Killed
-            number, self.count = self.count, self.count + 1
-            self.names.append(name)
-            if number == self.at:
-                self._act()
-            result = change(*args)
-            if number + 0.5 == self.at:
-                self._act()
-            return result
-
-        return counted
-
-    def _act(self) -> None:
-        try:
-            self.act()
-        except Killed:
-            self.dead = True
-            raise
-
-
-def run(model: Path, out: Path, **flags: Any) -> llmquant.Report:
-    options = {name: flags.pop(name) for name in ("overwrite", "resume", "log", "max_ram") if name in flags}
-    return llmquant.quantize(model, llmquant.make_recipe(str(model), flags=TINY | flags), out, **options)
-
-
-def on_disk(monkeypatch: pytest.MonkeyPatch, broken: Disk) -> None:
-    monkeypatch.setattr(run_dir, "Disk", lambda: broken)
-
-
-def files(out: Path) -> dict[str, bytes]:
-    """All but the cost, and what the manifest says of it."""
-    found = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    del found["cost.json"]
-    return found
-
-
-def go_on(model: Path, out: Path, wanted: dict[str, bytes]) -> None:
-    """The same command again; where only the cleaning up was missing, it may also say that all is there."""
-    try:
-        run(model, out)
-    except OutputError as error:
-        assert "already holds a checkpoint" in str(error)  # noqa: PT017
-    assert files(out) == wanted
-    assert [path.name for path in out.parent.iterdir()] == ["out"]
-
-
-def kill() -> None:
-    raise Killed
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors are tiny here; and a forked child cannot use the threads of its parent."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_plots() -> Iterator[None]:
-    """report.html is drawn in a second, and this file makes hundreds of runs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "make_html", lambda name, report: f"<p>{name}</p>")
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread", "short_runs")
 
 
 @pytest.fixture(scope="module")
@@ -436,7 +331,7 @@ def cut(model: Path, out: Path, **flags: Any) -> None:
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ({"bits": 8}, "plan, recipe.bits"),
+        ({"bits": 8}, "plan, products, recipe.bits"),
         ({"damp": 0.02}, "recipe.damp"),
         ({"seed": 1}, "calibration text, recipe.seed"),
         ({"samples": 3}, "calibration text, recipe.samples"),
@@ -576,7 +471,7 @@ def test_of_eight_racers_one_wins(model: Path, wanted: dict[str, bytes], tmp_pat
 
 
 # -- signals -------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_command_with_75_and_the_same_command_goes_on(
     number: signal.Signals,
     model: Path,

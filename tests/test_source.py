@@ -107,9 +107,10 @@ def test_files_below_the_folders_own_cache_are_not_its_files(one: Path) -> None:
 
 
 def test_symlinked_files_open_as_in_the_hubs_cache(tmp_path: Path, one: Path) -> None:
-    linked = tmp_path / "linked"
-    linked.mkdir()
-    for file in one.iterdir():
+    blobs, linked = tmp_path / "repo" / "blobs", tmp_path / "repo" / "snapshots" / ("0" * 40)
+    shutil.copytree(one, blobs)
+    linked.mkdir(parents=True)
+    for file in blobs.iterdir():
         (linked / file.name).symlink_to(file)
     assert torch.equal(open_source(linked).read("w"), torch.ones(2, 2))
 

@@ -40,8 +40,8 @@ def solve_gptq(task: LayerTask, options: SolveOptions) -> Solution:
         v_j = t_j + sum_{i<j} e_i U_ij / U_jj;   q_j = clip(round(v_j / s_j) + z_j);   e_j = t_j - s_j (q_j - z_j)
     Columns go in descending order of H_jj while groups stay where they were, so a decoder sees nothing of the order.
 
-    Where no damping makes H_l positive definite, `options.on_bad_layer` says what happens: SolveError, or
-    round-to-nearest with a note in the report.
+    Where no damping makes H_l positive definite, or the loss is not finite, `options.on_bad_layer` says what happens:
+    SolveError, or round-to-nearest with a note in the report.
     """
     if task.H_II is None:
         raise ValueError(f"{task.name}: gptq needs a Hessian")
@@ -55,7 +55,9 @@ def solve_gptq(task: LayerTask, options: SolveOptions) -> Solution:
     damp = options.damp if options.damp is not None else default_damp(task.n_tokens, in_features)
     factored = factor(H_II, damp, order)
     if factored is None:
-        return _bad_layer(task, options)
+        return _bad_layer(
+            task, options, "the Hessian of its input is not positive definite after 5 tries of raised damping"
+        )
     U_II, damp, tries = factored
     lam = ridge(float(diagonal.mean()), damp)
     target_OI = weight_OI
@@ -68,6 +70,8 @@ def solve_gptq(task: LayerTask, options: SolveOptions) -> Solution:
     weight = refine(weight, target_OI, H_II, lam, options)
     error_OI = target_OI - weight.dequantize(weight_OI.dtype)
     loss_O = quadratic(error_OI, H_II)
+    if not bool(torch.isfinite(loss_O).all()):  # so were the losses by which grid and codes were chosen
+        return _bad_layer(task, options, "its loss overflows float32")
     notes = [f"damping raised to {damp:g} after {tries} failed factorizations"] if tries else []
     if n_dead := int((diagonal == 0).sum()):
         notes.append(f"{n_dead} of {in_features} inputs are zero on all calibration tokens: rounded to nearest")
@@ -138,15 +142,15 @@ def ldlq(
     return codes_OI
 
 
-def _bad_layer(task: LayerTask, options: SolveOptions) -> Solution:
+def _bad_layer(task: LayerTask, options: SolveOptions, got: str) -> Solution:
     if options.on_bad_layer == "fail":
         raise SolveError(
             task.name,
-            "the Hessian of its input is not positive definite after 5 tries of raised damping",
+            got,
             expected="finite calibration activations",
             remedy="more --samples, another --calibration text, --ignore it, or accept --on-bad-layer rtn",
         )
     H_II = task.H_II
     finite = H_II is not None and bool(torch.isfinite(H_II).all())
     plain = solve_rtn(LayerTask(task.name, task.weight_OI, H_II if finite else None, task.n_tokens, task.scheme))
-    return replace(plain, notes=("no factorization: rounded to nearest (--on-bad-layer rtn)",))
+    return replace(plain, notes=(f"{got}: rounded to nearest (--on-bad-layer rtn)",))

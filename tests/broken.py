@@ -1,0 +1,102 @@
+"""Runs on a disk that a test has broken: shared by the tests of kills, faults and power loss."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llmquant
+from llmquant import run_dir
+from llmquant.disk import Disk
+from llmquant.errors import OutputError
+
+TINY: dict[str, Any] = {
+    "group_size": 32,
+    "samples": 4,
+    "seq_len": 32,
+    "eval_tokens": 128,
+    "eval_seq_len": 64,
+    "baselines": "rtn",
+    "max_shard_size": "40KB",
+}
+
+
+class Killed(BaseException):
+    """What a SIGKILL is to the code: nothing of it runs on."""
+
+
+class Counting(Disk):
+    """Counts the changes to the disk, and calls `at` before one of them (its number), or after it (number + 0.5)."""
+
+    CHANGES = (
+        "mkdir",
+        "open",
+        "pwrite",
+        "allocate",
+        "truncate",
+        "fsync",
+        "rename",
+        "exchange",
+        "unlink",
+        "remove_tree",
+    )
+
+    def __init__(self, at: float = -1, act: Callable[[], None] = lambda: None) -> None:
+        self.count, self.at, self.act = 0, at, act
+        self.names: list[str] = []
+        self.dead = False
+        for name in self.CHANGES:
+            setattr(self, name, self._counted(name, getattr(self, name)))
+
+    def _counted(self, name: str, change: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any) -> Any:
+            if self.dead:
+                raise Killed
+            number, self.count = self.count, self.count + 1
+            self.names.append(name)
+            if number == self.at:
+                self._act()
+            result = change(*args)
+            if number + 0.5 == self.at:
+                self._act()
+            return result
+
+        return counted
+
+    def _act(self) -> None:
+        try:
+            self.act()
+        except Killed:
+            self.dead = True
+            raise
+
+
+def run(model: Path, out: Path, **flags: Any) -> llmquant.Report:
+    options = {name: flags.pop(name) for name in ("overwrite", "resume", "log", "max_ram") if name in flags}
+    return llmquant.quantize(model, llmquant.make_recipe(str(model), flags=TINY | flags), out, **options)
+
+
+def on_disk(monkeypatch: pytest.MonkeyPatch, broken: Disk) -> None:
+    monkeypatch.setattr(run_dir, "Disk", lambda: broken)
+
+
+def files(out: Path) -> dict[str, bytes]:
+    """All but the cost, and what the manifest says of it."""
+    found = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    del found["cost.json"]
+    return found
+
+
+def go_on(model: Path, out: Path, wanted: dict[str, bytes], **flags: Any) -> None:
+    """The same command again; where only the cleaning up was missing, it may also say that all is there."""
+    try:
+        run(model, out, **flags)
+    except OutputError as error:
+        assert "already holds a checkpoint" in str(error)  # noqa: PT017
+    assert files(out) == wanted
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def kill() -> None:
+    raise Killed
