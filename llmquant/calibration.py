@@ -18,6 +18,7 @@ from llmquant.errors import CalibrationError
 from llmquant.mixture import parse_mixture, split_samples
 from llmquant.source import DEMO, TIMEOUT, Source
 
+BATCH_TOKENS = 2048  # that go through a block at once
 _WIKITEXT = "Salesforce/wikitext"
 
 
@@ -58,7 +59,7 @@ class Windows:
             "ids_sha256": hashlib.sha256(self.ids.numpy().tobytes()).hexdigest(),
         }
 
-    def batches(self, tokens: int = 2048) -> list[Tensor]:
+    def batches(self, tokens: int = BATCH_TOKENS) -> list[Tensor]:
         """Groups of windows [B, T] of about `tokens` tokens each."""
         return list(torch.split(self.ids, max(1, tokens // self.ids.shape[1])))
 

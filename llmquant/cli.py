@@ -13,7 +13,7 @@ from llmquant.arguments import count, normalise, strength, suggestion
 from llmquant.cli_export import export
 from llmquant.cli_push import check_login, push, push_result
 from llmquant.console import show_report
-from llmquant.errors import Interrupted, LLMQuantError
+from llmquant.errors import Interrupted, LLMQuantError, RecipeError
 from llmquant.progress import JsonLines, progress, stoppable
 from llmquant.recipe import CHOICES, DEMO_DEFAULTS, Recipe, make_recipe
 
@@ -176,6 +176,10 @@ def run(
             rich_help_panel=_JOB,
         ),
     ] = None,
+    timed: Annotated[
+        bool,
+        typer.Option("--time", help="Of a plan: quantize one block to see how long it takes", rich_help_panel=_RUN),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, as `llmquant plan` does", rich_help_panel=_RUN)
     ] = False,
@@ -202,8 +206,10 @@ def run(
     if push_to_hub is not None:
         check_login(push_to_hub)
     targets = [name.strip() for name in runtimes.split(",")] if runtimes else []
+    if timed and not dry_run:
+        raise RecipeError("--time", "without a plan", remedy="llmquant plan --time, or --dry-run beside it")
     if dry_run:
-        return commands.show_plan(model, settings, out, revision, max_ram, overwrite, json, targets)
+        return commands.show_plan(model, settings, out, revision, max_ram, overwrite, json, targets, timed)
     from llmquant.pipeline import quantize
 
     with progress(quiet, json) as log, stoppable():

@@ -135,11 +135,14 @@ def show_plan(
     overwrite: bool,
     as_json: bool,
     runtimes: Sequence[str] = (),
+    timed: bool = False,
 ) -> None:
     """Print the estimate; exit with the code of the first problem that would end the run."""
     from llmquant.estimate import estimate
 
-    found = estimate(model, recipe, out, revision=revision, max_ram=max_ram, overwrite=overwrite, runtimes=runtimes)
+    found = estimate(
+        model, recipe, out, revision=revision, max_ram=max_ram, overwrite=overwrite, runtimes=runtimes, timed=timed
+    )
     if as_json:
         print_json(found.as_dict())
     else:

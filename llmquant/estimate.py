@@ -26,6 +26,7 @@ from llmquant.solvers import DATA_FREE
 from llmquant.source import Source, open_source
 from llmquant.streams import spilled
 from llmquant.summary import without_numbers
+from llmquant.trial import try_block
 from llmquant.work import Tokens, Work, matmul_rate, work_of
 
 T = TypeVar("T")
@@ -112,8 +113,11 @@ def estimate(
     max_ram: str = "4GB",
     overwrite: bool = False,
     runtimes: Sequence[str] = (),
+    timed: bool = False,
 ) -> Estimate:
     """What `quantize` with the same arguments would do. Reads headers and side files only; nothing is written.
+
+    `timed` reads the first block, too, and quantizes it on a few random tokens to see how long that takes here.
 
     `opens` says which runtimes would open the result; one of `runtimes` that does not is a problem.
     Errors that the run would end with become `problems`; SourceError is raised where not even headers can be read.
@@ -158,6 +162,11 @@ def estimate(
     else:
         found.attempt(lambda: _check_target(target, overwrite, needed))
     _time(found, work_of(plan, skeleton, recipe, tokens, len(lanes)), skeleton)
+    if not timed or found.exit_code:
+        return found
+    trial = found.attempt(lambda: try_block(source, skeleton, plan, recipe, tokens, len(lanes)))
+    if trial is not None:
+        _replace_time(found, trial.seconds(len(skeleton.blocks), tokens, len(lanes)))
     return found
 
 
@@ -265,6 +274,16 @@ def _check_target(target: Path, overwrite: bool, needed: int) -> None:
         RunDir(target, overwrite=overwrite, needed_bytes=needed)  # checks only: entering it would create the folder
     except OSError as error:
         raise OutputError(str(target), error.strerror or str(error), remedy="choose another --out") from None
+
+
+def _replace_time(found: Estimate, measured: dict[str, float]) -> None:
+    """The measured block in the place of what is counted for blocks."""
+    kept = {part: found.seconds[part] for part in ("starting", "packing and verifying", "reading and writing")}
+    found.seconds = kept | measured
+    found.assumptions = [line for line in found.assumptions if not line.startswith("time:")] + [
+        "time: the first block measured on a few random tokens, the others taken to be like it; the head's scores, "
+        "other programs and downloads not counted"
+    ]
 
 
 def _time(found: Estimate, work: Work, skeleton: Skeleton) -> None:

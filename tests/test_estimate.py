@@ -15,6 +15,8 @@ from llmquant.cli import main
 from llmquant.estimate import estimate
 from llmquant.safetensors_header import build_header
 from llmquant.source import INDEX
+from llmquant.trial import Trial
+from llmquant.work import Tokens
 
 FLAGS = {"group_size": 32, "samples": 4, "seq_len": 32, "eval_tokens": 128, "eval_seq_len": 64, "eval_data": "builtin"}
 SEVENTY = {
@@ -156,3 +158,31 @@ def test_dry_run_prints_what_plan_prints(
     assert shown[0] == shown[1]
     assert "model.layers.*.mlp.up_proj.weight" in "\n".join(shown[0])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_plan_time_measures_a_block_of_the_model(
+    method: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tiny_model("llama")
+    before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    recipe = llmquant.make_recipe(str(folder), flags=FLAGS | {"method": method})
+    counted, measured = (estimate(folder, recipe, tmp_path / "out", timed=timed) for timed in (False, True))
+    assert not measured.problems
+    assert measured.memory == counted.memory
+    assert measured.seconds["solving"] > 0
+    assert measured.seconds["evaluation"] > 0
+    assert (measured.seconds["calibration"] > 0) == (method == "gptq")
+    assert any("the first block measured" in line for line in measured.assumptions)
+    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_trial_counts_blocks_tokens_and_lanes() -> None:
+    trial = Trial(solving=2.0, calibration_token=0.01, evaluation_token=0.001)
+    assert trial.seconds(3, Tokens(100, 1000, 10, 10), 4) == {"solving": 6.0, "calibration": 3.0, "evaluation": 12.0}
+
+
+def test_time_needs_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--model", "demo", "--time"]) == 2
+    assert "llmquant plan --time" in capsys.readouterr().err
