@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llmquant.errors import CalibrationError
 from llmquant.mixture import parse_mixture, split_samples
+from llmquant.remote_code import remedy
 from llmquant.source import DEMO, TIMEOUT, Source
 
 BATCH_TOKENS = 2048  # that go through a block at once
@@ -272,15 +273,16 @@ def load_tokenizer(source: Source) -> Any:
             remedy="add them, or use --method rtn --eval-data none",
         )
     try:
-        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=bool(source.code))
     except Exception as error:  # tokenizers raise bare Exception
         brief = f"{type(error).__name__}: {error}".splitlines()[0][:160]
-        if "trust_remote_code" in str(error):  # what transformers advises is no option of ours
+        if "trust_remote_code" in str(error) and not source.code:
             raise CalibrationError(
                 source.name,
                 "its tokenizer is code of its own, which is not run",
                 expected="a tokenizer that transformers knows",
-                remedy="convert it to tokenizer.json, or use --method rtn --eval-data none",
+                remedy=f"{remedy(source, 'tokenizer_config.json')}; else convert it to tokenizer.json, or use "
+                "--method rtn --eval-data none",
             ) from None
         raise CalibrationError(
             source.name,

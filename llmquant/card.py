@@ -17,8 +17,8 @@ _NEEDS = {"compressed-tensors": " compressed-tensors", "gptq": " optimum gptqmod
 _TRANSFORMERS = """# pip install transformers{packages}
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{name}"{file})
-model = AutoModelForCausalLM.from_pretrained("{name}"{file})
+tokenizer = AutoTokenizer.from_pretrained("{name}"{more})
+model = AutoModelForCausalLM.from_pretrained("{name}"{more})
 inputs = tokenizer("The history of", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))"""
 
@@ -57,6 +57,7 @@ def make_card(name: str, report: dict[str, Any], base_model: str | None = None) 
         protocol=describe_evaluation(evaluation) if evaluation else "",
         table=_markdown(lanes_table(evaluation["lanes"])) if evaluation else "",
         health=[_plain(note) for note in health(report)],
+        code=", ".join(f"`{_plain(file)}`" for file in report["model"].get("remote_code", [])),
         licensed="license" in report["model"]["card"],
         command=_plain(command_of(report)),
         settings=", ".join(_setting(key, value) for key, value in recipe.items() if value not in (None, [], "")),
@@ -153,19 +154,21 @@ def _uses(name: str, report: dict[str, Any]) -> list[dict[str, str]]:
 def _snippet(runtime: str, format_name: str, name: str, report: dict[str, Any]) -> str | None:
     """`name` with a slash is a repository, without one a folder."""
     gguf = next((file for file in report["files"] if file.endswith(".gguf")), "")
+    code = bool(report["model"].get("remote_code"))
     if runtime == "transformers":
-        file = f', gguf_file="{gguf}"' if format_name == "gguf" else ""
+        more = f', gguf_file="{gguf}"' if format_name == "gguf" else ", trust_remote_code=True" if code else ""
         packages = " gguf" if format_name == "gguf" else _NEEDS.get(format_name, "")
-        return _TRANSFORMERS.format(name=name, file=file, packages=packages)
+        return _TRANSFORMERS.format(name=name, more=more, packages=packages)
     if runtime == "llama.cpp":
         kind = gguf.removesuffix(".gguf").rpartition("-")[2]
         where = f"-hf {name}:{kind}" if "/" in name else f"-m {name}/{gguf}"
         return f'llama-cli {where} -p "The history of"'
     if format_name == "gguf":
         return None  # needs a local file and a foreign tokenizer
+    flag = " --trust-remote-code" if code else ""
     return {
-        "vllm": f"vllm serve {name}",
-        "sglang": f"python -m sglang.launch_server --model-path {name}",
+        "vllm": f"vllm serve {name}{flag}",
+        "sglang": f"python -m sglang.launch_server --model-path {name}{flag}",
         "mlx-lm": f'mlx_lm.generate --model {name} --prompt "The history of"',
     }.get(runtime)
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from llmquant.checkpoint import open_original
-from llmquant.errors import VerifyError
+from llmquant.errors import SourceError, VerifyError
 from llmquant.formats import DENSE, FORMATS, LinearSpec
 from llmquant.grid import QuantScheme
 from llmquant.log import Log, silent
+from llmquant.remote_code import code_files, references
 from llmquant.run_dir import COST, MANIFEST, sha256
-from llmquant.source import Source, safe_config
+from llmquant.source import Source
 from llmquant.verify import DECODERS, Decoded, Place, digest, read_places
 
 
@@ -48,7 +49,9 @@ def verify_folder(folder: str | Path, original: str | Path | None = None, log: L
         raise VerifyError(
             str(root), "its tensors lie in a GGUF file", expected="safetensors", remedy="its files are right"
         )
-    source = None if original is None else open_original(original)
+    trusted = bool(report["compute"].get("trust_remote_code"))
+    _check_code(root, trusted)
+    source = None if original is None else open_original(original, trust_remote_code=trusted)  # runs nothing
     places = read_places(root)
     known, expected = manifest["tensors"], set[str]()
     for row in report["tensors"]:
@@ -222,6 +225,18 @@ def _check_ignored(where: str, ignored: list[str], rows: list[dict[str, Any]]) -
             raise VerifyError(where, f"does not name {module}, which is not quantized")
 
 
+def _check_code(root: Path, trusted: bool) -> None:
+    """Loaders are led to code by the user's word only, and then all of it is there."""
+    if trusted:
+        try:
+            files = {path.name for path in root.iterdir()}
+            code_files(root.name, files, lambda file: read_json(root, file), lambda file: root / file)
+        except SourceError as error:
+            raise VerifyError(str(root), str(error)) from None
+    elif any(references(read_json(root, "config.json"))):
+        raise VerifyError("config.json", "names code (auto_map), and the run was not told --trust-remote-code")
+
+
 def _check_beside(root: Path, source: Source, names: set[str]) -> None:
     """Ledger, side files and config are the original's."""
     if odd := sorted(names ^ source.tensors.keys()):
@@ -230,6 +245,6 @@ def _check_beside(root: Path, source: Source, names: set[str]) -> None:
         if not (root / file).is_file() or sha256(root / file) != sha256(source.local(file)):
             raise VerifyError(file, f"is not that of {source.name}")
     config = read_json(root, "config.json")
-    for name, value in safe_config(source.config).items():
+    for name, value in source.safe_config.items():
         if config.get(name) != value:
             raise VerifyError(f"config.json: {name}", "is not that of the original", expected=str(value)[:80])

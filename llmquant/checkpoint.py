@@ -14,9 +14,9 @@ from llmquant.small_floats import SMALL_FLOATS
 from llmquant.source import Source, open_source
 
 
-def open_checkpoint(model: str | Path, revision: str | None = None) -> Source:
+def open_checkpoint(model: str | Path, revision: str | None = None, *, trust_remote_code: bool = False) -> Source:
     """`open_source`, with a reader in between where the checkpoint is quantized. SourceError names unknown formats."""
-    source = open_source(model, revision)
+    source = open_source(model, revision, trust_remote_code=trust_remote_code)
     method = method_of(source)
     if method is None:
         return source
@@ -26,12 +26,12 @@ def open_checkpoint(model: str | Path, revision: str | None = None) -> Source:
     return PackedSource(source, method)
 
 
-def open_original(model: str | Path, revision: str | None = None) -> Source:
+def open_original(model: str | Path, revision: str | None = None, *, trust_remote_code: bool = False) -> Source:
     """What a run can start from: 16-bit weights, or FP8 and MXFP4, which become dense as they are read.
 
     SourceError for integer codes and the like: what was lost there is lost.
     """
-    return as_original(open_source(model, revision))
+    return as_original(open_source(model, revision, trust_remote_code=trust_remote_code))
 
 
 def as_original(source: Source) -> Source:
@@ -70,6 +70,7 @@ class PackedSource(Source):
         # Not Source.__init__: files were listed and checked by `stored`.
         self.stored, self.method = stored, method
         self.name, self.revision, self.folder = stored.name, stored.revision, stored.folder
+        self.trust_remote_code, self.code = stored.trust_remote_code, stored.code
         left_out = ("quantization_config", "quantization")
         self.config = {key: value for key, value in stored.config.items() if key not in left_out}
         self.packed: dict[str, PackedLinear] = self._packed(stored.config)

@@ -150,6 +150,9 @@ def run(
     revision: Annotated[
         Optional[str], typer.Option(help="Branch, tag or commit on the Hub", rich_help_panel=_RUN)
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help=commands.TRUST, rich_help_panel=_RUN)
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an output folder that llmquant wrote", rich_help_panel=_RUN)
     ] = False,
@@ -209,7 +212,9 @@ def run(
     if timed and not dry_run:
         raise RecipeError("--time", "without a plan", remedy="llmquant plan --time, or --dry-run beside it")
     if dry_run:
-        return commands.show_plan(model, settings, out, revision, max_ram, overwrite, json, targets, timed)
+        return commands.show_plan(
+            model, settings, out, revision, max_ram, overwrite, json, targets, timed, trust_remote_code
+        )
     from llmquant.pipeline import quantize
 
     with progress(quiet, json) as log, stoppable():
@@ -222,6 +227,7 @@ def run(
             overwrite=overwrite,
             resume=resume,
             runtimes=targets,
+            trust_remote_code=trust_remote_code,
             log=log,
         )
     show_report(report)
@@ -236,6 +242,7 @@ _Tokens = Annotated[
 _SeqLen = Annotated[
     Optional[int], typer.Option("--seq-len", help=f"Tokens in a window [dim]\\[default: {_DEFAULTS.eval_seq_len}]")
 ]
+_Trust = Annotated[bool, typer.Option("--trust-remote-code", help=commands.TRUST)]
 _Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file")]
 
 
@@ -253,12 +260,15 @@ def evaluate(
     device: Annotated[Optional[str], typer.Option(help="auto, cpu or cuda\\[:n]")] = None,
     dtype: Annotated[Optional[str], typer.Option(help="Compute dtype")] = None,
     max_ram: Annotated[str, typer.Option(help="What the streams may hold before they go to files")] = "4GB",
+    trust_remote_code: _Trust = False,
     json: _Json = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")] = False,
 ) -> None:
     """Perplexity of a checkpoint and its divergence from a reference, streamed block by block."""
-    _compare([model], reference, _eval_flags(data, tokens, seq_len, device, dtype), max_ram, json, quiet)
+    _compare(
+        [model], reference, _eval_flags(data, tokens, seq_len, device, dtype), max_ram, trust_remote_code, json, quiet
+    )
 
 
 @app.command(
@@ -273,12 +283,15 @@ def compare(
     device: Annotated[Optional[str], typer.Option(help="auto, cpu or cuda\\[:n]")] = None,
     dtype: Annotated[Optional[str], typer.Option(help="Compute dtype")] = None,
     max_ram: Annotated[str, typer.Option(help="What the streams may hold before they go to files")] = "4GB",
+    trust_remote_code: _Trust = False,
     json: _Json = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")] = False,
 ) -> None:
     """Several checkpoints in one table, with paired differences."""
-    _compare(models, reference, _eval_flags(data, tokens, seq_len, device, dtype), max_ram, json, quiet)
+    _compare(
+        models, reference, _eval_flags(data, tokens, seq_len, device, dtype), max_ram, trust_remote_code, json, quiet
+    )
 
 
 app.command(rich_help_panel=commands.MAKE, epilog="Example:  llmquant export ./out --format gguf --out ./out-gguf")(
@@ -303,7 +316,13 @@ def _eval_flags(
 
 
 def _compare(
-    models: list[str], reference: str | None, flags: dict[str, Any], max_ram: str, json: Path | None, quiet: bool
+    models: list[str],
+    reference: str | None,
+    flags: dict[str, Any],
+    max_ram: str,
+    trust_remote_code: bool,
+    json: Path | None,
+    quiet: bool,
 ) -> None:
     settings = make_recipe(reference or models[0], None, flags)
     from llmquant.comparison import compare as score
@@ -311,7 +330,14 @@ def _compare(
 
     _calm_libraries()
     with progress(quiet) as log:
-        report = score(models, reference=reference, recipe=settings, max_ram=max_ram, log=log)
+        report = score(
+            models,
+            reference=reference,
+            recipe=settings,
+            max_ram=max_ram,
+            trust_remote_code=trust_remote_code,
+            log=log,
+        )
     show_report(report)
     if json is not None:
         write_json_file(json, report.data)

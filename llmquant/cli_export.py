@@ -17,6 +17,9 @@ def export(
         Optional[str], typer.Option(help="llama.cpp's name of the tokenizer's splitter, where it is not recognised")
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest output file")] = "5GB",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings: read it first")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that llmquant wrote")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")] = False,
@@ -31,6 +34,7 @@ def export(
         gguf_pre=gguf_pre,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
         log=(lambda message: None) if quiet else (lambda message: print(message, file=sys.stderr, flush=True)),
     )
     print(f"wrote {written}")

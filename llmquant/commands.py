@@ -62,6 +62,7 @@ RUN_EXAMPLES = """[bold]On the built-in model[/]
 
   llmquant run --model ./checkpoint --ignore down_proj
 """
+TRUST = "Run Python code that the checkpoint brings (auto_map), with all your rights: read it first"
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout in place of the tables")]
 # What makes no sense where nothing runs; `json` gets another meaning.
 _NOT_IN_PLAN = ("dry_run", "json", "quiet", "resume")
@@ -136,12 +137,21 @@ def show_plan(
     as_json: bool,
     runtimes: Sequence[str] = (),
     timed: bool = False,
+    trust_remote_code: bool = False,
 ) -> None:
     """Print the estimate; exit with the code of the first problem that would end the run."""
     from llmquant.estimate import estimate
 
     found = estimate(
-        model, recipe, out, revision=revision, max_ram=max_ram, overwrite=overwrite, runtimes=runtimes, timed=timed
+        model,
+        recipe,
+        out,
+        revision=revision,
+        max_ram=max_ram,
+        overwrite=overwrite,
+        runtimes=runtimes,
+        trust_remote_code=trust_remote_code,
+        timed=timed,
     )
     if as_json:
         print_json(found.as_dict())

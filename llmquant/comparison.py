@@ -22,6 +22,7 @@ from llmquant.job import ORIGINAL, pick_device, pick_dtype, prepare_evaluation
 from llmquant.log import Event, Log, silent, stages_of
 from llmquant.memory import trim
 from llmquant.recipe import Recipe, make_recipe, parse_size
+from llmquant.remote_code import announce
 from llmquant.report import SCHEMA_VERSION, LaneReport, Report, Stopwatch, evaluation_report, versions
 from llmquant.skeleton import Calls, Skeleton
 from llmquant.source import Source
@@ -54,6 +55,7 @@ def compare(
     reference: str | Path | None = None,
     recipe: Recipe | None = None,
     max_ram: str = "4GB",
+    trust_remote_code: bool = False,
     log: Log = silent,
 ) -> Report:
     """Score `models` on the evaluation windows of `recipe` (eval_data, eval_tokens, eval_seq_len, device, dtype).
@@ -61,9 +63,11 @@ def compare(
     Every checkpoint may be 16-bit or quantized (`packed.LAYOUTS`); all must share the reference's tokenizer and
     vocabulary. The first lane is the reference (the first model where none is given). One block of one lane is in
     memory at a time, and at the end the heads of all lanes. The report's `differences` are paired over windows.
+    trust_remote_code   Python code of any of them may be run
     """
     watch = Stopwatch(stages_of(log))
-    windows, lanes, scores = score_tokens(models, reference, recipe, max_ram=max_ram, log=log, watch=watch)
+    options: dict[str, Any] = {"max_ram": max_ram, "trust_remote_code": trust_remote_code, "log": log, "watch": watch}
+    windows, lanes, scores = score_tokens(models, reference, recipe, **options)
     first = next(iter(scores.values()))
     reports = {
         name: LaneReport(figures(score, first), bits_per_weight(lanes[name].source), lanes[name].source.weight_bytes)
@@ -71,7 +75,11 @@ def compare(
     }
     data = {
         "schema_version": SCHEMA_VERSION,
-        "models": [{"id": lane.source.name, "revision": lane.source.revision} for lane in lanes.values()],
+        "models": [
+            {"id": lane.source.name, "revision": lane.source.revision, "remote_code": list(lane.source.code)}
+            for lane in lanes.values()
+        ],
+        "trust_remote_code": trust_remote_code,
         "versions": versions(),
         "evaluation": evaluation_report(windows, reports),
         "differences": _differences(scores),
@@ -85,6 +93,7 @@ def score_tokens(
     recipe: Recipe | None = None,
     *,
     max_ram: str = "4GB",
+    trust_remote_code: bool = False,
     log: Log = silent,
     watch: Stopwatch | None = None,
 ) -> tuple[text.Windows, dict[str, Lane], dict[str, TokenScores]]:
@@ -93,7 +102,10 @@ def score_tokens(
     paths = [*([reference] if reference is not None else []), *models]
     recipe = recipe or make_recipe(str(paths[0]))
     with watch.stage("prepare"):
-        lanes = _open(paths, recipe, named_reference=reference is not None)
+        sources = [open_checkpoint(path, trust_remote_code=trust_remote_code) for path in paths]
+        for source in sources:
+            announce(source, log)
+        lanes = _open(sources, recipe, named_reference=reference is not None)
         first = next(iter(lanes.values()))
         tokenizer = text.load_tokenizer(first.source)
         windows = prepare_evaluation(
@@ -124,11 +136,10 @@ def _unnamed_file(name: str) -> BinaryIO:
     return file
 
 
-def _open(paths: Sequence[str | Path], recipe: Recipe, *, named_reference: bool) -> dict[str, Lane]:
+def _open(sources: Sequence[Source], recipe: Recipe, *, named_reference: bool) -> dict[str, Lane]:
     device = pick_device(recipe.device)
     lanes: dict[str, Lane] = {}
-    for position, path in enumerate(paths):
-        source = open_checkpoint(path)
+    for position, source in enumerate(sources):
         name = ORIGINAL if position == 0 and named_reference else _fresh(source.name, lanes)
         lanes[name] = Lane(source, Skeleton(source, device, pick_dtype(recipe.dtype, device, source)), {})
     first = next(iter(lanes.values())).skeleton

@@ -52,6 +52,9 @@ def show_report(report: "Report") -> None:
             console.print(table)
     if report.lanes:
         console.print(f"[dim]on {describe_evaluation(report.data['evaluation'])}; ± is one standard error")
+    models = report.data["models"] if "models" in report.data else [report.data["model"]]
+    if code := [file for model in models for file in model.get("remote_code", [])]:
+        console.print(f"--trust-remote-code: ran {', '.join(code)}", markup=False, soft_wrap=True)
     cost = report.cost
     done = f"wrote {report.out}" if report.out is not None else "done"
     memory = f"peak memory {cost['peak_rss_bytes'] / 1e6:.0f} MB"

@@ -20,6 +20,7 @@ from llmquant.mixture import parse_mixture
 from llmquant.output import open_output
 from llmquant.plan import Plan, Row, make_plan
 from llmquant.recipe import Recipe, make_recipe, parse_size
+from llmquant.remote_code import announce
 from llmquant.run_dir import RunDir
 from llmquant.skeleton import Skeleton
 from llmquant.solvers import DATA_FREE
@@ -114,6 +115,7 @@ def estimate(
     overwrite: bool = False,
     runtimes: Sequence[str] = (),
     timed: bool = False,
+    trust_remote_code: bool = False,
 ) -> Estimate:
     """What `quantize` with the same arguments would do. Reads headers and side files only; nothing is written.
 
@@ -124,12 +126,13 @@ def estimate(
     """
     recipe = recipe or make_recipe(str(model))
     budget = parse_size("--max-ram", max_ram)
-    stored = open_source(model, revision)
+    stored = open_source(model, revision, trust_remote_code=trust_remote_code)
     found = Estimate(stored.name, stored.revision, stored.weight_bytes, recipe.as_dict())
     source = found.attempt(lambda: as_original(stored))
     if source is None:  # nothing else about it would make sense
         return found
     found.stored_as = stored_forms(source)
+    announce(source, found.warn)
     device = found.attempt(lambda: pick_device(recipe.device)) or torch.device("cpu")
     skeleton = found.attempt(lambda: Skeleton(source, device, pick_dtype(recipe.dtype, device, source)))
     if skeleton is None:

@@ -22,6 +22,7 @@ from llmquant.output import open_output
 from llmquant.packed import PackedLinear
 from llmquant.plan import Plan, Row
 from llmquant.recipe import parse_size
+from llmquant.remote_code import announce
 from llmquant.run_dir import RunDir
 from llmquant.skeleton import Skeleton, is_linear
 from llmquant.source import Source, natural_key
@@ -35,6 +36,7 @@ def export(
     gguf_pre: str | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     log: Log = silent,
 ) -> Path:
     """Write the checkpoint `model`, which llmquant made, to the folder `out` in another format, and verify it.
@@ -42,7 +44,8 @@ def export(
     gguf_pre   llama.cpp's name of the tokenizer's splitter, where it is not recognised
     Raises SourceError where `model` holds no integer grid, FormatError where the format cannot hold it.
     """
-    source = open_packed(model)
+    source = open_packed(model, trust_remote_code=trust_remote_code)
+    announce(source, log)
     exporter = Export(source, format_name, gguf_pre)
     run = RunDir(Path(out), overwrite=overwrite, needed_bytes=exporter.plan.output_bytes + source.side_bytes)
     with run:
@@ -61,18 +64,20 @@ def check_exports(names: Sequence[str], source: Source, skeleton: Skeleton, plan
         open_output(name, source, skeleton, plan)
 
 
-def export_beside(names: Sequence[str], run: RunDir, max_shard_bytes: int, log: Log) -> None:
+def export_beside(
+    names: Sequence[str], run: RunDir, max_shard_bytes: int, log: Log, *, trust_remote_code: bool = False
+) -> None:
     """The checkpoint that `run` holds, which is written and verified, in other formats, each in its own folder."""
     for name in names:
-        source = open_checkpoint(run.path)
+        source = open_checkpoint(run.path, trust_remote_code=trust_remote_code)
         assert isinstance(source, PackedSource)
         source.name = run.out.name
         Export(source, name).write(run, max_shard_bytes, log, f"{name}/")
 
 
-def open_packed(model: str | Path) -> PackedSource:
+def open_packed(model: str | Path, *, trust_remote_code: bool = False) -> PackedSource:
     """A checkpoint that llmquant wrote and whose linears are on integer grids."""
-    source = open_checkpoint(model)
+    source = open_checkpoint(model, trust_remote_code=trust_remote_code)
     if not isinstance(source, PackedSource):
         raise SourceError(source.name, "is not quantized", expected="a checkpoint that llmquant wrote")
     if "report.json" not in source.files():
@@ -152,6 +157,8 @@ class Export:
         report: dict[str, Any] = json.loads(self.source.local("report.json").read_text("utf-8"))
         report["exported_from"] = report["recipe"]["format"]
         report["recipe"] |= {"format": self.format_name, "exports": []}
+        report["model"]["remote_code"] = [] if self.format_name == "gguf" else list(self.source.code)
+        report["compute"]["trust_remote_code"] = self.source.trust_remote_code
         report["runtimes"] = {self.format_name: verdicts(self.plan.specs, self.format_name, self.plan.dense_linears)}
         report["bits_per_weight"] = self.plan.bits_per_weight(self.format_name)
         lane = ((report["evaluation"] or {}).get("lanes") or {}).get("llmquant")

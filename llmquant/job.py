@@ -19,6 +19,7 @@ from llmquant.overlap import refuse_overlap
 from llmquant.plan import Plan, make_plan
 from llmquant.products import pick_products
 from llmquant.recipe import Recipe
+from llmquant.remote_code import announce
 from llmquant.report import versions
 from llmquant.skeleton import Skeleton
 from llmquant.solvers import DATA_FREE
@@ -78,6 +79,7 @@ def fingerprint(job: Job, weights: str) -> dict[str, str]:
         "config": job.source.config,
         "model card": job.card,
         "side files": side,
+        "trust_remote_code": job.source.trust_remote_code,
         "plan": [row.as_dict() for row in job.plan.rows],
         "lanes": job.lanes,
         "versions": versions(),
@@ -91,9 +93,12 @@ def fingerprint(job: Job, weights: str) -> dict[str, str]:
     return recipe | digests
 
 
-def prepare(model: str | Path, revision: str | None, recipe: Recipe, log: Log) -> Job:
+def prepare(
+    model: str | Path, revision: str | None, recipe: Recipe, log: Log, *, trust_remote_code: bool = False
+) -> Job:
     """Open, check and plan; every error that can be known before hours of work is raised here."""
-    source = open_original(model, revision)
+    source = open_original(model, revision, trust_remote_code=trust_remote_code)
+    announce(source, log)
     device = pick_device(recipe.device)
     skeleton = Skeleton(source, device, pick_dtype(recipe.dtype, device, source))
     products = pick_products(recipe.products, device, skeleton.dtype, recipe.bits)

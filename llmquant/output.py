@@ -20,7 +20,7 @@ from llmquant.grid import QuantizedWeight
 from llmquant.plan import Plan, Row
 from llmquant.run_dir import RunDir
 from llmquant.skeleton import Skeleton
-from llmquant.source import Source, safe_config
+from llmquant.source import Source
 from llmquant.verify import Record, verify_output
 from llmquant.verify_gguf import verify_gguf
 
@@ -54,6 +54,10 @@ def open_output(
     format_name: str, source: Source, skeleton: Skeleton, plan: Plan, gguf_pre: str | None = None
 ) -> Output:
     """The container of a format. FormatError where it cannot hold the model; nothing is written yet."""
+    if format_name in ("gguf", "mlx") and "AutoModelForCausalLM" in (source.safe_config.get("auto_map") or {}):
+        raise FormatError(
+            format_name, "a model of its own code (--trust-remote-code)", expected="a model that its runtimes know"
+        )
     if format_name == "gguf":
         return GGUFFile(source, skeleton, plan, gguf_pre)
     return Shards(format_name, source, plan)
@@ -86,7 +90,7 @@ class Shards:
         return self.format.read(spec, run.read_tensor)
 
     def finish(self, run: RunDir, folder: str = "") -> None:
-        config = safe_config(self.source.config)
+        config = self.source.safe_config
         if self.record.format_name == "mlx":
             config = flat_rope(config)
         run.write_json(f"{folder}config.json", config | self.entries)

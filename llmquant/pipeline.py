@@ -45,6 +45,7 @@ def quantize(
     overwrite: bool = False,
     resume: str = "auto",
     runtimes: Sequence[str] = (),
+    trust_remote_code: bool = False,
     log: Log = silent,
 ) -> Report:
     """Quantize `model` by `recipe` and write a verified checkpoint to `out` (default ./<name>-<scheme>).
@@ -53,13 +54,14 @@ def quantize(
     max_ram   what the streams of hidden states may hold before they go to files
     resume    go on with an interrupted run of the same job: "auto", "required", or "never" (throw it away)
     runtimes  that must open the result (names of `lint.RUNTIMES`), or FormatError before any work
+    trust_remote_code  Python code of the checkpoint may be run (`remote_code.py`)
     Returns the report that is also written beside the weights. Raises an LLMQuantError; `out` is then as it was, and
     finished blocks are kept in `<out>.partial`.
     """
     watch = Stopwatch(stages_of(log))
     recipe = recipe or make_recipe(str(model))
     with watch.stage("prepare"):
-        job = prepare(model, revision, recipe, log)
+        job = prepare(model, revision, recipe, log, trust_remote_code=trust_remote_code)
         output = job.output
         refuse_runtimes(runtimes, job.plan.specs, (recipe.format, *recipe.exports), job.plan.dense_linears)
         check_exports(recipe.exports, job.source, job.skeleton, job.plan)
@@ -89,7 +91,8 @@ def quantize(
             output.finish(run)
         log(f"verified: {len(job.plan.layout)} tensors re-read from disk, equal to what was computed")
         with watch.stage("export"):
-            export_beside(recipe.exports, run, parse_size("--max-shard-size", recipe.max_shard_size), log)
+            size = parse_size("--max-shard-size", recipe.max_shard_size)
+            export_beside(recipe.exports, run, size, log, trust_remote_code=trust_remote_code)
         floor = None if job.evaluation is None else noise_floor(job.source, job.skeleton, job.evaluation, watch)
         report = Report(_report(job, layers, lanes, floor, run.weight_files()), watch.cost(), run.out)
         if recipe.format != "gguf":  # which has none beside it
@@ -297,6 +300,7 @@ def _report(
             "id": job.source.name,
             "revision": job.source.revision,
             "card": job.card,
+            "remote_code": list(job.source.code),
             **({"stored_as": forms} if (forms := stored_forms(job.source)) else {}),
         },
         "versions": versions(),
@@ -305,6 +309,7 @@ def _report(
             "device": job.skeleton.device.type,
             "dtype": str(job.skeleton.dtype).removeprefix("torch."),
             "products": str(job.products).removeprefix("torch."),
+            "trust_remote_code": job.source.trust_remote_code,
         },
         "bits_per_weight": job.plan.bits_per_weight(job.recipe.format),
         "calibration": None if job.calibration is None else job.calibration.as_dict(),

@@ -127,6 +127,12 @@ def from_mapping(values: Mapping[str, Any]) -> Recipe:
     """A Recipe from plain data; unknown names and wrong types are refused."""
     known = {field.name: field for field in fields(Recipe)}
     for name, value in values.items():
+        if name == "trust_remote_code":
+            raise RecipeError(
+                f"recipe: {name}",
+                "a recipe cannot allow code to be run",
+                remedy="give --trust-remote-code on the command line, once you have read that code",
+            )
         if name not in known:
             raise RecipeError(f"recipe: {name}", "unknown key", remedy=did_you_mean(name, known))
         _check_type(name, value)

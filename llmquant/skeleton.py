@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from llmquant.config_bounds import refuse_absurd, refuse_buffers
 from llmquant.errors import SourceError
-from llmquant.source import Source, safe_config
+from llmquant.remote_code import remedy
+from llmquant.source import Source
 
 Read = Callable[[str], Tensor]  # name of a parameter in the model -> its dense weight
 
@@ -400,29 +401,47 @@ def _build(source: Source, dtype: torch.dtype) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     refuse_absurd(source, source.config)
-    config = safe_config(source.config)
+    config = source.safe_config
     config.pop("quantization_config", None)
+    auto_map = config.get("auto_map")  # is there only where the user trusts it; by class, else transformers' own
+    own = auto_map if isinstance(auto_map, dict) else {}
     model_type = config.pop("model_type", None)
-    if not isinstance(model_type, str) or model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    known = isinstance(model_type, str) and model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if not known and "AutoModelForCausalLM" not in own:
         architectures = str(config.get("architectures") or "no architecture named")[:80]
         raise SourceError(
             f"{source.name}: config.json",
             f"model_type {model_type!r} ({architectures}) is no causal LM of the installed transformers",
-            remedy="remote code is not run; a newer transformers may know it",
+            remedy=remedy(source) or "a newer transformers may know it",
         )
     try:
-        settings = AutoConfig.for_model(model_type, **config)
+        if "AutoConfig" in own:
+            settings = _own_class(source, own["AutoConfig"]).from_dict(config)
+        else:
+            settings = AutoConfig.for_model(model_type, **config)
+        # Not the Auto class for code of the checkpoint: it would register that for other models of this process, too.
+        make = AutoModelForCausalLM.from_config
+        if "AutoModelForCausalLM" in own:
+            make = _own_class(source, own["AutoModelForCausalLM"])._from_config
         with torch.device("meta"), no_init_weights():  # nothing is allocated, and buffers can be counted
-            empty = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+            empty = make(settings, dtype=dtype)
         refuse_buffers(source, sum(buffer.nbytes for buffer in empty.buffers()))
         with init_empty_weights(include_buffers=False), no_init_weights():
-            built = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+            built = make(settings, dtype=dtype)
     except SourceError:
         raise
     except Exception as error:  # what a wrong config raises depends on the model class
         brief = f"{type(error).__name__}: {error}"[:200]
         raise SourceError(f"{source.name}: config.json", f"transformers cannot build the model ({brief})") from error
     return built.eval()
+
+
+def _own_class(source: Source, reference: str) -> Any:
+    """A class of the checkpoint's own code, by transformers' mechanism for that. This runs the code."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    assert source.code, "only code that the user trusts is run"
+    return get_class_from_dynamic_module(reference, str(source.folder.absolute()), local_files_only=True)
 
 
 def _names(model: Any, source: Source) -> dict[str, str]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import LLMQuantError, SourceError
+from llmquant.remote_code import code_files
 from llmquant.safetensors_header import MAX_HEADER_BYTES, TensorInfo, header_length, parse_header, parse_json
 
 T = TypeVar("T")
@@ -36,14 +37,23 @@ _UNSAFE_KEYS = re.compile(
 
 
 class Source:
-    """A checked checkpoint: `config`, `tensors` by name, and `read`. Use `open_source` to make one."""
+    """A checked checkpoint: `config`, `tensors` by name, and `read`. Use `open_source` to make one.
 
-    def __init__(self, name: str, folder: Path, revision: str | None = None) -> None:
+    `code` are the checkpoint's own Python files that may be run: none without `trust_remote_code`.
+    """
+
+    def __init__(
+        self, name: str, folder: Path, revision: str | None = None, *, trust_remote_code: bool = False
+    ) -> None:
         self.name = name
         self.revision = revision
         self.folder = folder
+        self.trust_remote_code = trust_remote_code
+        self.code: tuple[str, ...] = ()
         self.config = self._config()
         self.tensors = self._tensors()
+        if trust_remote_code:
+            self.code = code_files(name, set(self.files()), self.json, self.local)
         for file in self.side_files():  # others read them later: here, or not at all
             self.local(file)
 
@@ -98,7 +108,8 @@ class Source:
             length = header_length(file, stream.read(8), size)
             return stream.read(length), size
 
-    def _json(self, file: str) -> dict[str, Any]:
+    def json(self, file: str) -> dict[str, Any]:
+        """A JSON file of it, of bounded size."""
         path = self.local(file)
         if (size := path.stat().st_size) > MAX_HEADER_BYTES:
             raise SourceError(f"{self.name}: {file}", f"{size} bytes of JSON", expected=f"at most {MAX_HEADER_BYTES}")
@@ -143,18 +154,23 @@ class Source:
         return 2**20 + sum(self.local(file).stat().st_size for file in self.side_files())
 
     def side_files(self) -> list[str]:
-        """Files that go into the output as they are: tokenizer, chat template, generation config, licence."""
-        return [file for file in self.files() if _SIDE_FILES.fullmatch(file)]
+        """Files that go into the output as they are: tokenizer, chat template, generation config, licence, `code`."""
+        return [file for file in self.files() if _SIDE_FILES.fullmatch(file) or file in self.code]
+
+    @property
+    def safe_config(self) -> dict[str, Any]:
+        """`config` as transformers and the output may see it; auto_map stays where its code may be run."""
+        return safe_config(self.config, keep_code=bool(self.code))
 
     def _config(self) -> dict[str, Any]:
         if "config.json" not in self.files():
             raise SourceError(self.name, "no config.json", expected="a Hugging Face checkpoint")
-        return self._json("config.json")
+        return self.json("config.json")
 
     def _tensors(self) -> dict[str, TensorInfo]:
         files = set(self.files())
         if INDEX in files:
-            weight_map = self._json(INDEX).get("weight_map")
+            weight_map = self.json(INDEX).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise SourceError(INDEX, "no weight_map", expected="tensor name -> file")
             shards = sorted({self._shard(name, file, files) for name, file in weight_map.items()})
@@ -201,7 +217,7 @@ class HubSource(Source):
     """A repository on the Hub at one pinned commit. Headers come by range requests; each shard is fetched whole
     when its first tensor is read, and the next one while that one is used."""
 
-    def __init__(self, repo: str, revision: str | None) -> None:
+    def __init__(self, repo: str, revision: str | None, *, trust_remote_code: bool = False) -> None:
         from huggingface_hub import HfApi
 
         self._api = HfApi()
@@ -214,7 +230,7 @@ class HubSource(Source):
             raise SourceError(repo, "the Hub names no commit for it")
         self._files = sorted(sibling.rfilename for sibling in info.siblings)
         self.revision = info.sha
-        super().__init__(repo, Path(), info.sha)
+        super().__init__(repo, Path(), info.sha, trust_remote_code=trust_remote_code)
         self.folder = self.local("config.json").parent
 
     def files(self) -> list[str]:
@@ -312,37 +328,42 @@ def _brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:160]
 
 
-def open_source(model: str | Path, revision: str | None = None) -> Source:
+def open_source(model: str | Path, revision: str | None = None, *, trust_remote_code: bool = False) -> Source:
     """`demo`, a local folder, or a Hub id (its revision resolved to a commit once).
 
+    trust_remote_code   the user's word that Python code of the checkpoint may be run; opening runs none of it
     Raises SourceError; nothing but headers and side files has been read on return.
     """
     if str(model) == "demo":
         return Source("llmquant/demo", DEMO)
     path = Path(model).expanduser()
     if path.is_dir():
-        return Source(path.resolve().name, path)
+        return Source(path.resolve().name, path, trust_remote_code=trust_remote_code)
     if path.is_absolute() or str(model).startswith((".", "~")) or path.exists():
         raise SourceError(str(model), "no such folder", expected="a checkpoint folder or a Hub id")
-    return _from_hub(str(model), revision)
+    return _from_hub(str(model), revision, trust_remote_code)
 
 
-def _from_hub(repo: str, revision: str | None) -> Source:
+def _from_hub(repo: str, revision: str | None, trust_remote_code: bool) -> Source:
     """The repository at its commit; offline, what an earlier download left in the local cache."""
     from huggingface_hub import is_offline_mode, snapshot_download
 
     if not is_offline_mode():
-        return HubSource(repo, revision)
+        return HubSource(repo, revision, trust_remote_code=trust_remote_code)
     folder = Path(_hub(repo, lambda: snapshot_download(repo, revision=revision, local_files_only=True)))
-    return Source(repo, folder, folder.name)
+    return Source(repo, folder, folder.name, trust_remote_code=trust_remote_code)
 
 
-def safe_config(config: dict[str, Any]) -> dict[str, Any]:
-    """`config` without keys that would run foreign code or pick kernels, at every nesting level."""
+def safe_config(config: dict[str, Any], *, keep_code: bool = False) -> dict[str, Any]:
+    """`config` without keys that would run foreign code or pick kernels, at every nesting level.
+
+    keep_code   auto_map stays: the user trusts it
+    """
+    kept = ("auto_map",) if keep_code else ()
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
-            return {k: clean(v) for k, v in value.items() if not _UNSAFE_KEYS.fullmatch(str(k))}
+            return {k: clean(v) for k, v in value.items() if k in kept or not _UNSAFE_KEYS.fullmatch(str(k))}
         return [clean(item) for item in value] if isinstance(value, list) else value
 
     cleaned: dict[str, Any] = clean(config)

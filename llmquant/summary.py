@@ -139,6 +139,8 @@ def command_of(report: dict[str, Any]) -> str:
     words = ["llmquant", "run", "--model", model]
     if report["model"]["revision"]:
         words += ["--revision", report["model"]["revision"]]
+    if report["compute"].get("trust_remote_code"):
+        words.append("--trust-remote-code")
     defaults = make_recipe(model).as_dict()
     recipe = dict(report["recipe"])
     if exports := recipe.pop("exports", []):

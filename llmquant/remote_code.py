@@ -1,0 +1,97 @@
+"""Python code that a checkpoint brings along (`auto_map`): which files it is, and whether they may be run.
+
+Only --trust-remote-code on the command line (`trust_remote_code=True` in the API) allows that; no file can. What is run
+is what lies in the checkpoint itself: the folder, or the repository at its pinned commit.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmquant.errors import SourceError
+
+if TYPE_CHECKING:
+    from llmquant.log import Log
+    from llmquant.source import Source
+
+FLAG = "--trust-remote-code"
+# Files whose auto_map loaders obey.
+_NAMING = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+_REFERENCE = re.compile(r"(\w[\w-]*)\.\w+")  # module.Class, a file beside config.json
+
+
+def code_files(
+    name: str, files: Collection[str], read_json: Callable[[str], dict[str, Any]], local: Callable[[str], Path]
+) -> tuple[str, ...]:
+    """The Python files that the auto_maps of the checkpoint `name` lead to, and those they import. Runs nothing.
+
+    SourceError where one is missing or would come from another repository, whose revision nothing pins.
+    """
+    wanted = [_module(f"{name}: {file}", r) for file in _NAMING if file in files for r in references(read_json(file))]
+    found: dict[str, None] = {}
+    while wanted:
+        file = wanted.pop()
+        if file in found:
+            continue
+        if file not in files:
+            raise SourceError(f"{name}: {file}", "is missing", expected="all code that auto_map leads to")
+        found[file] = None
+        wanted += [f"{module.replace('.', '/')}.py" for module in _relative_imports(name, file, local(file))]
+    return tuple(sorted(found))
+
+
+def references(value: Any) -> Iterator[Any]:
+    """All that auto_maps at any depth of a config name; None (no such class) left out."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _named(item) if key == "auto_map" else references(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from references(item)
+
+
+def announce(source: "Source", log: "Log") -> None:
+    """Before it is run: say what is."""
+    if source.code:
+        at = f"@{source.revision[:12]}" if source.revision else ""
+        log(f"{FLAG}: code of {source.name}{at} is run: {', '.join(source.code)}")
+    elif source.trust_remote_code:
+        log(f"{FLAG}: {source.name} brings no code of its own")
+
+
+def remedy(source: "Source", file: str = "config.json") -> str:
+    """What an error says where the checkpoint's own code would be needed; empty where `file` names none."""
+    has_code = file in source.files() and any(references(source.json(file)))
+    return f"remote code is not run without {FLAG}: read it first" if has_code and not source.code else ""
+
+
+def _named(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _named(item)
+    elif value is not None:
+        yield value
+
+
+def _module(where: str, reference: Any) -> str:
+    """The file of a class reference."""
+    if isinstance(reference, str) and "--" in reference:
+        raise SourceError(
+            where,
+            f"auto_map names code of another repository ({reference[:80]!r}), whose revision nothing pins",
+            remedy="put its files beside config.json, and module.Class without the repository into auto_map",
+        )
+    match = _REFERENCE.fullmatch(reference) if isinstance(reference, str) else None
+    if match is None:
+        raise SourceError(where, f"auto_map names {str(reference)[:80]!r}", expected="module.Class")
+    return f"{match[1]}.py"
+
+
+def _relative_imports(name: str, file: str, path: Path) -> list[str]:
+    from transformers.dynamic_module_utils import get_relative_imports
+
+    try:
+        return sorted(get_relative_imports(path))
+    except UnicodeDecodeError:
+        raise SourceError(f"{name}: {file}", "is not UTF-8", expected="Python code") from None
