@@ -41,14 +41,17 @@ def code_files(
     return tuple(sorted(found))
 
 
-def references(value: Any) -> Iterator[Any]:
+def references(config: Any) -> Iterator[Any]:
     """All that auto_maps at any depth of a config name; None (no such class) left out."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _named(item) if key == "auto_map" else references(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from references(item)
+    waiting = [(config, False)]
+    while waiting:  # not recursive: strangers nest as deep as they like
+        value, named = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(item, named or key == "auto_map") for key, item in value.items()]
+        elif isinstance(value, list):
+            waiting += [(item, named) for item in value]
+        elif named and value is not None:
+            yield value
 
 
 def announce(source: "Source", log: "Log") -> None:
@@ -64,14 +67,6 @@ def remedy(source: "Source", file: str = "config.json") -> str:
     """What an error says where the checkpoint's own code would be needed; empty where `file` names none."""
     has_code = file in source.files() and any(references(source.json(file)))
     return f"remote code is not run without {FLAG}: read it first" if has_code and not source.code else ""
-
-
-def _named(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _named(item)
-    elif value is not None:
-        yield value
 
 
 def _module(where: str, reference: Any) -> str:

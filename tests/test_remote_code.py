@@ -236,6 +236,15 @@ def test_code_that_is_not_in_the_checkpoint_is_refused_before_any_is_run(
     assert songs(model) == 0
 
 
+@pytest.mark.parametrize("depth", [300, 900, 10**5])
+def test_a_config_of_many_levels_is_refused_with_the_flag_too(depth: int, model: Path) -> None:
+    text = (model / "config.json").read_text().rstrip().removesuffix("}")
+    (model / "config.json").write_text(text + ',"a":' + '{"a":' * depth + "0" + "}" * depth + "}")
+    with pytest.raises(SourceError, match=r"config\.json"):
+        Skeleton(open_source(model, trust_remote_code=True), CPU, torch.float32)
+    assert songs(model) == 0
+
+
 def test_code_through_a_link_out_of_the_checkpoint_is_refused(model: Path, tmp_path: Path) -> None:
     shutil.move(model / "parts_x.py", tmp_path / "parts_x.py")
     (model / "parts_x.py").symlink_to(tmp_path / "parts_x.py")
