@@ -145,8 +145,10 @@ class _Pass:
         committed = list(self.run.records)
         if not committed:
             self._copy(None)
-        with self.watch.stage("resume"):
-            behind = self.snapshots.load()
+        behind = 0
+        if committed:
+            with self.watch.stage("resume"):
+                behind = self.snapshots.load()
         if behind:
             self._check_streams(behind - 1, committed[behind - 1])
         for index, body in enumerate(committed):
@@ -167,8 +169,9 @@ class _Pass:
             with self.watch.stage("write"):
                 self.run.commit_block(self._body(solved))
             self._say(index, n_blocks, solved, time.perf_counter() - begin)
-            with self.watch.stage("snapshot"):
-                self.snapshots.save()
+            if self.snapshots.due():
+                with self.watch.stage("snapshot"):
+                    self.snapshots.save()
         return layers, self._score()
 
     def _embed(self) -> Calls:

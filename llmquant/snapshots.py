@@ -33,14 +33,15 @@ class Snapshots:
             self._on = False
             log("no snapshots of streams: the disk has no room for them; a resumed run goes through all blocks again")
 
+    def due(self) -> bool:
+        return self._on and time.monotonic() >= self._next
+
     def save(self) -> None:
-        """Keep the streams as they are after the last committed block, where it is time to.
+        """Keep the streams as they are after the last committed block.
 
         A disk that is full of them only is named in the log, and the run goes on without; every other OSError is
         raised, because commits would meet it too.
         """
-        if not self._on or time.monotonic() < self._next:
-            return
         begin = time.monotonic()
         if problem := self._run.keep_streams(self._bytes()):
             self._on = False
