@@ -23,6 +23,7 @@ from llmquant.recipe import Recipe, make_recipe, parse_size
 from llmquant.remote_code import announce
 from llmquant.run_dir import RunDir
 from llmquant.skeleton import Skeleton
+from llmquant.snapshots import GENERATIONS
 from llmquant.solvers import DATA_FREE
 from llmquant.source import Source, open_source
 from llmquant.streams import spilled
@@ -157,7 +158,7 @@ def estimate(
     tokens = _tokens(found, source, skeleton, recipe, bool(lanes))
     sizes = _stream_sizes(skeleton, recipe, tokens, lanes)
     _memory(found, plan, skeleton, sizes, budget)
-    _disk(found, source, sum(spilled(sizes, budget).values()))
+    _disk(found, source, sum(spilled(sizes, budget).values()), GENERATIONS * sum(sizes.values()))
     target = Path(out) if out is not None else Path(f"{source.name.rpartition('/')[2]}-{recipe.scheme_name}")
     needed = found.disk["output"] + found.disk["streams in files"]
     if Path(f"{target}.partial").exists():  # not for us to touch, and RunDir would tidy up what is no run
@@ -263,11 +264,12 @@ def _physical_memory() -> int | None:
         return None
 
 
-def _disk(found: Estimate, source: Source, streams: int) -> None:
+def _disk(found: Estimate, source: Source, streams: int, snapshots: int) -> None:
     copies = 1 + len(found.recipe["exports"])
     found.disk = {
         "output": found.output_bytes * copies + source.side_bytes,
         "streams in files": streams,
+        "snapshots of streams, where there is room": snapshots,
         "download into the Hub's cache": source.download_bytes(),
     }
 

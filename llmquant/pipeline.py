@@ -30,6 +30,7 @@ from llmquant.recipe import Recipe, make_recipe, parse_size
 from llmquant.report import SCHEMA_VERSION, LaneReport, LayerReport, Report, Stopwatch, evaluation_report, versions
 from llmquant.run_dir import RunDir
 from llmquant.skeleton import Calls
+from llmquant.snapshots import GENERATIONS, Snapshots
 from llmquant.streams import Stream, Streams, spilled
 
 Forward = Callable[[Tensor], Tensor]
@@ -73,6 +74,7 @@ def quantize(
             target,
             overwrite=overwrite,
             needed_bytes=needed,
+            streams_bytes=GENERATIONS * sum(sizes.values()),
             resume=resume,
             fingerprint=fingerprint(job, refuse_damaged_weights(job.source)),
             threads=torch.get_num_threads(),
@@ -135,6 +137,7 @@ class _Pass:
         self.lanes = Lanes(job.lanes, job.evaluation, streams) if job.evaluation is not None else None
         for name in streams.spilled:
             log(f"--max-ram: the {name} stream is kept in a file")
+        self.snapshots = Snapshots(run, self._all_streams(), log)
 
     def go(self) -> tuple[list[LayerReport], dict[str, LaneReport]]:
         job, n_blocks = self.job, len(self.skeleton.blocks)
@@ -145,8 +148,18 @@ class _Pass:
         committed = list(self.run.records)
         if not committed:
             self._copy(None)
+        behind = 0
+        if committed:
+            with self.watch.stage("resume"):
+                behind = self.snapshots.load()
+        if behind:
+            self._check_streams(behind - 1, committed[behind - 1])
         for index, body in enumerate(committed):
-            self._replay(index, calls, body)
+            self.record.restore(body["digests"])
+            if index >= behind and self._all_streams():
+                self._replay(index, calls)
+                self._check_streams(index, body)
+            self.log(f"block {index + 1}: finished before")
             layers += [LayerReport.from_dict(layer) for layer in body["layers"]]
         for index in range(len(committed), n_blocks):
             begin = time.perf_counter()
@@ -159,6 +172,9 @@ class _Pass:
             with self.watch.stage("write"):
                 self.run.commit_block(self._body(solved))
             self._say(index, n_blocks, solved, time.perf_counter() - begin)
+            if self.snapshots.due():
+                with self.watch.stage("snapshot"):
+                    self.snapshots.save()
         return layers, self._score()
 
     def _embed(self) -> Calls:
@@ -203,11 +219,8 @@ class _Pass:
                 streams["calibration (original)"] = self.streams.original
         return streams
 
-    def _replay(self, index: int, calls: Calls, body: dict[str, Any]) -> None:
+    def _replay(self, index: int, calls: Calls) -> None:
         """A finished block again, without Hessians and solve: all streams through it, with the codes on disk."""
-        self.record.restore(body["digests"])
-        if not self._all_streams():
-            return
         specs = [row.spec for row in self.job.plan.block(index) if row.spec is not None]
         forward, more = forward_of(self.skeleton, index, calls), index + 1 < len(self.skeleton.blocks)
         calibrate = forward_of(self.skeleton, index, calls, self.job.products)
@@ -224,6 +237,8 @@ class _Pass:
             if self.streams is not None and more:
                 self.streams.quantized.update(calibrate)
             self._advance(OURS, forward)
+
+    def _check_streams(self, index: int, body: dict[str, Any]) -> None:
         for name, stream in self._all_streams().items():
             if stream.checksum() != body["streams"][name]:
                 raise ResumeError(
@@ -231,7 +246,6 @@ class _Pass:
                     "differs from what the interrupted run computed",
                     remedy="start again with --resume never",
                 )
-        self.log(f"block {index + 1}: finished before")
 
     def _advance(self, lane: str, forward: Forward) -> None:
         if self.lanes is not None:

@@ -2,6 +2,7 @@
 
     <out>.partial/job.json        what the run is: its fingerprint
     <out>.partial/journal         finished blocks, one chained line each (`journal.py`)
+    <out>.partial/streams-N       all streams after block N (`snapshots.py`), once the journal names it
     <out>.partial/output/         the checkpoint; its shards have their full size from the start
 
 A block is committed once its tensors are on the disk (fsync) and then its journal line is (fsync): a kill at any
@@ -14,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -29,6 +30,8 @@ from llmquant.formats.base import Layout
 from llmquant.safetensors_header import TensorInfo, build_header
 
 MANIFEST, COST, _JOB, _JOURNAL = "manifest.json", "cost.json", "job.json", "journal"
+_STREAMS = "streams-"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunDir:
@@ -39,6 +42,8 @@ class RunDir:
     "auto" where there is something, "required" or it is an error, "never": it is thrown away.
 
     records     bodies of the blocks that are committed already, in order
+    snapshots   records of the snapshots of streams that should be there, the newest last
+    room_for_streams   whether the disk has `streams_bytes` more than it needs; a run without them is never refused
     finished    the earlier run was killed after its last commit: `out` is complete, and nothing is left to do
     threads     of the run that began: products are summed differently by another number of threads
     """
@@ -49,6 +54,7 @@ class RunDir:
         *,
         overwrite: bool = False,
         needed_bytes: int = 0,
+        streams_bytes: int = 0,
         resume: str = "auto",
         fingerprint: Mapping[str, str] | None = None,
         threads: int = 1,
@@ -59,6 +65,7 @@ class RunDir:
         self.partial = Path(f"{self.out}.partial")
         self.path = self.partial / "output"
         self.records: list[journal.Record] = []
+        self.snapshots: list[journal.Record] = []
         self.finished = False
         self.threads = threads
         self._overwrite, self._resume, self._disk = overwrite, resume, disk or Disk()
@@ -77,7 +84,9 @@ class RunDir:
         if not (self.partial / _JOB).is_file():
             self._check_remains()
             self._check_target()
-        self._check_space(needed_bytes - _allocated(self.path))
+        needed = needed_bytes - _allocated(self.path)
+        free = self._check_space(needed)
+        self.room_for_streams = free >= needed + streams_bytes - _allocated(self.partial, f"{_STREAMS}*")
 
     def _check_target(self) -> None:
         """Asked before the work and again at the commit: others may have used the folder in between."""
@@ -111,7 +120,8 @@ class RunDir:
             self._remove()
         self._close()
 
-    def _check_space(self, needed: int) -> None:
+    def _check_space(self, needed: int) -> int:
+        """Bytes that are free; OutputError where they are fewer than `needed`."""
         folder = next(parent for parent in self.out.parents if parent.is_dir())
         if not os.access(folder, os.W_OK):
             raise OutputError(str(folder), "is not writable", remedy="choose another --out")
@@ -120,6 +130,7 @@ class RunDir:
             raise OutputError(
                 str(folder), f"{free} bytes free", expected=f"{needed} for the output and its scratch files"
             )
+        return free
 
     def __enter__(self) -> "RunDir":
         try:
@@ -198,7 +209,10 @@ class RunDir:
                 f"is an interrupted run of another job ({', '.join(names)} differ{'s' * (len(names) == 1)})",
                 remedy="choose another --out, or throw it away with --resume never",
             )
-        self.records, self.threads = [record["body"] for record in records], job["threads"]
+        self.records, self.threads = [r["body"] for r in records if r["kind"] == "block"], job["threads"]
+        kept = [record for record in records if record["kind"] == "streams"]
+        # Older ones were removed when the newest was in the journal, unless a kill came in between.
+        self.snapshots = [r for r in kept if r is kept[-1] or self.streams_file(r["blocks"]).exists()]
         self._disk.truncate(self._journal, self._end)  # a torn last line
         self._disk.fsync(self._journal)
         return True
@@ -229,7 +243,7 @@ class RunDir:
                 self._remove()
         finally:
             self._close()
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        if isinstance(error, OSError) and error.errno in (*_FULL, errno.EROFS):
             raise _disk_error(self.partial, error, kept=len(self.records)) from error
 
     def _close(self) -> None:
@@ -335,6 +349,57 @@ class RunDir:
             raise
         self._end, self._previous = self._end + len(line), digest
 
+    # -- streams ---------------------------------------------------------------------------------------
+    def streams_file(self, blocks: int) -> Path:
+        return self.partial / f"{_STREAMS}{blocks}"
+
+    def keep_streams(self, chunks: Iterable[memoryview]) -> str:
+        """Keep `chunks` as the streams after the last committed block; then the snapshots before it are removed.
+
+        Its name is new and counts for nothing until the journal names it. Returns why there was no room for it, or "".
+        """
+        blocks = len(self.records)
+        self._drop_streams(but={record["blocks"] for record in self.snapshots})  # those of which no line was written
+        path, digest, end = self.streams_file(blocks), hashlib.sha256(), 0
+        try:
+            fd = self._disk.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            try:
+                for chunk in chunks:
+                    write_all(self._disk, fd, chunk, end)
+                    digest.update(chunk)
+                    end += len(chunk)
+                self._disk.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            self._drop_streams(but={record["blocks"] for record in self.snapshots})  # commits need the room
+            return error.strerror or str(error)
+        fsync_path(self._disk, self.partial)
+        record = {"kind": "streams", "blocks": blocks, "bytes": end, "sha256": digest.hexdigest()}
+        self._append(record)
+        self.snapshots = [record]
+        self._drop_streams(but={blocks})
+        return ""
+
+    def _drop_streams(self, but: set[int]) -> None:
+        kept = {self.streams_file(blocks).name for blocks in but}
+        for path in sorted(self.partial.glob(f"{_STREAMS}*")):
+            if path.name not in kept:
+                self._disk.unlink(path)
+
+    def problem_of_streams(self, record: journal.Record) -> str:
+        """What is wrong with the snapshot that `record` of the journal names, or ""."""
+        path = self.streams_file(record["blocks"])
+        try:
+            if (size := path.stat().st_size) != record["bytes"]:
+                return f"{size} bytes, expected {record['bytes']}"
+            return "" if sha256(path) == record["sha256"] else "its SHA-256 differs"
+        except OSError as error:
+            return error.strerror or str(error)
+
+    # -- the end of the weights ------------------------------------------------------------------------
     def close_shards(self) -> None:
         """Flush all shards to disk; every planned tensor must have been written."""
         if self._unwritten:
@@ -459,9 +524,9 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _allocated(folder: Path) -> int:
+def _allocated(folder: Path, pattern: str = "**/*") -> int:
     """Bytes on the disk of the files in `folder`."""
-    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+    return sum(path.stat().st_blocks * 512 for path in folder.glob(pattern) if path.is_file())
 
 
 def _disk_error(path: Path, error: OSError, kept: int = 0) -> OutputError:

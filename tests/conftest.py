@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from llmquant import calibration, pipeline
+from llmquant import calibration, pipeline, snapshots
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network; the fake Hub's run in a child process
 torch.set_num_threads(2)
@@ -48,7 +48,10 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def short_runs() -> Iterator[None]:
-    """For files that make hundreds of runs: what takes their time, plots and the tokens of a whole book, left out."""
+    """For files that make hundreds of runs: what takes their time, plots and the tokens of a whole book, left out.
+
+    Their streams are snapshotted after every block, as those of a run with blocks of a minute are.
+    """
     whole = calibration.DATASETS["builtin"]
 
     def part(split: str, limit: int) -> calibration.Text:
@@ -58,4 +61,6 @@ def short_runs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "make_html", lambda name, report: f"<p>{name}</p>")
         patch.setitem(calibration.DATASETS, "builtin", part)
+        patch.setattr(snapshots, "MIN_SECONDS", 0.0)
+        patch.setattr(snapshots, "PAUSE", 0.0)
         yield
