@@ -348,7 +348,7 @@ def test_code_of_a_repository_is_that_of_the_pinned_commit(model: Path, tmp_path
     commit = commit_of("user/own")
     assert f"--trust-remote-code: code of user/own@{commit[:12]} is run: {', '.join(FILES)}" in done.stderr
     assert all(f"/resolve/{commit}/" in path or "/cdn/" in path for path in requests if "/api/" not in path)
-    assert len([path for path in requests if "/api/" in path]) == 1, "the revision is resolved once"
+    assert len([path for path in requests if "/api/models/" in path]) == 1, "the revision is resolved once"
     for file in FILES:
         assert any(path.endswith(f"/{commit}/{file}") for path in requests)
     assert not any("unused.py" in path for path in requests)
