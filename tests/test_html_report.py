@@ -164,7 +164,7 @@ def test_the_command_gives_the_same_recipe(model: str, flags: dict[str, Any], mo
 
     recipe = llmquant.make_recipe(model, flags=flags)
     name = "llmquant/demo" if model == "demo" else model
-    command = command_of({"model": {"id": name, "revision": "abc"}, "recipe": recipe.as_dict()})
+    command = command_of({"model": {"id": name, "revision": "abc"}, "recipe": recipe.as_dict(), "compute": {}})
     seen: list[Any] = []
 
     def show_plan(model: str, recipe: Any, out: Any, revision: Any, *rest: Any) -> None:
