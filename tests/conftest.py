@@ -11,7 +11,13 @@ import torch
 from llmquant import calibration, pipeline, snapshots
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network; the fake Hub's run in a child process
-torch.set_num_threads(2)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for children; one core per worker of pytest-xdist
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test first, or one worker ends with it alone."""
+    items.sort(key=lambda item: "test_walkthrough" not in item.nodeid)
 
 
 @pytest.fixture(scope="session")

@@ -174,7 +174,7 @@ def test_an_absurd_size_is_refused(model: Path, key: str, value: Any) -> None:
         lambda c: c.update(rope_parameters={"rope_theta": float("inf"), "rope_type": "default"}),
         lambda c: c.update(layers=[{"hidden_size": BILLION}]),
     ],
-    ids=str,
+    ids=["text_config", "two levels", "vision_config", "NaN", "infinity", "a list"],
 )
 def test_absurd_values_are_refused_at_every_level(model: Path, change: Callable[[dict[str, Any]], None]) -> None:
     edit(model, change)
