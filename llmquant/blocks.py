@@ -19,10 +19,11 @@ from llmquant.paused import Paused, pausing
 from llmquant.products import forwards_in, sums_of
 from llmquant.recipe import Recipe
 from llmquant.report import LayerReport
-from llmquant.skeleton import Call, Calls, Skeleton
+from llmquant.skeleton import Skeleton
 from llmquant.solvers import DATA_FREE, SOLVERS, LayerTask, Solution, SolveOptions
 from llmquant.solvers.refine import default_sweeps
 from llmquant.streams import Stream
+from llmquant.tape import Call, Calls
 
 
 @dataclass(frozen=True)

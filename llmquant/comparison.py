@@ -24,9 +24,10 @@ from llmquant.memory import trim
 from llmquant.recipe import Recipe, make_recipe, parse_size
 from llmquant.remote_code import announce
 from llmquant.report import SCHEMA_VERSION, LaneReport, Report, Stopwatch, evaluation_report, versions
-from llmquant.skeleton import Calls, Skeleton
+from llmquant.skeleton import Skeleton
 from llmquant.source import Source
 from llmquant.streams import Streams
+from llmquant.tape import Calls
 
 
 @dataclass

@@ -18,13 +18,14 @@ from llmquant.formats.base import Layout
 from llmquant.grid import QuantizedWeight, QuantScheme
 from llmquant.lint import verdicts
 from llmquant.log import Log, silent
+from llmquant.meta_model import is_linear
 from llmquant.output import open_output
 from llmquant.packed import PackedLinear
 from llmquant.plan import Plan, Row
 from llmquant.recipe import parse_size
 from llmquant.remote_code import announce
 from llmquant.run_dir import RunDir
-from llmquant.skeleton import Skeleton, is_linear
+from llmquant.skeleton import Skeleton
 from llmquant.source import Source, natural_key
 
 

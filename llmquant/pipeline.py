@@ -29,9 +29,9 @@ from llmquant.plan import Row
 from llmquant.recipe import Recipe, make_recipe, parse_size
 from llmquant.report import SCHEMA_VERSION, LaneReport, LayerReport, Report, Stopwatch, evaluation_report, versions
 from llmquant.run_dir import RunDir
-from llmquant.skeleton import Calls
 from llmquant.snapshots import GENERATIONS, Snapshots
 from llmquant.streams import Stream, Streams, spilled
+from llmquant.tape import Calls
 
 Forward = Callable[[Tensor], Tensor]
 

@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmquant.errors import SourceError
-from llmquant.skeleton import Skeleton, Tape
+from llmquant.skeleton import Skeleton
 from llmquant.source import open_source
+from llmquant.tape import Tape
 
 
 def open_skeleton(folder: Path | str) -> tuple[Skeleton, Callable[[str], torch.Tensor]]:
@@ -100,15 +101,14 @@ def test_arguments_that_depend_on_tokens_are_refused(tmp_path: Path, monkeypatch
     assert "depends on the tokens" in refused(tmp_path, tiny.ARCHITECTURES["llama"])
 
 
-def test_blocks_that_share_more_than_hidden_states_are_refused(tiny_model: Callable[[str], Path]) -> None:
-    skeleton, _ = open_skeleton(tiny_model("llama"))
+def test_blocks_that_share_more_than_hidden_states_are_refused() -> None:
     hidden, attention = torch.ones(1, 8, 64), torch.ones(1)
 
     def block(*args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
         return hidden, attention
 
     def tape() -> Tape:
-        started = Tape(skeleton, run_first=True)
+        started = Tape("model", "Model", 3, None)
         started.stand_in(0, block, (hidden,), {})
         return started
 
@@ -121,7 +121,7 @@ def test_blocks_that_share_more_than_hidden_states_are_refused(tiny_model: Calla
     with pytest.raises(SourceError, match="1 of 3 blocks run"):
         tape().check(None)
     with pytest.raises(SourceError, match="write into an argument"):
-        Tape(skeleton, run_first=True).stand_in(0, block, (hidden,), {"shared_kv": {0: attention}})
+        Tape("model", "Model", 3, None).stand_in(0, block, (hidden,), {"shared_kv": {0: attention}})
 
 
 def test_tied_embeddings_need_no_second_tensor(tiny_model: Callable[[str], Path]) -> None:
