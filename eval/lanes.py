@@ -14,8 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llmquant
-from llmquant.calibration import evaluation_windows, load_tokenizer
+from llmquant.calibration import evaluation_windows
 from llmquant.source import open_source
+from llmquant.tokenizer import load_tokenizer
 
 
 def main() -> None:

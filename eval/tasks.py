@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from llmquant.calibration import load_tokenizer
 from llmquant.checkpoint import open_checkpoint
 from llmquant.comparison import Lane
 from llmquant.job import pick_device, pick_dtype
 from llmquant.skeleton import Skeleton
+from llmquant.tokenizer import load_tokenizer
 
 Values = dict[tuple[str, str, str], dict[int, Any]]  # (task, metric, filter) -> document -> its value
 

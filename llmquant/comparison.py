@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmquant import calibration as text
 from llmquant.blocks import forward_of
+from llmquant.calibration import Windows
 from llmquant.checkpoint import bits_per_weight, open_checkpoint
 from llmquant.errors import SourceError
 from llmquant.evaluation import Figures, Lanes, TokenScores, bootstrap_ratio, figures, standard_error
@@ -28,6 +28,7 @@ from llmquant.skeleton import Skeleton
 from llmquant.source import Source
 from llmquant.streams import Streams
 from llmquant.tape import Calls
+from llmquant.tokenizer import load_tokenizer
 
 
 @dataclass
@@ -97,7 +98,7 @@ def score_tokens(
     trust_remote_code: bool = False,
     log: Log = silent,
     watch: Stopwatch | None = None,
-) -> tuple[text.Windows, dict[str, Lane], dict[str, TokenScores]]:
+) -> tuple[Windows, dict[str, Lane], dict[str, TokenScores]]:
     """What `compare` sums up: the windows, the lanes, and every token's scores by lane, the reference first."""
     watch = watch or Stopwatch(stages_of(log))
     paths = [*([reference] if reference is not None else []), *models]
@@ -108,7 +109,7 @@ def score_tokens(
             announce(source, log)
         lanes = _open(sources, recipe, named_reference=reference is not None)
         first = next(iter(lanes.values()))
-        tokenizer = text.load_tokenizer(first.source)
+        tokenizer = load_tokenizer(first.source)
         windows = prepare_evaluation(
             first.skeleton, tokenizer, recipe.eval_data, recipe.eval_tokens, recipe.eval_seq_len, log
         )
@@ -117,7 +118,7 @@ def score_tokens(
         return windows, lanes, _stream(lanes, Lanes(tuple(lanes), windows, streams), watch, log)
 
 
-def noise_floor(source: Source, skeleton: Skeleton, windows: text.Windows, watch: Stopwatch) -> Figures | None:
+def noise_floor(source: Source, skeleton: Skeleton, windows: Windows, watch: Stopwatch) -> Figures | None:
     """What the compute dtype alone costs: the original in it against the original in float32, on 8 windows.
 
     A divergence near this floor says nothing. None where the compute dtype is float32.

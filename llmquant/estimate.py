@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from llmquant.calibration import has_tokenizer
 from llmquant.checkpoint import as_original, stored_forms
 from llmquant.errors import CalibrationError, LLMQuantError, OutputError
 from llmquant.export import check_exports
@@ -28,6 +27,7 @@ from llmquant.solvers import DATA_FREE
 from llmquant.source import Source, open_source
 from llmquant.streams import spilled
 from llmquant.summary import without_numbers
+from llmquant.tokenizer import has_tokenizer
 from llmquant.trial import try_block
 from llmquant.work import Tokens, Work, matmul_rate, work_of
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant import calibration as text
 from llmquant.baselines import BASELINES, default_baselines
+from llmquant.calibration import Windows, calibration_windows, check_ids, evaluation_windows
 from llmquant.checkpoint import open_original
 from llmquant.errors import RecipeError
 from llmquant.log import Log
@@ -25,6 +25,7 @@ from llmquant.skeleton import Skeleton
 from llmquant.solvers import DATA_FREE
 from llmquant.source import Source
 from llmquant.source_card import read_card
+from llmquant.tokenizer import load_tokenizer
 
 ORIGINAL, OURS = "original", "llmquant"
 
@@ -38,8 +39,8 @@ class Job:
     skeleton: Skeleton
     plan: Plan
     output: Output
-    calibration: text.Windows | None
-    evaluation: text.Windows | None
+    calibration: Windows | None
+    evaluation: Windows | None
     lanes: tuple[str, ...]
     products: torch.dtype  # of calibration forwards and Hessians
     key_of: dict[str, str] = field(repr=False)  # parameter of the model -> tensor of the checkpoint
@@ -106,11 +107,11 @@ def prepare(
     lanes = (ORIGINAL, OURS, *pick_baselines(recipe)) if recipe.eval_data != "none" else ()
     calibration = evaluation = None
     if recipe.method not in DATA_FREE or lanes:
-        tokenizer = text.load_tokenizer(source)
+        tokenizer = load_tokenizer(source)
         if recipe.method not in DATA_FREE:
             seq_len = clip_to_context(skeleton, "calibration", recipe.seq_len, log)
-            calibration = text.calibration_windows(tokenizer, recipe.calibration, recipe.samples, seq_len, recipe.seed)
-            text.check_ids(calibration.ids, skeleton.vocab_size, source.name)
+            calibration = calibration_windows(tokenizer, recipe.calibration, recipe.samples, seq_len, recipe.seed)
+            check_ids(calibration.ids, skeleton.vocab_size, source.name)
         if lanes:
             evaluation = prepare_evaluation(
                 skeleton, tokenizer, recipe.eval_data, recipe.eval_tokens, recipe.eval_seq_len, log
@@ -126,11 +127,11 @@ def prepare(
 
 def prepare_evaluation(
     skeleton: Skeleton, tokenizer: object, data: str, tokens: int | str, seq_len: int, log: Log
-) -> text.Windows:
+) -> Windows:
     """Evaluation windows, within the model's context and vocabulary."""
     seq_len = clip_to_context(skeleton, "evaluation", seq_len, log)
-    windows = text.evaluation_windows(tokenizer, data, None if tokens == "full" else int(tokens), seq_len)
-    text.check_ids(windows.ids, skeleton.vocab_size, skeleton.where)
+    windows = evaluation_windows(tokenizer, data, None if tokens == "full" else int(tokens), seq_len)
+    check_ids(windows.ids, skeleton.vocab_size, skeleton.where)
     return windows
 
 

@@ -8,7 +8,8 @@ import pytest
 import tiny
 import torch
 
-from llmquant import calibration, pipeline, snapshots
+from llmquant import pipeline, snapshots
+from llmquant.corpus import DATASETS, Text
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network; the fake Hub's run in a child process
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for children; one core per worker of pytest-xdist
@@ -58,15 +59,15 @@ def short_runs() -> Iterator[None]:
 
     Their streams are snapshotted after every block, as those of a run with blocks of a minute are.
     """
-    whole = calibration.DATASETS["builtin"]
+    whole = DATASETS["builtin"]
 
-    def part(split: str, limit: int) -> calibration.Text:
+    def part(split: str, limit: int) -> Text:
         text = whole(split, limit)
-        return calibration.Text(text.name, [document[:20_000] for document in text.documents])
+        return Text(text.name, [document[:20_000] for document in text.documents])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "make_html", lambda name, report: f"<p>{name}</p>")
-        patch.setitem(calibration.DATASETS, "builtin", part)
+        patch.setitem(DATASETS, "builtin", part)
         patch.setattr(snapshots, "MIN_SECONDS", 0.0)
         patch.setattr(snapshots, "PAUSE", 0.0)
         yield

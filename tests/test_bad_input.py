@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, GPT2_ARCHITECTURE, LLAMA, build
 
-from llmquant.calibration import Text, load_text
 from llmquant.cli import main
+from llmquant.corpus import Text, load_text
 from llmquant.source import DEMO, INDEX, SINGLE
 
 SMALL = [

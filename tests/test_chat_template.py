@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from llmquant import calibration
-from llmquant.calibration import Text, as_text, calibration_windows, load_tokenizer
+from llmquant.calibration import calibration_windows
+from llmquant.corpus import DATASETS, Text
 from llmquant.errors import CalibrationError
 from llmquant.source import open_source
+from llmquant.tokenizer import as_text, load_tokenizer
 
 CHATS = [
     [{"role": "user", "content": f"What is {n}?"}, {"role": "assistant", "content": f"A number: {n}. " * 20}]
@@ -32,7 +33,7 @@ def test_the_template_of_the_model_is_applied_to_every_conversation() -> None:
 
 
 def test_calibration_windows_are_cut_from_the_rendered_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(calibration.DATASETS, "ultrachat", lambda split, limit: TEXT)
+    monkeypatch.setitem(DATASETS, "ultrachat", lambda split, limit: TEXT)
     tokenizer = tokenizer_with(TEMPLATE)
     windows = calibration_windows(tokenizer, "ultrachat", 4, 64, seed=0)
     rendered = as_text(tokenizer, TEXT)

@@ -18,13 +18,13 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from llmquant.calibration import load_tokenizer
 from llmquant.cli import main
 from llmquant.config_bounds import refuse_absurd
 from llmquant.errors import LLMQuantError, SourceError
 from llmquant.safetensors_header import MAX_HEADER_BYTES, parse_header
 from llmquant.skeleton import Skeleton
 from llmquant.source import INDEX, SINGLE, open_source
+from llmquant.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 

@@ -19,10 +19,12 @@ import pytest
 import torch
 from fake_hub import FakeHub, Request, commit_of, fake_hub
 
-from llmquant import calibration
-from llmquant.calibration import calibration_windows, evaluation_windows, load_text, load_tokenizer
+from llmquant import corpus
+from llmquant.calibration import calibration_windows, evaluation_windows
+from llmquant.corpus import load_text
 from llmquant.errors import CalibrationError
 from llmquant.source import open_source
+from llmquant.tokenizer import leading_bos, load_tokenizer
 
 ALL = 10**9
 WIKITEXT, C4, TEXTS = "datasets/Salesforce/wikitext", "datasets/allenai/c4", "datasets/user/texts"
@@ -96,11 +98,11 @@ def child_online(folder: Path) -> dict[str, Any]:
         "calibration": calibration_windows(tokenizer, "wikitext2", SAMPLES, SEQ_LEN, seed=0),
     }
     refused = {spec: answer_of(spec, "train", ALL) for spec in REFUSED if spec != SILENT}
-    calibration.TIMEOUT = 0.3
+    corpus.TIMEOUT = 0.3
     refused[SILENT] = answer_of(SILENT, "train", ALL)
-    calibration._WIKITEXT = SILENT
+    corpus._WIKITEXT = SILENT
     begin = time.monotonic()
-    answers_when_silent = calibration._hub_answers(0.3)
+    answers_when_silent = corpus._hub_answers(0.3)
     return {
         "answers": answers,
         "refused": {spec: answer.get("refused") for spec, answer in refused.items()},
@@ -331,7 +333,7 @@ def test_evaluation_windows_are_the_ids_of_the_rows_joined_by_blank_lines(online
 
 def test_calibration_windows_are_pieces_of_the_rows_joined_by_blank_lines(online: dict[str, Any]) -> None:
     tokenizer = load_tokenizer(open_source("demo"))
-    assert calibration.leading_bos(tokenizer) is None
+    assert leading_bos(tokenizer) is None
     text = "\n\n".join(wikitext_rows("wikitext-2-raw-v1", "train"))
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     slots = [ids[start : start + SEQ_LEN] for start in range(0, len(ids) - SEQ_LEN + 1, SEQ_LEN)]

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import llmquant
-from llmquant.calibration import calibration_windows, load_tokenizer
+from llmquant.calibration import calibration_windows
 from llmquant.cli import main
 from llmquant.errors import CalibrationError
 from llmquant.mixture import parse_mixture, split_samples
 from llmquant.overlap import RUN, overlap, refuse_overlap
 from llmquant.source import DEMO, open_source
+from llmquant.tokenizer import load_tokenizer
 
 SMALL = [
     *("--samples", "4", "--seq-len", "64", "--eval-tokens", "128", "--eval-seq-len", "64", "--group-size", "32"),

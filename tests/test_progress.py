@@ -12,11 +12,12 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import llmquant
-from llmquant.calibration import evaluation_windows, load_tokenizer
+from llmquant.calibration import evaluation_windows
 from llmquant.cli import main
 from llmquant.log import Event, stages_of
 from llmquant.progress import JsonLines, Live, progress
 from llmquant.source import open_source
+from llmquant.tokenizer import load_tokenizer
 
 SMALL = [
     *("--samples", "4", "--seq-len", "32", "--eval-tokens", "64", "--eval-seq-len", "32", "--group-size", "32"),

@@ -17,7 +17,6 @@ from test_check import repaired
 from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 import llmquant
-from llmquant.calibration import load_tokenizer
 from llmquant.check import verify_folder
 from llmquant.checkpoint import open_checkpoint
 from llmquant.cli import main
@@ -27,6 +26,7 @@ from llmquant.recipe import make_recipe
 from llmquant.skeleton import Skeleton
 from llmquant.source import open_source
 from llmquant.summary import command_of
+from llmquant.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 FILES = ("configuration_x.py", "modeling_x.py", "parts_x.py", "tokenization_x.py")

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import llmquant
-from llmquant import calibration
-from llmquant.calibration import Windows, load_text
+from llmquant import corpus
+from llmquant.calibration import Windows
 from llmquant.comparison import noise_floor
+from llmquant.corpus import load_text
 from llmquant.report import Stopwatch, describe_evaluation, lanes_table
 from llmquant.skeleton import Skeleton
 from llmquant.source import open_source
@@ -75,8 +76,8 @@ def test_noise_floor_is_the_dtypes_own_divergence(tiny_model: Callable[[str], Pa
 
 def test_auto_takes_the_builtin_text_where_no_hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_text("auto", "test", 100).name == "builtin"  # conftest puts the Hub offline
-    monkeypatch.setattr(calibration, "_hub_answers", lambda: True)
-    monkeypatch.setitem(calibration.DATASETS, "wikitext2", lambda split, limit: calibration.Text("wikitext2", ["x"]))
+    monkeypatch.setattr(corpus, "_hub_answers", lambda: True)
+    monkeypatch.setitem(corpus.DATASETS, "wikitext2", lambda split, limit: corpus.Text("wikitext2", ["x"]))
     assert load_text("auto", "test", 100).name == "wikitext2"
 
 
@@ -90,7 +91,7 @@ def test_auto_decides_within_five_seconds_where_the_hub_hangs(monkeypatch: pytes
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(HfApi, "dataset_info", lambda *args, **kwargs: released.wait(30))
     begin = time.monotonic()
-    assert calibration._hub_answers(0.2) is False
+    assert corpus._hub_answers(0.2) is False
     assert time.monotonic() - begin < 5
     released.set()
 

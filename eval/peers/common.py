@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import llmquant
-from llmquant.calibration import calibration_windows, load_tokenizer
+from llmquant.calibration import calibration_windows
 from llmquant.memory import peak_rss
 from llmquant.packing import unpack_rows
 from llmquant.report import describe_evaluation, lanes_table
 from llmquant.source import Source, open_source
+from llmquant.tokenizer import load_tokenizer
 
 
 @dataclass
