@@ -1,21 +1,23 @@
 """The command line: a thin caller of the Python API."""
 
-import logging
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
 from llmquant import commands
 from llmquant.arguments import count, normalise, strength, suggestion
+from llmquant.cli_eval import compare, evaluate
 from llmquant.cli_export import export
 from llmquant.cli_push import check_login, push, push_result
 from llmquant.console import show_report
 from llmquant.errors import Interrupted, LLMQuantError, RecipeError
+from llmquant.log import calm_libraries
+from llmquant.options import DATA, EXAMPLES, JUDGE, MAKE, PUBLISH, RUN_EXAMPLES, TRUST, recipe_option, recipes_like
 from llmquant.progress import JsonLines, progress, stoppable
-from llmquant.recipe import CHOICES, DEMO_DEFAULTS, Recipe, make_recipe
+from llmquant.recipe import Recipe, make_recipe
 
 app = typer.Typer(
     name="llmquant",
@@ -23,28 +25,10 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    epilog=commands.EXAMPLES,
+    epilog=EXAMPLES,
 )
 
-_DEFAULTS = Recipe()
-
-
-def _option(text: str, name: str, panel: str) -> Any:
-    """An option that overrides one field of the recipe; its help states the choices and the default."""
-    if name in CHOICES:
-        text += f": {', '.join(map(str, CHOICES[name]))}"
-    default = getattr(_DEFAULTS, name)
-    if default not in (None, (), ""):
-        text += f" [dim]\\[default: {default}]"
-    if name in DEMO_DEFAULTS:
-        text += f" [dim]\\[demo: {DEMO_DEFAULTS[name]}]"
-    flag = f"--{name.replace('_', '-')}"
-    complete = commands.starting_with([str(choice) for choice in CHOICES.get(name, ())])
-    return typer.Option(flag, help=text, rich_help_panel=panel, show_default=False, autocompletion=complete)
-
-
 _JOB, _SOLVER, _CALIB, _EVAL, _RUN = "What", "How codes are chosen", "Calibration", "Evaluation", "Where and with what"
-_DATA = "builtin, wikitext2, c4, ultrachat, FILE.txt, FILE.jsonl or HUB_ID\\[:config\\[:split\\[:column]]]"
 
 
 @app.callback()
@@ -52,7 +36,7 @@ def _root() -> None:
     pass
 
 
-@app.command(rich_help_panel=commands.MAKE, epilog=commands.RUN_EXAMPLES)
+@app.command(rich_help_panel=MAKE, epilog=RUN_EXAMPLES)
 def run(
     model: Annotated[str, typer.Option(help="demo, a local folder, or a Hub id", rich_help_panel=_JOB)],
     out: Annotated[
@@ -63,13 +47,13 @@ def run(
         typer.Option(
             help="A recipe: a .toml file or a name in pipelines/; flags override it",
             rich_help_panel=_JOB,
-            autocompletion=lambda incomplete: commands.recipes_like(incomplete),
+            autocompletion=recipes_like,
         ),
     ] = None,
-    method: Annotated[Optional[str], _option("How codes are chosen", "method", _JOB)] = None,
-    bits: Annotated[Optional[int], _option("Bits per code", "bits", _JOB)] = None,
+    method: Annotated[Optional[str], recipe_option("How codes are chosen", "method", _JOB)] = None,
+    bits: Annotated[Optional[int], recipe_option("Bits per code", "bits", _JOB)] = None,
     group_size: Annotated[
-        Optional[int], _option("Weights that share a scale; -1 is a whole row", "group_size", _JOB)
+        Optional[int], recipe_option("Weights that share a scale; -1 is a whole row", "group_size", _JOB)
     ] = None,
     asymmetric: Annotated[
         bool,
@@ -85,35 +69,37 @@ def run(
         ),
     ] = None,
     format: Annotated[
-        Optional[str], _option("Output format, or several (compressed-tensors,gguf)", "format", _JOB)
+        Optional[str], recipe_option("Output format, or several (compressed-tensors,gguf)", "format", _JOB)
     ] = None,
     calibration: Annotated[
-        Optional[str], _option(f"Text: {_DATA}; or a mixture a:0.5,b:0.5", "calibration", _CALIB)
+        Optional[str], recipe_option(f"Text: {DATA}; or a mixture a:0.5,b:0.5", "calibration", _CALIB)
     ] = None,
-    samples: Annotated[Optional[int], _option("Windows", "samples", _CALIB)] = None,
+    samples: Annotated[Optional[int], recipe_option("Windows", "samples", _CALIB)] = None,
     seq_len: Annotated[
-        Optional[int], _option("Tokens in a window, at most the model's context", "seq_len", _CALIB)
+        Optional[int], recipe_option("Tokens in a window, at most the model's context", "seq_len", _CALIB)
     ] = None,
-    seed: Annotated[Optional[int], _option("Chooses the windows", "seed", _CALIB)] = None,
+    seed: Annotated[Optional[int], recipe_option("Chooses the windows", "seed", _CALIB)] = None,
     eval_data: Annotated[
         Optional[str],
-        _option(
-            f"Held-out text: auto (wikitext2 if the Hub answers, else builtin), {_DATA}, or none", "eval_data", _EVAL
+        recipe_option(
+            f"Held-out text: auto (wikitext2 if the Hub answers, else builtin), {DATA}, or none", "eval_data", _EVAL
         ),
     ] = None,
-    eval_tokens: Annotated[Optional[str], _option("Tokens to score, or full", "eval_tokens", _EVAL)] = None,
-    eval_seq_len: Annotated[Optional[int], _option("Tokens in a window", "eval_seq_len", _EVAL)] = None,
+    eval_tokens: Annotated[Optional[str], recipe_option("Tokens to score, or full", "eval_tokens", _EVAL)] = None,
+    eval_seq_len: Annotated[Optional[int], recipe_option("Tokens in a window", "eval_seq_len", _EVAL)] = None,
     baselines: Annotated[
-        Optional[str], _option("Lanes beside ours: auto, none, or some of rtn,bnb-nf4,bnb-int8", "baselines", _EVAL)
+        Optional[str],
+        recipe_option("Lanes beside ours: auto, none, or some of rtn,bnb-nf4,bnb-int8", "baselines", _EVAL),
     ] = None,
-    grid: Annotated[Optional[str], _option("Fit of the scales", "grid", _SOLVER)] = None,
-    order: Annotated[Optional[str], _option("Order of the columns", "order", _SOLVER)] = None,
+    grid: Annotated[Optional[str], recipe_option("Fit of the scales", "grid", _SOLVER)] = None,
+    order: Annotated[Optional[str], recipe_option("Order of the columns", "order", _SOLVER)] = None,
     damp: Annotated[
-        Optional[float], _option("Damping, a share of mean(diag H) (default: by tokens per input)", "damp", _SOLVER)
+        Optional[float],
+        recipe_option("Damping, a share of mean(diag H) (default: by tokens per input)", "damp", _SOLVER),
     ] = None,
     propagation: Annotated[
         Optional[str],
-        _option("Make up for the errors of earlier layers: 0 (off) to 1, or auto", "propagation", _SOLVER),
+        recipe_option("Make up for the errors of earlier layers: 0 (off) to 1, or auto", "propagation", _SOLVER),
     ] = None,
     refit: Annotated[
         Optional[bool],
@@ -126,19 +112,21 @@ def run(
     ] = None,
     sweeps: Annotated[
         Optional[int],
-        _option("Sweeps of coordinate descent on codes and scales (default: 1, and 4 below 4 bits)", "sweeps", _SOLVER),
+        recipe_option(
+            "Sweeps of coordinate descent on codes and scales (default: 1, and 4 below 4 bits)", "sweeps", _SOLVER
+        ),
     ] = None,
     passes: Annotated[
-        Optional[str], _option("Hessians after each step of a block, or in one pass per block", "passes", _SOLVER)
+        Optional[str], recipe_option("Hessians after each step of a block, or in one pass per block", "passes", _SOLVER)
     ] = None,
     on_bad_layer: Annotated[
-        Optional[str], _option("What to do where a layer cannot be solved", "on_bad_layer", _SOLVER)
+        Optional[str], recipe_option("What to do where a layer cannot be solved", "on_bad_layer", _SOLVER)
     ] = None,
-    device: Annotated[Optional[str], _option("auto, cpu or cuda\\[:n]", "device", _RUN)] = None,
-    dtype: Annotated[Optional[str], _option("Compute dtype", "dtype", _RUN)] = None,
+    device: Annotated[Optional[str], recipe_option("auto, cpu or cuda\\[:n]", "device", _RUN)] = None,
+    dtype: Annotated[Optional[str], recipe_option("Compute dtype", "dtype", _RUN)] = None,
     products: Annotated[
         Optional[str],
-        _option(
+        recipe_option(
             "Of calibration forwards and Hessians (auto: bfloat16 below 8 bits on CPUs made for it)", "products", _RUN
         ),
     ] = None,
@@ -146,13 +134,11 @@ def run(
         str,
         typer.Option(help="What the streams of hidden states may hold before they go to files", rich_help_panel=_RUN),
     ] = "4GB",
-    max_shard_size: Annotated[Optional[str], _option("Largest output file", "max_shard_size", _RUN)] = None,
+    max_shard_size: Annotated[Optional[str], recipe_option("Largest output file", "max_shard_size", _RUN)] = None,
     revision: Annotated[
         Optional[str], typer.Option(help="Branch, tag or commit on the Hub", rich_help_panel=_RUN)
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help=commands.TRUST, rich_help_panel=_RUN)
-    ] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST, rich_help_panel=_RUN)] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an output folder that llmquant wrote", rich_help_panel=_RUN)
     ] = False,
@@ -205,7 +191,7 @@ def run(
     if eval_tokens is not None:
         flags["eval_tokens"] = count(eval_tokens)
     settings = make_recipe(model, recipe, flags)
-    _calm_libraries()
+    calm_libraries()
     if push_to_hub is not None:
         check_login(push_to_hub)
     targets = [name.strip() for name in runtimes.split(",")] if runtimes else []
@@ -235,121 +221,17 @@ def run(
         push_result(report.out, push_to_hub, quiet or json)
 
 
-_Data = Annotated[Optional[str], typer.Option("--data", help=f"Text: {_DATA} [dim]\\[default: {_DEFAULTS.eval_data}]")]
-_Tokens = Annotated[
-    Optional[str], typer.Option("--tokens", help=f"Tokens to score, or full [dim]\\[default: {_DEFAULTS.eval_tokens}]")
-]
-_SeqLen = Annotated[
-    Optional[int], typer.Option("--seq-len", help=f"Tokens in a window [dim]\\[default: {_DEFAULTS.eval_seq_len}]")
-]
-_Trust = Annotated[bool, typer.Option("--trust-remote-code", help=commands.TRUST)]
-_Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file")]
-
-
-@app.command(
-    name="eval",
-    rich_help_panel=commands.JUDGE,
-    epilog="Example:  llmquant eval --model ./demo-W4A16-G128 --reference demo",
-)
-def evaluate(
-    model: Annotated[str, typer.Option(help="demo, a local folder, or a Hub id: 16 bit or compressed-tensors")],
-    reference: Annotated[Optional[str], typer.Option(help="The original, for divergences")] = None,
-    data: _Data = None,
-    tokens: _Tokens = None,
-    seq_len: _SeqLen = None,
-    device: Annotated[Optional[str], typer.Option(help="auto, cpu or cuda\\[:n]")] = None,
-    dtype: Annotated[Optional[str], typer.Option(help="Compute dtype")] = None,
-    max_ram: Annotated[str, typer.Option(help="What the streams may hold before they go to files")] = "4GB",
-    trust_remote_code: _Trust = False,
-    json: _Json = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")] = False,
-) -> None:
-    """Perplexity of a checkpoint and its divergence from a reference, streamed block by block."""
-    _compare(
-        [model], reference, _eval_flags(data, tokens, seq_len, device, dtype), max_ram, trust_remote_code, json, quiet
-    )
-
-
-@app.command(
-    rich_help_panel=commands.JUDGE, epilog="Example:  llmquant compare ./a-W4A16-G128 ./b-W4A16-G128 --reference ./a"
-)
-def compare(
-    models: Annotated[list[str], typer.Argument(help="Checkpoints: local folders or Hub ids")],
-    reference: Annotated[Optional[str], typer.Option(help="The original, for divergences")] = None,
-    data: _Data = None,
-    tokens: _Tokens = None,
-    seq_len: _SeqLen = None,
-    device: Annotated[Optional[str], typer.Option(help="auto, cpu or cuda\\[:n]")] = None,
-    dtype: Annotated[Optional[str], typer.Option(help="Compute dtype")] = None,
-    max_ram: Annotated[str, typer.Option(help="What the streams may hold before they go to files")] = "4GB",
-    trust_remote_code: _Trust = False,
-    json: _Json = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")] = False,
-) -> None:
-    """Several checkpoints in one table, with paired differences."""
-    _compare(
-        models, reference, _eval_flags(data, tokens, seq_len, device, dtype), max_ram, trust_remote_code, json, quiet
-    )
-
-
-app.command(rich_help_panel=commands.MAKE, epilog="Example:  llmquant export ./out --format gguf --out ./out-gguf")(
-    export
-)
 app.command(
-    rich_help_panel=commands.PUBLISH, epilog="Example:  llmquant push ./demo-W4A16-G128 --repo user/demo-W4A16-G128"
-)(push)
-
-
-def _eval_flags(
-    data: str | None, tokens: str | None, seq_len: int | None, device: str | None, dtype: str | None
-) -> dict[str, Any]:
-    flags = {
-        "eval_data": data,
-        "eval_tokens": count(tokens),
-        "eval_seq_len": seq_len,
-        "device": device,
-        "dtype": dtype,
-    }
-    return {name: value for name, value in flags.items() if value is not None}
-
-
-def _compare(
-    models: list[str],
-    reference: str | None,
-    flags: dict[str, Any],
-    max_ram: str,
-    trust_remote_code: bool,
-    json: Path | None,
-    quiet: bool,
-) -> None:
-    settings = make_recipe(reference or models[0], None, flags)
-    from llmquant.comparison import compare as score
-    from llmquant.run_dir import write_json_file
-
-    _calm_libraries()
-    with progress(quiet) as log:
-        report = score(
-            models,
-            reference=reference,
-            recipe=settings,
-            max_ram=max_ram,
-            trust_remote_code=trust_remote_code,
-            log=log,
-        )
-    show_report(report)
-    if json is not None:
-        write_json_file(json, report.data)
-
-
+    name="eval", rich_help_panel=JUDGE, epilog="Example:  llmquant eval --model ./demo-W4A16-G128 --reference demo"
+)(evaluate)
+app.command(rich_help_panel=JUDGE, epilog="Example:  llmquant compare ./a-W4A16-G128 ./b-W4A16-G128 --reference ./a")(
+    compare
+)
+app.command(rich_help_panel=MAKE, epilog="Example:  llmquant export ./out --format gguf --out ./out-gguf")(export)
+app.command(rich_help_panel=PUBLISH, epilog="Example:  llmquant push ./demo-W4A16-G128 --repo user/demo-W4A16-G128")(
+    push
+)
 commands.register(app, run)
-
-
-def _calm_libraries() -> None:
-    """Libraries' notes about optional kernels and dataset cards are not about this job."""
-    for library in ("bitsandbytes", "huggingface_hub", "datasets"):
-        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from llmquant.options import Debug, Quiet
 from llmquant.recipe import FORMAT_NAMES
 
 
@@ -21,8 +22,8 @@ def export(
         bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings: read it first")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that llmquant wrote")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Write a finished checkpoint in another format: the same codes and scales, nothing is quantized anew."""
     from llmquant.export import export as convert

@@ -9,6 +9,7 @@ import typer
 
 from llmquant.errors import LLMQuantError
 from llmquant.log import Log, silent
+from llmquant.options import Debug, Quiet
 
 
 def push(
@@ -27,8 +28,8 @@ def push(
     base_model: Annotated[
         Optional[str], typer.Option(help="The original on the Hub, for the card, where a local folder was quantized")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
     """Publish a finished checkpoint on the Hub: verified before, compared afterwards, visible all at once."""
     from llmquant.hub import push as publish

@@ -8,61 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from llmquant.console import new_console, print_json, print_rows
+from llmquant.options import JUDGE, LOOK, MAKE, Debug
 from llmquant.progress import duration, size
-from llmquant.recipe import Recipe, recipe_folder
+from llmquant.recipe import Recipe
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from llmquant.estimate import Estimate
 
-MAKE, JUDGE, PUBLISH, LOOK = "Quantize", "Judge", "Publish", "Look"
-# Blank lines keep typer from joining the lines.
-EXAMPLES = """[bold]Try it[/], offline, in a minute
-
-  llmquant run --model demo
-
-[bold]Look before[/] hours of work
-
-  llmquant plan --model Qwen/Qwen3-8B --bits 4
-
-[bold]Quantize[/] a model of the Hub, or a folder
-
-  llmquant run --model Qwen/Qwen3-8B --bits 4
-
-[bold]Judge[/] finished checkpoints
-
-  llmquant compare ./a-W4A16-G128 ./b-W4A16-G128 --reference ./original
-
-[bold]Publish[/] one, private at first
-
-  llmquant push ./a-W4A16-G128 --repo user/a-W4A16-G128
-
-[bold]Something is wrong[/]
-
-  llmquant doctor
-"""
-RUN_EXAMPLES = """[bold]On the built-in model[/]
-
-  llmquant run --model demo
-
-[bold]8 bits, from a folder, by a recipe[/]
-
-  llmquant run --model ./checkpoint --recipe w8g128 --out ./checkpoint-int8
-
-[bold]Your own calibration text[/]
-
-  llmquant run --model Qwen/Qwen3-8B --calibration notes.jsonl --samples 256
-
-[bold]Fast and without data[/]
-
-  llmquant run --model ./checkpoint --method rtn --eval-data none
-
-[bold]Keep some layers in 16 bit[/]
-
-  llmquant run --model ./checkpoint --ignore down_proj
-"""
-TRUST = "Run Python code that the checkpoint brings (auto_map), with all your rights: read it first"
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout in place of the tables")]
 # What makes no sense where nothing runs; `json` gets another meaning.
 _NOT_IN_PLAN = ("dry_run", "json", "quiet", "resume")
@@ -111,20 +65,6 @@ def options_of(app: typer.Typer) -> dict[str, list[str]]:
         name: [name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)]
         for name, command in group.commands.items()
     }
-
-
-def starting_with(choices: Sequence[str]) -> Callable[[str], list[str]]:
-    """A completion of the shell: those of `choices` that start with what has been typed."""
-
-    def complete(incomplete: str) -> list[str]:
-        return [choice for choice in choices if choice.startswith(incomplete)]
-
-    return complete
-
-
-def recipes_like(incomplete: str) -> list[str]:
-    """The completion of --recipe."""
-    return starting_with(sorted(path.stem for path in recipe_folder().glob("*.toml")))(incomplete)
 
 
 def show_plan(
@@ -205,7 +145,7 @@ def inspect_command(
     layer: Annotated[Optional[str], typer.Option(help="Statistics of this tensor or module")] = None,
     revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit on the Hub")] = None,
     json: Json = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")] = False,
+    debug: Debug = False,
 ) -> None:
     """What a checkpoint is: schemes, sizes and bits by kind of tensor."""
     from llmquant.inspection import inspect_checkpoint, inspect_layer
@@ -267,7 +207,7 @@ def verify_command(
     source: Annotated[
         Optional[str], typer.Option(help="Compare with the original too: demo, a local folder, or a Hub id")
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")] = False,
+    debug: Debug = False,
 ) -> None:
     """Re-read a finished folder: every file, code, scale and copied tensor is what the run computed."""
     from llmquant.check import verify_folder

@@ -1,5 +1,6 @@
 """What a run says of itself: a log is any function of a line of text; it may also want to hear of stages."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -52,3 +53,9 @@ def stages_of(log: Log) -> Callable[[str], None]:
     """Where stages are told: the log's own `stage`, or nowhere."""
     listener: Callable[[str], None] = getattr(log, "stage", silent)
     return listener
+
+
+def calm_libraries() -> None:
+    """Libraries' notes about optional kernels and dataset cards are not about this job."""
+    for library in ("bitsandbytes", "huggingface_hub", "datasets"):
+        logging.getLogger(library).setLevel(logging.ERROR)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import typer
 
-from llmquant import cli, commands
+from llmquant import cli, commands, options
 from llmquant.arguments import ALIASES, COMMANDS, normalise
 
 OPTIONS = commands.options_of(cli.app)
@@ -79,7 +79,7 @@ def test_typos_are_answered_with_what_was_meant(
 
 
 def test_examples_name_commands_and_options_that_exist() -> None:
-    lines = re.findall(r"^  llmquant (.+)$", commands.EXAMPLES + commands.RUN_EXAMPLES, re.MULTILINE)
+    lines = re.findall(r"^  llmquant (.+)$", options.EXAMPLES + options.RUN_EXAMPLES, re.MULTILINE)
     assert len(lines) > 8
     for words in map(shlex.split, lines):
         assert {word for word in words if word.startswith("--")} <= set(OPTIONS[words[0]])
