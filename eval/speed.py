@@ -43,7 +43,11 @@ STAGES = {
     "refine": ["solvers.gptq:refine"],
     "report": ["blocks:_report"],
     "pack": ["formats.compressed_tensors:CompressedTensors.tensors"],
-    "write": ["run_dir:RunDir.write_tensor", "run_dir:RunDir.open_shards", "run_dir:RunDir.close_shards"],
+    "write": [
+        "run_dir.tensor_files:TensorFiles.write",
+        "run_dir.folder:RunDir.open_shards",
+        "run_dir.tensor_files:TensorFiles.finish",
+    ],
     "verify": ["pipeline:verify_output"],
 }
 

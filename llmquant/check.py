@@ -18,8 +18,8 @@ from llmquant.errors import SourceError, VerifyError
 from llmquant.formats import DENSE, FORMATS, LinearSpec
 from llmquant.grid import QuantScheme
 from llmquant.log import Log, silent
+from llmquant.manifest import COST, MANIFEST, sha256
 from llmquant.remote_code import code_files, references
-from llmquant.run_dir import COST, MANIFEST, sha256
 from llmquant.source import Source
 from llmquant.verify import DECODERS, Decoded, Place, digest, read_places
 

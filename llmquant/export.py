@@ -149,7 +149,7 @@ class Export:
                 self.output.quantized(run, row.spec, self.canonical(row.spec))
             else:
                 self.output.copied(run, row)
-        run.close_shards()
+        run.tensors.finish()
         self.output.finish(run, folder)
         log(f"verified: {len(self.plan.layout)} tensors re-read from disk, equal to those of {self.source.name}")
 

@@ -20,7 +20,7 @@ from llmquant.errors import HubError, VerifyError
 from llmquant.hub_errors import AGAIN, clean, told
 from llmquant.hub_target import check_target
 from llmquant.log import Log, silent
-from llmquant.run_dir import COST, MANIFEST, json_bytes, sha256
+from llmquant.manifest import COST, MANIFEST, json_bytes, sha256
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi

@@ -79,15 +79,15 @@ class Shards:
     def quantized(self, run: RunDir, spec: LinearSpec, weight: QuantizedWeight) -> None:
         self.record.quantized(spec, weight)
         for name, tensor in self.format.tensors(spec, weight).items():
-            run.write_tensor(name, tensor)
+            run.tensors.write(name, tensor)
 
     def copied(self, run: RunDir, row: Row) -> None:
         tensor = self.source.read_finite(row.name)
         self.record.copied(row.name, tensor)
-        run.write_tensor(row.name, tensor)
+        run.tensors.write(row.name, tensor)
 
     def read(self, run: RunDir, spec: LinearSpec) -> QuantizedWeight | Tensor:
-        return self.format.read(spec, run.read_tensor)
+        return self.format.read(spec, run.tensors.read)
 
     def finish(self, run: RunDir, folder: str = "") -> None:
         config = self.source.safe_config
@@ -158,17 +158,17 @@ class GGUFFile:
     def quantized(self, run: RunDir, spec: LinearSpec, weight: QuantizedWeight) -> None:
         self.record.quantized(spec, weight)
         (blocks,) = self.format.tensors(spec, weight).values()
-        run.write_tensor(self.names[spec.key], self.model.rows(spec.key, blocks))
+        run.tensors.write(self.names[spec.key], self.model.rows(spec.key, blocks))
 
     def copied(self, run: RunDir, row: Row) -> None:
         key = row.name
         tensor = self.computed[key] if key in self.computed else self.model.dense(key, self.source.read_finite(key))
         self.record.copied(key, tensor)  # in the checkpoint's order of rows, into which the reader puts them
-        run.write_tensor(self.names[key], self.model.rows(key, tensor))
+        run.tensors.write(self.names[key], self.model.rows(key, tensor))
 
     def read(self, run: RunDir, spec: LinearSpec) -> QuantizedWeight | Tensor:
         order = self.model.rows(spec.key, torch.arange(spec.shape[0])).argsort()
-        return self.format.read(spec, lambda key: run.read_tensor(self.names[key])[order])
+        return self.format.read(spec, lambda key: run.tensors.read(self.names[key])[order])
 
     def finish(self, run: RunDir, folder: str = "") -> None:
         verify_gguf(run.path / folder / self.file, self.plan, self.record, self.names, self.heads)

@@ -88,7 +88,7 @@ def quantize(
             torch.set_num_threads(run.threads)
         output.open(run, parse_size("--max-shard-size", recipe.max_shard_size))
         layers, lanes = _Pass(job, run, streams, watch, log).go()
-        run.close_shards()
+        run.tensors.finish()
         with watch.stage("verify"):
             output.finish(run)
         log(f"verified: {len(job.plan.layout)} tensors re-read from disk, equal to what was computed")

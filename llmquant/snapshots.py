@@ -1,7 +1,7 @@
 """Snapshots of all streams after a block: a resumed run goes through the blocks after the newest one only.
 
 One file holds the batches of every stream, one after the other, as raw bytes; the shapes are those of the embeddings,
-which every run computes. `run_dir.py` writes it and names it in the journal with its SHA-256. A snapshot only saves
+which every run computes. `run_dir/` writes it and names it in the journal with its SHA-256. A snapshot only saves
 time: one that does not fit on the disk, or is found missing or damaged, is named in the log and done without.
 """
 
@@ -54,17 +54,17 @@ class Snapshots:
 
         0: there is none, and the streams hold the embeddings still. The caller compares checksums.
         """
-        for record in reversed(self._run.snapshots):
+        for record in reversed(self._run.streams.kept):
             blocks = int(record["blocks"])
-            if problem := self._run.problem_of_streams(record):
+            if problem := self._run.streams.problem(record):
                 self._log(f"snapshot of streams after block {blocks}: {problem}; it is not used")
                 continue
-            with FileIO(self._run.streams_file(blocks)) as file:
+            with FileIO(self._run.streams.path(blocks)) as file:
                 for stream in self._streams.values():
                     stream.update(lambda hidden, file=file: _read_like(hidden, file))  # type: ignore[misc]
             self._log(f"streams after block {blocks}: from the snapshot")
             return blocks
-        if self._run.snapshots:
+        if self._run.streams.kept:
             self._log("no snapshot is sound: finished blocks are gone through again from the embeddings")
         return 0
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 import llmquant
-from llmquant import run_dir
-from llmquant.disk import Disk
 from llmquant.errors import OutputError
+from llmquant.run_dir import folder
+from llmquant.run_dir.disk import Disk
 
 TINY: dict[str, Any] = {
     "group_size": 32,
@@ -78,7 +78,7 @@ def run(model: Path, out: Path, **flags: Any) -> llmquant.Report:
 
 
 def on_disk(monkeypatch: pytest.MonkeyPatch, broken: Disk) -> None:
-    monkeypatch.setattr(run_dir, "Disk", lambda: broken)
+    monkeypatch.setattr(folder, "Disk", lambda: broken)
 
 
 def files(out: Path) -> dict[str, bytes]:

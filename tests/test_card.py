@@ -16,8 +16,8 @@ from llmquant.card import make_card
 from llmquant.export import export
 from llmquant.formats import FORMATS
 from llmquant.lint import RUNTIMES
+from llmquant.manifest import sha256
 from llmquant.report import lanes_table
-from llmquant.run_dir import sha256
 from llmquant.source import open_source
 from llmquant.source_card import read_card
 

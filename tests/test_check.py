@@ -14,7 +14,7 @@ import llmquant
 from llmquant import cli
 from llmquant.check import verify_folder
 from llmquant.errors import VerifyError
-from llmquant.run_dir import sha256
+from llmquant.manifest import sha256
 
 TINY: dict[str, Any] = {"group_size": 32, "samples": 4, "seq_len": 32, "eval_data": "none"}
 

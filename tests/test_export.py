@@ -19,8 +19,8 @@ from llmquant.cli import main
 from llmquant.errors import FormatError, OutputError, RecipeError, SourceError
 from llmquant.export import export
 from llmquant.formats import FORMATS
+from llmquant.manifest import sha256
 from llmquant.recipe import FORMAT_NAMES
-from llmquant.run_dir import sha256
 from llmquant.source import open_source
 from llmquant.verify_gguf import read_gguf
 

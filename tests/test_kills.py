@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from broken import Counting, files, go_on, on_disk, run
 
-from llmquant.disk import Disk
 from llmquant.errors import LLMQuantError, OutputError
+from llmquant.run_dir.disk import Disk
 from llmquant.source import DEMO
 
 pytestmark = pytest.mark.usefixtures("one_thread", "short_runs")

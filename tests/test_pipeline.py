@@ -16,7 +16,7 @@ import llmquant
 from llmquant.errors import LLMQuantError, SolveError, SourceError
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.grid import QuantizedWeight, QuantScheme
-from llmquant.run_dir import sha256
+from llmquant.manifest import sha256
 from llmquant.source import open_source
 
 SMALL: dict[str, Any] = {

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from broken import files, go_on, on_disk, run
 
-from llmquant.disk import Disk
+from llmquant.run_dir.disk import Disk
 
 pytestmark = pytest.mark.usefixtures("one_thread", "short_runs")
 

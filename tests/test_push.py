@@ -22,7 +22,7 @@ from huggingface_hub import ModelCard
 
 import llmquant
 from llmquant.export import export
-from llmquant.run_dir import sha256
+from llmquant.manifest import sha256
 
 RTN: dict[str, Any] = {"group_size": 32, "method": "rtn", "eval_data": "none", "max_shard_size": "60KB"}
 WRITER = "hf_CANARYwriter"

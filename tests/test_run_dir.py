@@ -18,7 +18,8 @@ from torch import Tensor
 
 from llmquant.errors import OutputError, VerifyError
 from llmquant.formats.base import Layout
-from llmquant.run_dir import RunDir, split_shards
+from llmquant.run_dir import RunDir
+from llmquant.shards import split_shards
 
 TENSORS: dict[str, Tensor] = {
     "a.weight": torch.randn(5, 7).bfloat16(),
@@ -44,8 +45,8 @@ def write(out: Path, max_shard: int = 10**9, *, overwrite: bool = False) -> Path
     with RunDir(out, overwrite=overwrite) as run:
         run.open_shards(LAYOUT, max_shard)
         for name in reversed(TENSORS):
-            run.write_tensor(name, TENSORS[name])
-        run.close_shards()
+            run.tensors.write(name, TENSORS[name])
+        run.tensors.finish()
         run.write_json("report.json", {"schema_version": 1})
         run.write_json("cost.json", {"seconds": 1.5})
         run.write_bytes("sub/notes.txt", b"hello\n")
@@ -142,24 +143,24 @@ def test_a_tensor_of_another_dtype_or_shape_is_refused(tmp_path: Path, name: str
     with RunDir(tmp_path / "out") as run:
         run.open_shards(LAYOUT, 10**9)
         with pytest.raises(VerifyError, match=r"^a\.weight: .*; expected torch.bfloat16 \(5, 7\), once$"):
-            run.write_tensor("a.weight", WRONG[name])
+            run.tensors.write("a.weight", WRONG[name])
 
 
 def test_a_tensor_is_written_once(tmp_path: Path) -> None:
     with RunDir(tmp_path / "out") as run:
         run.open_shards(LAYOUT, 10**9)
-        run.write_tensor("a.weight", TENSORS["a.weight"])
+        run.tensors.write("a.weight", TENSORS["a.weight"])
         with pytest.raises(VerifyError, match=r"^a\.weight: .*once$"):
-            run.write_tensor("a.weight", TENSORS["a.weight"])
+            run.tensors.write("a.weight", TENSORS["a.weight"])
 
 
 def test_shards_with_a_missing_tensor_cannot_be_closed(tmp_path: Path) -> None:
     with RunDir(tmp_path / "out") as run:
         run.open_shards(LAYOUT, 10**9)
         for name in TENSORS.keys() - {"c.packed"}:
-            run.write_tensor(name, TENSORS[name])
+            run.tensors.write(name, TENSORS[name])
         with pytest.raises(VerifyError, match=r"^c\.packed: was planned but never written"):
-            run.close_shards()
+            run.tensors.finish()
 
 
 def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +205,7 @@ def test_nothing_is_left_when_an_exception_leaves_the_run(tmp_path: Path, error:
     def fail() -> None:
         with RunDir(tmp_path / "out") as run:
             run.open_shards(LAYOUT, 100)
-            run.write_tensor("a.weight", TENSORS["a.weight"])
+            run.tensors.write("a.weight", TENSORS["a.weight"])
             run.write_bytes("sub/file", b"x")
             raise error
 

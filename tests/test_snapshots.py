@@ -14,10 +14,10 @@ import torch
 from broken import Counting, Killed, files, go_on, kill, on_disk, run
 from torch import Tensor
 
-from llmquant import pipeline, run_dir, snapshots
-from llmquant.disk import Disk
+from llmquant import pipeline, snapshots
 from llmquant.errors import ResumeError
-from llmquant.run_dir import RunDir
+from llmquant.run_dir import RunDir, folder
+from llmquant.run_dir.disk import Disk
 from llmquant.snapshots import Snapshots
 from llmquant.streams import Stream
 
@@ -259,7 +259,7 @@ def test_two_generations_are_all_that_is_on_the_disk(
             largest = max(largest, sum(path.stat().st_size for path in found))
 
     monkeypatch.setattr(RunDir, "__init__", init)
-    monkeypatch.setattr(run_dir, "Disk", Watching)
+    monkeypatch.setattr(folder, "Disk", Watching)
     run(model, tmp_path / "out")
     assert [largest] == asked
 

@@ -59,11 +59,11 @@ def write(folder: Path, format_name: str, weights: dict[LinearSpec, QuantizedWei
         for spec, weight in weights.items():
             record.quantized(spec, weight)
             for name, tensor in FORMATS[format_name].tensors(spec, weight).items():
-                run.write_tensor(name, tensor)
+                run.tensors.write(name, tensor)
         for name, tensor in COPIED.items():
             record.copied(name, tensor)
-            run.write_tensor(name, tensor)
-        run.close_shards()
+            run.tensors.write(name, tensor)
+        run.tensors.finish()
         verify_output(run.path, plan, record)
         run.commit()
     return record

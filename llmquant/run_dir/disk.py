@@ -6,12 +6,17 @@ import fcntl
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
+from llmquant.errors import OutputError
+from llmquant.manifest import json_bytes
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk without room says
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 class Disk:
-    """Every change that `run_dir.py` makes goes through one of these; each does one thing or raises OSError."""
+    """Every change that a run makes goes through one of these; each does one thing or raises OSError."""
 
     def mkdir(self, path: Path) -> None:
         path.mkdir(parents=True)
@@ -63,6 +68,18 @@ def write_all(disk: Disk, fd: int, data: bytes | memoryview, at: int) -> None:
         rest, at = rest[count:], at + count
 
 
+def replace_file(disk: Disk, target: Path, data: bytes) -> None:
+    """The file whole and durable under its name, or not at all; its folder is not synced."""
+    temporary = target.with_name(target.name + ".tmp")
+    fd = disk.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+    try:
+        write_all(disk, fd, data, 0)
+        disk.fsync(fd)
+    finally:
+        os.close(fd)
+    disk.rename(temporary, target)
+
+
 def fsync_path(disk: Disk, path: Path) -> None:
     """Make a file's bytes, or a folder's entries, durable."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -84,3 +101,19 @@ def lock(path: Path) -> int | None:
         os.close(fd)
         return None
     return fd
+
+
+def disk_error(path: Path, error: OSError, kept: int = 0) -> OutputError:
+    """What the system said, and how many finished blocks it cost."""
+    what = f"{kept} blocks are kept: free space and start the same command again" if kept else "nothing was kept"
+    return OutputError(
+        str(path), error.strerror or str(error), remedy=what if kept else f"{what}; free space or choose another --out"
+    )
+
+
+def write_json_file(path: Path, value: Any) -> None:
+    """Write a report outside of any run, whole or not at all."""
+    try:
+        replace_file(Disk(), path, json_bytes(value))
+    except OSError as error:
+        raise disk_error(path, error) from None

@@ -1,0 +1,306 @@
+"""The output folder of one run: begun or gone on with, filled, and made visible."""
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from llmquant.errors import OutputError, RecipeError, ResumeError, VerifyError
+from llmquant.formats.base import Layout
+from llmquant.manifest import COST, MANIFEST, facts, files_in, json_bytes, sha256
+from llmquant.run_dir.disk import FULL, Disk, disk_error, fsync_path, lock, replace_file
+from llmquant.run_dir.journal import Journal, Record
+from llmquant.run_dir.stream_files import PREFIX, StreamFiles
+from llmquant.run_dir.target import allocated, check_exchange, check_space, check_target
+from llmquant.run_dir.tensor_files import TensorFiles
+from llmquant.safetensors_header import TensorInfo
+from llmquant.shards import INDEX, lay_out_shards
+
+_JOB, _JOURNAL = "job.json", "journal"
+
+
+class RunDir:
+    """The output folder of one run, used as a context.
+
+    `out` must not exist or be empty, or, with `overwrite`, be a folder that llmquant wrote. `fingerprint` says by
+    name all that decides the output. What an earlier run of the same fingerprint left is gone on with: `resume`
+    "auto" where there is something, "required" or it is an error, "never": it is thrown away.
+
+    records     bodies of the blocks that are committed already, in order
+    tensors     the files of weights, by whose methods tensors are read and written
+    streams     the snapshots of streams that earlier blocks left
+    room_for_streams   whether the disk has `streams_bytes` more than it needs; a run without them is never refused
+    finished    the earlier run was killed after its last commit: `out` is complete, and nothing is left to do
+    threads     of the run that began: products are summed differently by another number of threads
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        overwrite: bool = False,
+        needed_bytes: int = 0,
+        streams_bytes: int = 0,
+        resume: str = "auto",
+        fingerprint: Mapping[str, str] | None = None,
+        threads: int = 1,
+        disk: Disk | None = None,
+    ) -> None:
+        # Links are followed: a rename would replace the link, not the folder on the disk it points to.
+        self.out = out.expanduser().resolve()
+        self.partial = Path(f"{self.out}.partial")
+        self.path = self.partial / "output"
+        self.records: list[Record] = []
+        self.finished = False
+        self.threads = threads
+        self._overwrite, self._resume, self._disk = overwrite, resume, disk or Disk()
+        if resume not in ("auto", "required", "never"):
+            raise RecipeError("--resume", repr(resume), expected="auto, required or never")
+        self._fingerprint = dict(fingerprint or {})
+        self.tensors, self.streams = TensorFiles(self._disk, self.path), StreamFiles(self._disk, self.partial)
+        self._given: set[str] = set()  # files beside the weights
+        self._weights: dict[str, dict[str, Any]] = {}  # what `weight_files` has found
+        self._lock: int | None = None
+        self._journal: Journal | None = None
+        if not (self.partial / _JOB).is_file():
+            self._check_remains()
+            self._check_target()
+        needed = needed_bytes - allocated(self.path)
+        free = check_space(self.out, needed)
+        self.room_for_streams = free >= needed + streams_bytes - allocated(self.partial, f"{PREFIX}*")
+
+    def _check_target(self) -> None:
+        check_target(self.out, overwrite=self._overwrite)
+
+    def _check_remains(self) -> None:
+        """A folder under the name of ours, without its job.json: nothing but what a kill at the very start leaves."""
+        if not self.partial.exists():
+            if self._resume == "required":
+                raise ResumeError(str(self.partial), "there is no interrupted run", remedy="leave --resume out")
+            return
+        # In the order in which they are made, and removed again.
+        early = {_JOURNAL, _JOB + ".tmp", "output"}
+        strange = not self.partial.is_dir() or {path.name for path in self.partial.iterdir()} - early
+        if strange or (self.path.is_dir() and any(self.path.iterdir())):
+            raise OutputError(str(self.partial), "exists and is not a run of this version", remedy="move it away")
+        # What a kill at the very start or the very end leaves is removed here, unless another run is just there.
+        self._lock = lock(self.partial)
+        if self._lock is not None and not (self.partial / _JOB).is_file():
+            self._remove()
+        self._close()
+
+    def __enter__(self) -> "RunDir":
+        try:
+            self._open()
+        except OSError as error:
+            if self._lock is not None and not self.records:
+                with contextlib.suppress(OSError):
+                    self._remove()
+            self._close()
+            raise disk_error(self.partial, error, kept=len(self.records)) from None
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def _open(self) -> None:
+        """Take the lock, and either begin or read how far the earlier run came."""
+        if not self.partial.exists():
+            with contextlib.suppress(FileExistsError):  # another run was faster: the lock says which one may go on
+                self._disk.mkdir(self.partial)
+                fsync_path(self._disk, self.partial.parent)
+        self._lock = lock(self.partial)
+        if self._lock is None:
+            raise OutputError(str(self.partial), "another run is writing it", remedy="wait, or choose another --out")
+        if self.out.is_dir() and any(self.out.iterdir()):
+            check_exchange(self._disk, self.partial, self.out)
+        if (self.partial / _JOB).is_file() and self._read():
+            return
+        self._begin()
+
+    def _begin(self) -> None:
+        """job.json last and by a rename: where it is, the journal is."""
+        if self._journal is None:
+            self._journal = Journal(self._disk, self.partial / _JOURNAL, new=True)
+            self._journal.sync()
+        if not self.path.exists():
+            self._disk.mkdir(self.path)
+        data = json_bytes({"schema_version": 1, "fingerprint": self._fingerprint, "threads": self.threads})
+        replace_file(self._disk, self.partial / _JOB, data)
+        fsync_path(self._disk, self.partial)
+
+    def _read(self) -> bool:
+        """Read what an earlier run left: go on with it, finish it or throw it away. False: begin anew."""
+        job = json.loads((self.partial / _JOB).read_bytes())
+        theirs = job["fingerprint"]
+        self._journal = Journal(self._disk, self.partial / _JOURNAL, new=False)
+        records = self._journal.read()
+        if records and records[-1]["kind"] == "commit":
+            self._swap_in(records[-1]["manifest"])
+            if theirs == self._fingerprint:
+                self.finished = True
+                return True
+            self._close()
+            self._check_target()
+            self._open()
+            return True
+        self._check_target()
+        if self._resume == "never" or not records:
+            self._remove_output()
+            return False
+        if names := sorted(n for n in {*theirs, *self._fingerprint} if theirs.get(n) != self._fingerprint.get(n)):
+            raise ResumeError(
+                str(self.partial),
+                f"is an interrupted run of another job ({', '.join(names)} differ{'s' * (len(names) == 1)})",
+                remedy="choose another --out, or throw it away with --resume never",
+            )
+        self.records, self.threads = [r["body"] for r in records if r["kind"] == "block"], job["threads"]
+        self.streams.find([record for record in records if record["kind"] == "streams"])
+        self._journal.cut_torn_line()
+        return True
+
+    def _remove_output(self) -> None:
+        """Empty the journal first: a kill in between leaves a run that is at its beginning."""
+        if self._journal is not None:
+            self._journal.empty()
+        for entry in self.partial.iterdir():
+            if entry.name not in (_JOB, _JOURNAL):
+                self._disk.remove_tree(entry) if entry.is_dir() else self._disk.unlink(entry)
+
+    def _remove(self) -> None:
+        """The folder of this run, in an order that a kill at any instant leaves readable."""
+        for entry in sorted(self.partial.iterdir(), key=lambda entry: (entry.name == _JOURNAL, entry.name == _JOB)):
+            self._disk.remove_tree(entry) if entry.is_dir() else self._disk.unlink(entry)
+        self._disk.remove_tree(self.partial)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Finished blocks are kept for the next run, unless they were found to be wrong."""
+        try:
+            if self.partial.exists() and (not self.records or isinstance(error, VerifyError)):
+                self._remove_output()
+                self._remove()
+        finally:
+            self._close()
+        if isinstance(error, OSError) and error.errno in (*FULL, errno.EROFS):
+            raise disk_error(self.partial, error, kept=len(self.records)) from error
+
+    def _close(self) -> None:
+        self.tensors.close()
+        if self._journal is not None:
+            self._journal.close()
+        if self._lock is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._lock)
+        self._journal = self._lock = None
+
+    # -- weights ---------------------------------------------------------------------------------------
+    def open_shards(self, layout: Layout, max_shard_bytes: int, folder: str = "") -> None:
+        """Open the safetensors files for `layout` in `folder`, in its order, with headers and index.
+
+        Files of an earlier run are gone on with where blocks of it are committed.
+        """
+        shards, index = lay_out_shards(layout, max_shard_bytes)
+        for shard in shards:
+            self._open_file(folder + shard.file, shard.head, shard.places)
+        if index is not None:
+            self.write_json(folder + INDEX, index)
+        fsync_path(self._disk, self.path / folder)
+
+    def open_file(self, file_name: str, head: bytes, places: Mapping[str, TensorInfo]) -> None:
+        """A file that begins with `head` and whose tensors will be written to `places`; gaps are zeros.
+
+        That of an earlier run is gone on with where blocks of it are committed.
+        """
+        self._open_file(file_name, head, places)
+        fsync_path(self._disk, (self.path / file_name).parent)
+
+    def _open_file(self, file_name: str, head: bytes, places: Mapping[str, TensorInfo]) -> None:
+        beside = "/" in file_name  # an export, which is begun when all blocks are committed
+        if self.records and not beside:
+            written = (name for record in self.records for name in record["tensors"])
+            self.tensors.go_on(file_name, places, written)
+        else:
+            self.tensors.begin(file_name, head, places)
+
+    def commit_block(self, body: dict[str, Any]) -> None:
+        """Make everything written since the last commit durable, then say so in the journal. `body` is plain data."""
+        record = {"tensors": self.tensors.sync(), **body}
+        self._append({"kind": "block", "body": record})
+        self.records.append(record)
+
+    def keep_streams(self, chunks: Iterable[memoryview]) -> str:
+        """Keep `chunks` as the streams after the last committed block; why there was no room for it, or ""."""
+        return self.streams.keep(len(self.records), chunks, self._append)
+
+    def _append(self, record: Record) -> None:
+        if self._journal is None:
+            raise RuntimeError("the run is not open")
+        self._journal.append(record)
+
+    # -- other files -----------------------------------------------------------------------------------
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_bytes(name, json_bytes(value))
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        target = self.path / name
+        if not target.parent.exists():
+            self._disk.mkdir(target.parent)
+        replace_file(self._disk, target, data)  # its folder is synced by the commit
+        self._given.add(name)
+
+    def scratch(self, name: str) -> BinaryIO:
+        """A file for this run only; it has no name in the folder once it is open."""
+        path = self.partial / f"scratch-{name}"
+        file = path.open("w+b", buffering=0)
+        self._disk.unlink(path)
+        return file
+
+    def weight_files(self) -> dict[str, dict[str, Any]]:
+        """Bytes and SHA-256 of every file of weights, once all shards are closed."""
+        for name in self.files():
+            if name.endswith((".safetensors", ".gguf")) and name not in self._weights:
+                self._weights[name] = facts(self.path / name)
+        return dict(self._weights)
+
+    def files(self) -> list[str]:
+        return files_in(self.path)
+
+    def commit(self, digests: Mapping[str, str] | None = None) -> None:
+        """Write the manifest, then make the folder visible under its own name.
+
+        `digests` were taken of the tensors when they were computed; `llmquant verify` asks for them.
+        """
+        self._check_target()
+        for leftover in self.path.rglob("*.tmp"):
+            self._disk.unlink(leftover)
+        if missing := sorted(name for name in self._given if not (self.path / name).is_file()):
+            raise VerifyError(missing[0], "was written and is not there")
+        table = {
+            name: self._weights.get(name) or facts(self.path / name) if name != COST else {"sha256": None}
+            for name in self.files()
+            if name != MANIFEST  # of a commit that was killed
+        }
+        self.write_json(MANIFEST, {"schema_version": 1, "files": table, "tensors": dict(digests or {})})
+        for folder in sorted({path.parent for path in self.path.rglob("*")}):
+            fsync_path(self._disk, folder)
+        manifest = sha256(self.path / MANIFEST)
+        self._append({"kind": "commit", "manifest": manifest})
+        self._swap_in(manifest)
+
+    def _swap_in(self, manifest: str) -> None:
+        """Put the finished folder under its own name, unless that was done already, and remove what is left."""
+        if not ((self.out / MANIFEST).is_file() and sha256(self.out / MANIFEST) == manifest):
+            if self.out.is_dir() and any(self.out.iterdir()):
+                self._check_target()
+                self._disk.exchange(self.path, self.out)  # one step: there is no instant without a checkpoint
+            else:
+                self._disk.rename(self.path, self.out)
+            fsync_path(self._disk, self.out.parent)
+            fsync_path(self._disk, self.partial)
+        self._remove()

@@ -1,0 +1,96 @@
+"""The files of the output that hold tensors: each tensor has its place before it is written, once."""
+
+import contextlib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmquant.errors import ResumeError, VerifyError
+from llmquant.run_dir.disk import Disk, write_all
+from llmquant.safetensors_header import TensorInfo
+
+
+class TensorFiles:
+    """Files in `folder` while they are filled; what was written is durable after `sync`."""
+
+    def __init__(self, disk: Disk, folder: Path) -> None:
+        self._disk, self._folder = disk, folder
+        self._places: dict[str, TensorInfo] = {}
+        self._fds: dict[str, int] = {}
+        self._unwritten: set[str] = set()
+        self._since: list[str] = []  # written since the last sync
+
+    def begin(self, file: str, head: bytes, places: Mapping[str, TensorInfo]) -> None:
+        """A new file of its full size that begins with `head`; gaps are zeros."""
+        path = self._folder / file
+        if not path.parent.exists():
+            self._disk.mkdir(path.parent)
+        fd = self._fds[file] = self._disk.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        write_all(self._disk, fd, head, 0)
+        self._disk.allocate(fd, _size(places))  # the space is ours before hours are spent
+        self._plan(file, places)
+
+    def go_on(self, file: str, places: Mapping[str, TensorInfo], written: Iterable[str]) -> None:
+        """A file that an earlier run began. `written`: names of tensors that are in it already; others may be named."""
+        path = self._folder / file
+        if not path.is_file() or path.stat().st_size != _size(places):
+            raise ResumeError(str(path), "is not the file that was begun", remedy="start again with --resume never")
+        self._fds[file] = self._disk.open(path, os.O_RDWR)
+        self._plan(file, places)
+        self._unwritten -= set(written)
+
+    def _plan(self, file: str, places: Mapping[str, TensorInfo]) -> None:
+        for name, place in places.items():
+            self._places[name] = TensorInfo(name, file, place.dtype, place.shape, place.start, place.end)
+        self._unwritten |= places.keys()
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that was written before."""
+        place = self._places[name]
+        data = bytearray(place.nbytes)
+        if place.nbytes and os.preadv(self._fds[place.file], [data], place.start) != place.nbytes:
+            raise VerifyError(name, f"{place.file} ends early")
+        return torch.frombuffer(data, dtype=torch.uint8).view(place.dtype).view(place.shape)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one planned tensor to its place; dtype and shape must be the planned ones."""
+        place = self._places[name]
+        if tensor.dtype != place.dtype or tuple(tensor.shape) != place.shape or name not in self._unwritten:
+            raise VerifyError(
+                name, f"{tensor.dtype} {tuple(tensor.shape)}", expected=f"{place.dtype} {place.shape}, once"
+            )
+        if place.nbytes:
+            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            write_all(self._disk, self._fds[place.file], data.data, place.start)
+        self._unwritten.discard(name)
+        self._since.append(name)
+
+    def sync(self) -> list[str]:
+        """Make all that was written since the last call durable; the names of those tensors."""
+        for file in sorted({self._places[name].file for name in self._since}):
+            self._disk.fsync(self._fds[file])
+        names, self._since = self._since, []
+        return names
+
+    def finish(self) -> None:
+        """Flush and close all files; every planned tensor must have been written."""
+        if self._unwritten:
+            raise VerifyError(sorted(self._unwritten)[0], "was planned but never written")
+        self.sync()
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds, self._places = {}, {}
+
+    def close(self) -> None:
+        """Close the files as they are."""
+        for fd in self._fds.values():
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        self._fds = {}
+
+
+def _size(places: Mapping[str, TensorInfo]) -> int:
+    return max(place.end for place in places.values())
