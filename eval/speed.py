@@ -48,7 +48,7 @@ STAGES = {
         "run_dir.folder:RunDir.open_shards",
         "run_dir.tensor_files:TensorFiles.finish",
     ],
-    "verify": ["pipeline:verify_output"],
+    "verify": ["output:verify_output", "output:verify_gguf"],
 }
 
 

@@ -1,8 +1,10 @@
 """The scripts in eval/ run as they are."""
 
+import importlib
 import runpy
 import sys
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,10 @@ def test_compare(
     out = capsys.readouterr().out
     assert "| original | 16.000 |" in out
     assert "| tiny-w4 - llama |" in out
+
+
+def test_speed_times_functions_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    for names in runpy.run_path(str(SCRIPTS / "speed.py"))["STAGES"].values():
+        for module, path in (name.split(":") for name in names):
+            assert callable(attrgetter(path)(importlib.import_module(f"llmquant.{module}")))
