@@ -126,7 +126,11 @@ def run(
     ] = None,
     sweeps: Annotated[
         Optional[int],
-        _option("Sweeps of coordinate descent on codes and scales (default: 1, and 4 below 4 bits)", "sweeps", _SOLVER),
+        _option(
+            "Sweeps of coordinate descent on codes and scales (default: 1; 4 below 4 bits and for groups of 32)",
+            "sweeps",
+            _SOLVER,
+        ),
     ] = None,
     passes: Annotated[
         Optional[str], _option("Hessians after each step of a block, or in one pass per block", "passes", _SOLVER)
