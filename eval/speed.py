@@ -102,7 +102,11 @@ def child(arguments: argparse.Namespace, model: str, out: str) -> None:
     seconds["other"] = total - sum(seconds.values())
     shapes = [row["shape"] for row in report.data["tensors"] if row["action"] == "quantized"]
     tokens = arguments.samples * arguments.seq_len
-    floor = floor_seconds(shapes, tokens, default_sweeps(recipe.bits)) if arguments.method == "gptq" else 0.0
+    floor = (
+        floor_seconds(shapes, tokens, default_sweeps(recipe.bits, recipe.group_size))
+        if arguments.method == "gptq"
+        else 0.0
+    )
     cost = {name: report.cost[name] for name in ("threads", "machine")}
     peak = report.cost["peak_rss_bytes"] / 1e6
     print(json.dumps({"stages": seconds, "total": total, "floor": floor, "peak_mb": peak, **cost}))

@@ -291,7 +291,7 @@ def _solve(
         recipe.damp,
         propagation,
         recipe.refit,
-        default_sweeps(step[0].scheme.bits) if recipe.sweeps is None else recipe.sweeps,
+        default_sweeps(step[0].scheme.bits, step[0].scheme.group_size) if recipe.sweeps is None else recipe.sweeps,
         on_bad_layer=recipe.on_bad_layer,
     )
     solution = SOLVERS[recipe.method](task, options)

@@ -113,7 +113,9 @@ def run(
     sweeps: Annotated[
         Optional[int],
         recipe_option(
-            "Sweeps of coordinate descent on codes and scales (default: 1, and 4 below 4 bits)", "sweeps", _SOLVER
+            "Sweeps of coordinate descent on codes and scales (default: 1; 4 below 4 bits and for groups of 32)",
+            "sweeps",
+            _SOLVER,
         ),
     ] = None,
     passes: Annotated[

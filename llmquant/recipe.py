@@ -47,7 +47,7 @@ class Recipe:
     damp: float | None = None  # share of mean(diag H); None: 0.003 from 8 tokens per input dimension on, else 0.01
     propagation: float | str = "auto"  # strength of error propagation, 0 (off) to 1; auto: by tokens per input
     refit: bool = True  # scales, too, in each sweep
-    sweeps: int | None = None  # of coordinate descent on codes and scales; None: 1, and 4 below 4 bits
+    sweeps: int | None = None  # of coordinate descent on codes and scales; None: solvers.refine.default_sweeps
     passes: str = "step"  # Hessians after each step of a block, or all in one pass per block
     on_bad_layer: str = "fail"
     # calibration text

@@ -67,7 +67,7 @@ def work_of(plan: Plan, skeleton: Skeleton, recipe: Recipe, tokens: Tokens, n_la
     inputs = _inputs(sorted(plan.specs, key=lambda spec: order[spec.module]))
     # Forwards pause at each step and go on; with one pass per block they are run again with the quantized weights.
     forwards = (1 if recipe.passes == "step" else 2) * (2 if drift else 1)
-    sweeps = default_sweeps(recipe.bits) if recipe.sweeps is None else recipe.sweeps
+    sweeps = default_sweeps(recipe.bits, recipe.group_size) if recipe.sweeps is None else recipe.sweeps
     calibrated, evaluated = tokens.calibration * forwards, tokens.evaluation * n_lanes
     forward_flops = 2.0 * calibrated * (block_weights + attention * tokens.seq_len)
     forward_flops += 2.0 * evaluated * (block_weights + attention * tokens.eval_seq_len)
