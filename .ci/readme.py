@@ -19,12 +19,12 @@ import typer
 
 from llmquant import lint
 from llmquant.arguments import ALIASES
+from llmquant.checkpoint import READERS
 from llmquant.cli import app
 from llmquant.console import show_report
 from llmquant.errors import FormatError
 from llmquant.formats import DENSE, FORMATS, LinearSpec
 from llmquant.grid import QuantScheme
-from llmquant.packed import LAYOUTS
 from llmquant.recipe import CHOICES
 from llmquant.report import Report
 
@@ -71,7 +71,7 @@ def formats() -> str:
                 ", ".join(map(str, held)),
                 ", ".join("row" if g == -1 else str(g) for g in groups),
                 "yes" if zeros else "no",
-                "yes" if name in LAYOUTS or name in DENSE else "no",
+                "yes" if name in READERS or name in DENSE else "no",
                 ", ".join(f"{runtime}*" if runtime in warned else runtime for runtime in open_it),
             ]
         )

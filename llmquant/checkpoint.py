@@ -8,20 +8,31 @@ from typing import Any
 from torch import Tensor
 
 from llmquant.errors import SourceError
+from llmquant.gguf_blocks import gguf
+from llmquant.gguf_source import open_gguf_file, open_gguf_of
 from llmquant.packed import LAYOUTS, PackedLinear
 from llmquant.safetensors_header import TensorInfo
 from llmquant.small_floats import SMALL_FLOATS
-from llmquant.source import Source, open_source
+from llmquant.source import OnlyGGUFError, Source, open_source
+
+READERS = {**LAYOUTS, "gguf": gguf}
 
 
 def open_checkpoint(model: str | Path, revision: str | None = None, *, trust_remote_code: bool = False) -> Source:
-    """`open_source`, with a reader in between where the checkpoint is quantized. SourceError names unknown formats."""
-    source = open_source(model, revision, trust_remote_code=trust_remote_code)
+    """`open_source`, with a reader in between where the checkpoint is quantized. SourceError names unknown formats.
+
+    `model` may be a GGUF file, too, or a folder or a repository of the Hub that holds one and no safetensors weights.
+    """
+    if (source := open_gguf_file(model)) is None:
+        try:
+            source = open_source(model, revision, trust_remote_code=trust_remote_code)
+        except OnlyGGUFError as found:
+            source = open_gguf_of(found)
     method = method_of(source)
     if method is None:
         return source
-    if method not in LAYOUTS and method not in SMALL_FLOATS:
-        known = ", ".join({name.partition(" ")[0]: None for name in (*LAYOUTS, *SMALL_FLOATS)})
+    if method not in READERS and method not in SMALL_FLOATS:
+        known = ", ".join({name.partition(" ")[0]: None for name in (*READERS, *SMALL_FLOATS)})
         raise SourceError(source.name, f"is quantized with {method!r}", expected=f"16 bit or {known}")
     return PackedSource(source, method)
 
@@ -50,7 +61,7 @@ def as_original(source: Source) -> Source:
 
 
 def method_of(source: Source) -> str | None:
-    """How `source` is quantized by its config: a key of LAYOUTS or SMALL_FLOATS, or an unknown name; None: not."""
+    """How `source` is quantized by its config: a key of READERS or SMALL_FLOATS, or an unknown name; None: not."""
     config = source.config.get("quantization_config") or source.config.get("quantization")
     if not config:
         return None
@@ -81,7 +92,7 @@ class PackedSource(Source):
             if self.method in SMALL_FLOATS:
                 return SMALL_FLOATS[self.method](self.stored.tensors, config, self.stored.read)
             quantization = config.get("quantization_config") or config["quantization"]
-            return LAYOUTS[self.method](self.stored.tensors, quantization, self.stored.read)
+            return READERS[self.method](self.stored.tensors, quantization, self.stored.read)
         except SourceError as error:
             raise SourceError(self.stored.name, str(error)) from None
 
@@ -122,6 +133,9 @@ class PackedSource(Source):
 
     def local(self, file: str) -> Path:
         return self.stored.local(file)
+
+    def tokenizer(self) -> Any:
+        return self.stored.tokenizer()
 
     def is_local(self, name: str) -> bool:
         return all(self.stored.is_local(part.name) for part in self.parts(name))

@@ -62,7 +62,7 @@ def compare(
 ) -> Report:
     """Score `models` on the evaluation windows of `recipe` (eval_data, eval_tokens, eval_seq_len, device, dtype).
 
-    Every checkpoint may be 16-bit or quantized (`packed.LAYOUTS`); all must share the reference's tokenizer and
+    Every checkpoint may be 16-bit or quantized (`checkpoint.READERS`); all must share the reference's tokenizer and
     vocabulary. The first lane is the reference (the first model where none is given). One block of one lane is in
     memory at a time, and at the end the heads of all lanes. The report's `differences` are paired over windows.
     trust_remote_code   Python code of any of them may be run
@@ -146,10 +146,19 @@ def _open(sources: Sequence[Source], recipe: Recipe, *, named_reference: bool) -
         lanes[name] = Lane(source, Skeleton(source, device, pick_dtype(recipe.dtype, device, source)), {})
     first = next(iter(lanes.values())).skeleton
     for lane in lanes.values():
-        for what in ("vocab_size", "hidden_size", "context"):
+        for what in ("vocab_size", "hidden_size"):
             mine, theirs = getattr(lane.skeleton, what), getattr(first, what)
             if mine != theirs:
                 raise SourceError(lane.source.name, f"{what} {mine}", expected=f"{theirs}, as the reference has")
+        # A GGUF file's context ends where llama.cpp, which knows no window, would compute otherwise.
+        length = min(recipe.eval_seq_len, first.context or recipe.eval_seq_len)
+        if lane.skeleton.context is not None and lane.skeleton.context < length:
+            raise SourceError(
+                lane.source.name,
+                f"context {lane.skeleton.context}",
+                expected=f"at least the {length} tokens of a window",
+                remedy=f"--seq-len {lane.skeleton.context}",
+            )
     return lanes
 
 

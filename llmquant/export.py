@@ -81,6 +81,10 @@ def open_packed(model: str | Path, *, trust_remote_code: bool = False) -> Packed
     source = open_checkpoint(model, trust_remote_code=trust_remote_code)
     if not isinstance(source, PackedSource):
         raise SourceError(source.name, "is not quantized", expected="a checkpoint that llmquant wrote")
+    if source.method == "gguf":
+        raise SourceError(
+            source.name, "is a GGUF file", expected="safetensors", remedy="export the checkpoint that it was made from"
+        )
     if "report.json" not in source.files():
         raise SourceError(source.name, "no report.json", expected="a checkpoint that llmquant wrote")
     return source

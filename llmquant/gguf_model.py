@@ -5,6 +5,7 @@ halves; Gemma's norms are stored with their 1 added. Everything that llama.cpp w
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from llmquant.errors import FormatError
 
-_ARCHITECTURES = {"mistral": "llama"} | {name: name for name in ("llama", "qwen2", "qwen3", "gemma2", "phi3")}
+ARCHITECTURES = {"mistral": "llama"} | {name: name for name in ("llama", "qwen2", "qwen3", "gemma2", "phi3")}
 _ACTIVATIONS = {"gemma2": "gelu_pytorch_tanh"}
 
-_OUTER = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
-_INNER = {
+OUTER = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
+INNER = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q",
@@ -32,7 +33,7 @@ _INNER = {
     "mlp.down_proj": "ffn_down",
     "mlp.gate_up_proj": "ffn_up",  # Phi3: gate and up in one, gate first, in llama.cpp too
 }
-_GEMMA2 = {
+INNER_OF_GEMMA2 = {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
@@ -47,15 +48,15 @@ class GGUFModel:
 
     def __post_init__(self) -> None:
         kind = self.config.get("model_type")
-        if kind not in _ARCHITECTURES:
+        if kind not in ARCHITECTURES:
             raise FormatError(
-                "gguf", f"model type {kind!r}", expected=", ".join(_ARCHITECTURES), remedy="use another --format"
+                "gguf", f"model type {kind!r}", expected=", ".join(ARCHITECTURES), remedy="use another --format"
             )
         self._refuse_differences()
 
     @property
     def architecture(self) -> str:
-        return _ARCHITECTURES[self.config["model_type"]]
+        return ARCHITECTURES[self.config["model_type"]]
 
     @property
     def head_dim(self) -> int:
@@ -148,11 +149,11 @@ class GGUFModel:
     def name(self, key: str) -> str:
         """llama.cpp's name of a tensor; FormatError where it has none."""
         if match := re.fullmatch(r"(?:model\.)?layers\.(\d+)\.(.+)\.(weight|bias)", key):
-            table = _INNER | _GEMMA2 if self.architecture == "gemma2" else _INNER
+            table = INNER | INNER_OF_GEMMA2 if self.architecture == "gemma2" else INNER
             if match[2] in table:
                 return f"blk.{match[1]}.{table[match[2]]}.{match[3]}"
         elif match := re.fullmatch(r"(?:model\.)?(embed_tokens|norm|lm_head)\.(weight|bias)", key):
-            return f"{_OUTER[match[1]]}.{match[2]}"
+            return f"{OUTER[match[1]]}.{match[2]}"
         raise FormatError(key, "llama.cpp knows no such tensor", remedy="use another --format")
 
     def heads_of(self, key: str) -> int | None:
@@ -179,16 +180,18 @@ class GGUFModel:
         return tensor + 1 if self.architecture == "gemma2" and "norm" in key else tensor
 
     def rope_factors(self) -> Tensor | None:
-        """llama3 rope as llama.cpp stores it: what each frequency is divided by; None for other types.
+        """`llama3_factors` of a model with that rope type; None for other types."""
+        return llama3_factors(self.rope, self.head_dim) if self.rope["rope_type"] == "llama3" else None
 
-        With wavelength l = 2 pi / f and original context n: `factor` where l > n / low_freq_factor, 1 where
-        l < n / high_freq_factor, and in between f is interpolated as transformers does.
-        """
-        if self.rope["rope_type"] != "llama3":
-            return None
-        rope, size = self.rope, self.head_dim
-        factor, low, high = (float(rope[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
-        context = float(rope["original_max_position_embeddings"])
-        frequency = float(rope["rope_theta"]) ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
-        smooth = ((context * frequency / (2 * torch.pi) - low) / (high - low)).clamp(0, 1)
-        return (1 / ((1 - smooth) / factor + smooth)).float()
+
+def llama3_factors(rope: Mapping[str, Any], head_dim: int) -> Tensor:
+    """llama3 rope as llama.cpp stores it: what each frequency is divided by, float32 [head_dim / 2].
+
+    With wavelength l = 2 pi / f and original context n: `factor` where l > n / low_freq_factor, 1 where
+    l < n / high_freq_factor, and in between f is interpolated as transformers does.
+    """
+    factor, low, high = (float(rope[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+    context = float(rope["original_max_position_embeddings"])
+    frequency = float(rope["rope_theta"]) ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    smooth = ((context * frequency / (2 * torch.pi) - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).float()

@@ -16,7 +16,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # (normalizer, pre-tokenizer steps, ignore_merges) -> pre
-_BYTE_LEVEL: dict[tuple[str | None, tuple[str, ...], bool], str] = {
+BYTE_LEVEL: dict[tuple[str | None, tuple[str, ...], bool], str] = {
     (None, ("ByteLevel regex",), False): "gpt-2",
     (None, (_WORDS + r"\p{N}{1,3}" + _REST, "ByteLevel"), True): "llama-bpe",
     ("NFC", (_WORDS + r"\p{N}" + _REST, "ByteLevel"), False): "qwen2",
@@ -72,12 +72,12 @@ def _steps(table: dict[str, Any]) -> tuple[str, ...]:
 
 def _recognise(table: dict[str, Any], steps: tuple[str, ...], model: dict[str, Any]) -> str:
     normalizer = (table.get("normalizer") or {}).get("type")
-    known = _BYTE_LEVEL.get((normalizer, steps, bool(model.get("ignore_merges"))))
+    known = BYTE_LEVEL.get((normalizer, steps, bool(model.get("ignore_merges"))))
     if known is None:
         raise FormatError(
             "tokenizer.json",
             f"a byte-level BPE that is not known (normalizer {normalizer}, steps {', '.join(steps)[:120]})",
-            expected=f"one of {', '.join(dict.fromkeys(_BYTE_LEVEL.values()))}",
+            expected=f"one of {', '.join(dict.fromkeys(BYTE_LEVEL.values()))}",
             remedy="name llama.cpp's splitter with export --gguf-pre, and compare token ids",
         )
     return known

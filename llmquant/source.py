@@ -21,6 +21,8 @@ from llmquant.safetensors_header import MAX_HEADER_BYTES, TensorInfo, header_len
 T = TypeVar("T")
 
 DEMO = Path(__file__).parent / "demo"
+_CHECKPOINT = "a checkpoint folder or a Hub id"
+_ORIGINAL = "of a GGUF file, name the checkpoint that it was made from; eval, compare and inspect read the file itself"
 TIMEOUT = 30.0  # seconds without a byte from the Hub
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Copied into the output as they are: data of the tokenizer, never code, and nothing from other folders.
@@ -50,12 +52,18 @@ class Source:
         self.folder = folder
         self.trust_remote_code = trust_remote_code
         self.code: tuple[str, ...] = ()
+        if ggufs := gguf_files(self.files()):
+            raise OnlyGGUFError(self, ggufs)
         self.config = self._config()
         self.tensors = self._tensors()
         if trust_remote_code:
             self.code = code_files(name, set(self.files()), self.json, self.local)
         for file in self.side_files():  # others read them later: here, or not at all
             self.local(file)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer, where it comes with the weights; None where it lies in files of its own."""
+        return None
 
     # -- what a Hub source overrides -------------------------------------------------------------------
     def files(self) -> list[str]:
@@ -121,8 +129,11 @@ class Source:
         return sum(info.nbytes for info in self.tensors.values())
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name`, bit for bit, in its own dtype. Plain reads: a mapped file that shrinks kills us."""
-        info = self.tensors[name]
+        """The tensor `name`, bit for bit, in its own dtype."""
+        return self._read_at(self.tensors[name])
+
+    def _read_at(self, info: TensorInfo) -> Tensor:
+        """Plain reads: a mapped file that shrinks kills us."""
         buffer = bytearray(info.nbytes)
         view, done = memoryview(buffer), 0
         with self.local(info.file).open("rb", buffering=0) as stream:
@@ -131,7 +142,7 @@ class Source:
                 count = stream.readinto(view[done:])
                 if not count:
                     raise SourceError(
-                        f"{info.file}: {name}", "the file ended early", remedy="it changed during the run"
+                        f"{info.file}: {info.name}", "the file ended early", remedy="it changed during the run"
                     )
                 done += count
         if not buffer:
@@ -204,6 +215,27 @@ class Source:
                 INDEX, f"{name!r} lies in {file!r}, which is missing", remedy="download the checkpoint again"
             )
         return file
+
+
+class OnlyGGUFError(SourceError):
+    """A folder or repository whose weights are GGUF files: `open_checkpoint` reads one, a run cannot start from it."""
+
+    def __init__(self, source: Source, files: list[str]) -> None:
+        self.source, self.files = source, files
+        super().__init__(
+            source.name,
+            f"holds {files[0]!r} and no safetensors weights",
+            expected="a Hugging Face checkpoint",
+            remedy=_ORIGINAL,
+        )
+
+
+def gguf_files(files: Iterable[str]) -> list[str]:
+    """The GGUF files at the root of a checkpoint; none where there are safetensors weights."""
+    names = list(files)
+    return (
+        [] if any(f.endswith(".safetensors") for f in names) else [f for f in names if re.fullmatch(r"[^/]+\.gguf", f)]
+    )
 
 
 def _relative(file: str) -> str:
@@ -339,8 +371,10 @@ def open_source(model: str | Path, revision: str | None = None, *, trust_remote_
     path = Path(model).expanduser()
     if path.is_dir():
         return Source(path.resolve().name, path, trust_remote_code=trust_remote_code)
+    if path.is_file():
+        raise SourceError(str(model), "is a file", expected=_CHECKPOINT, remedy=_ORIGINAL)
     if path.is_absolute() or str(model).startswith((".", "~")) or path.exists():
-        raise SourceError(str(model), "no such folder", expected="a checkpoint folder or a Hub id")
+        raise SourceError(str(model), "no such folder", expected=_CHECKPOINT)
     return _from_hub(str(model), revision, trust_remote_code)
 
 

@@ -20,6 +20,8 @@ def load_tokenizer(source: Source) -> Any:
     """The checkpoint's own tokenizer."""
     from transformers import AutoTokenizer
 
+    if (own := source.tokenizer()) is not None:
+        return own
     if not has_tokenizer(source):
         raise CalibrationError(
             source.name,
