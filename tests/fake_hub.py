@@ -28,7 +28,7 @@ FAILURES = {
     "foreign": ("resolve", 0, ""),  # answers without X-Repo-Commit
     "rangeless": ("cdn", 0, ""),  # ignores ranges
 }
-_LARGE = (".safetensors", ".parquet", ".gz")  # what Git LFS holds
+_LARGE = (".safetensors", ".gguf", ".parquet", ".gz")  # what Git LFS holds
 _REPO = r"(?P<repo>(?:datasets/)?[^/]+/[^/]+)"
 _API = re.compile(rf"/api/(?:models/|(?=datasets/)){_REPO}(?:/revision/(?P<revision>[^/]+))?")
 _TREE = re.compile(rf"/api/(?:models/|(?=datasets/)){_REPO}/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?")

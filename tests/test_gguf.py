@@ -16,6 +16,8 @@ from test_formats_golden import counting
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import llmquant
+from llmquant.calibration import load_tokenizer
+from llmquant.checkpoint import open_checkpoint
 from llmquant.errors import FormatError, VerifyError
 from llmquant.export import export
 from llmquant.formats import FORMATS
@@ -233,11 +235,12 @@ def test_sentencepiece_vocabularies_give_the_same_ids(kind: str, tmp_path: Path)
         with pytest.raises(FormatError, match="begins with a space; accept that with export --gguf-pre default"):
             gguf_of(out)
         named = {"gguf_pre": "default"}
-    llama = LlamaCpp(gguf_of(out, **named))
+    file = gguf_of(out, **named)
+    llama, read_back = LlamaCpp(file), load_tokenizer(open_checkpoint(file))
     reference = AutoTokenizer.from_pretrained(source)
     for text in [*TEXTS, lines[0][:500]]:
         text = text.strip(" ") if kind == "metaspace" else text
-        assert llama.tokenize(text) == reference(text)["input_ids"], text
+        assert llama.tokenize(text) == reference(text)["input_ids"] == read_back(text)["input_ids"], text
 
 
 def test_an_unknown_splitter_is_refused_and_can_be_named(tmp_path: Path) -> None:

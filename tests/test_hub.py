@@ -19,9 +19,11 @@ import pytest
 import torch
 from fake_hub import FakeHub, Request, commit_of, fake_hub
 from safetensors.torch import save_file
+from test_gguf import gguf_of, quantized
 from tiny import ARCHITECTURES, build
 
 from llmquant import source as source_module
+from llmquant.checkpoint import open_checkpoint
 from llmquant.errors import SourceError
 from llmquant.estimate import estimate
 from llmquant.safetensors_header import build_header
@@ -87,6 +89,16 @@ def child_online(folder: Path) -> dict[str, Any]:
         "rangeless": {name: list(info.shape) for name, info in rangeless.tensors.items()},
         "errors": errors,
         "report": report.data,
+        "gguf": opened_gguf(),
+    }
+
+
+def opened_gguf(revision: str | None = None) -> dict[str, Any]:
+    source = open_checkpoint("user/gguf", revision)
+    return {
+        "name": source.name,
+        "revision": source.revision,
+        "tensors": {name: digest(source.read(name)) for name in source.tensors},
     }
 
 
@@ -130,6 +142,7 @@ def child_offline(folder: Path) -> dict[str, Any]:
         "message": message_of("user/uncached"),
         "revision": cached.revision,
         "tensors": {name: digest(cached.read(name)) for name in cached.tensors},
+        "gguf": opened_gguf(commit_of("user/gguf")),
     }
 
 
@@ -201,6 +214,7 @@ def hub(folder: Path) -> Iterator[FakeHub]:
         hub.repos |= {f"user/{failure}": small for failure in (*BAD, "silent")} | {"user/empty-shard": damaged}
         hub.repos["user/llama"] = build(folder / "llama", ARCHITECTURES["llama"], shard="100KB")
         (hub.repos["user/llama"] / "README.md").write_text("---\nlicense: mit\n---\n")
+        hub.repos["user/gguf"] = gguf_of(quantized(hub.repos["user/llama"], folder / "quantized")).parent
         hub.repos["user/planned"] = hub.repos["user/llama"]
         hub.repos["user/rangeless"] = write_large(folder / "large")
         hub.failures = {f"user/{failure}": failure for failure in (*BAD, "silent", "rangeless")}
@@ -218,6 +232,15 @@ def weight_requests(hub: FakeHub, repo: str) -> list[Request]:
 
 
 # -- tests ---------------------------------------------------------------------------------------------
+def test_the_gguf_file_of_a_repository_is_read(online: dict[str, Any], hub: FakeHub) -> None:
+    here = open_checkpoint(hub.repos["user/gguf"])
+    tensors = {name: digest(here.read(name)) for name in here.tensors}
+    expected = {"name": "user/gguf", "revision": commit_of("user/gguf"), "tensors": tensors}
+    assert online["gguf"] == expected
+    resolved = [r.path.rpartition("/")[2] for r in hub.requests("user/gguf") if "/resolve/" in r.path]
+    assert set(resolved) == {"model-Q4_0.gguf"}
+
+
 def test_revision_is_pinned_to_the_commit_of_the_branch(online: dict[str, Any], hub: FakeHub) -> None:
     commit = commit_of("user/opened")
     assert (online["opened"]["name"], online["opened"]["revision"]) == ("user/opened", commit)
@@ -340,6 +363,7 @@ def test_offline_opens_what_is_cached_and_refuses_the_rest_without_a_connection(
     assert answers["message"].isprintable()
     assert answers["revision"] == commit_of("user/read")
     assert answers["tensors"] == online["read"]["tensors"]
+    assert answers["gguf"] == online["gguf"]
 
 
 def test_unreachable_hub_is_told_in_one_line(folder: Path) -> None:
