@@ -1,6 +1,6 @@
 """Is a finished folder still what was computed? `llmquant verify`: manifest, key set, codes and scales, side files.
 
-The bytes are read by the NumPy reader of `verify.py`, which shares no code with what wrote them.
+The bytes are read by the NumPy readers of `verify.py` and `verify_gguf.py`, which shares no code with what wrote them.
 """
 
 import json
@@ -22,6 +22,7 @@ from llmquant.manifest import COST, MANIFEST, sha256
 from llmquant.remote_code import code_files, references
 from llmquant.source import Source
 from llmquant.verify import DECODERS, Decoded, Place, digest, read_places
+from llmquant.verify_gguf import ROPE, gguf_places
 
 
 @dataclass(frozen=True)
@@ -45,31 +46,39 @@ def verify_folder(folder: str | Path, original: str | Path | None = None, log: L
     log(f"{n_files} files are those of the manifest")
     report = read_json(root, "report.json")
     format_name = report["recipe"]["format"]
-    if format_name == "gguf":
-        raise VerifyError(
-            str(root), "its tensors lie in a GGUF file", expected="safetensors", remedy="its files are right"
-        )
     trusted = bool(report["compute"].get("trust_remote_code"))
-    _check_code(root, trusted)
     source = None if original is None else open_original(original, trust_remote_code=trusted)  # runs nothing
-    places = read_places(root)
+    places = gguf_places(root) if format_name == "gguf" else read_places(root)
     known, expected = manifest["tensors"], set[str]()
-    for row in report["tensors"]:
+    rows = report["tensors"] if format_name != "gguf" else _rows_of_gguf(report["tensors"], known, places)
+    for row in rows:
         spec = _spec(row)
         names = {row["name"]} if spec is None else set(FORMATS[format_name].layout(spec))
         if missing := sorted(names - places.keys()):
             raise VerifyError(missing[0], "is missing", expected=f"all tensors of {row['name']}")
         expected |= names
         _check_row(row, spec, places, format_name, known)
-        if source is not None:
+        if source is not None and row["name"] != ROPE:
             _check_original(row, spec, places, format_name, report, source)
     if odd := sorted(places.keys() - expected):
         raise VerifyError(odd[0], "is in no row of the report's ledger")
-    check_config(root, format_name, report["tensors"])
     if source is not None:
-        _check_beside(root, source, {row["name"] for row in report["tensors"]})
-    quantized = sum(row["action"] == "quantized" for row in report["tensors"])
-    return Checked(n_files, quantized, len(report["tensors"]) - quantized, None if source is None else source.name)
+        _check_ledger(source, {row["name"] for row in report["tensors"]} - {ROPE})
+    if format_name != "gguf":  # which has no other files that a loader reads
+        _check_code(root, trusted)
+        check_config(root, format_name, report["tensors"])
+        if source is not None:
+            _check_beside(root, source)
+    quantized = sum(row["action"] == "quantized" for row in rows)
+    return Checked(n_files, quantized, len(rows) - quantized, None if source is None else source.name)
+
+
+def _rows_of_gguf(rows: list[dict[str, Any]], known: dict[str, str], places: dict[str, Place]) -> list[dict[str, Any]]:
+    """The ledger of what is in a GGUF file: without a tied head; with the factors of rope, which an export computes."""
+    kept = [row for row in rows if row["name"] in known]
+    if ROPE in known and ROPE in places and all(row["name"] != ROPE for row in kept):
+        kept.append({"name": ROPE, "action": "copied", "shape": list(places[ROPE].shape)})
+    return kept
 
 
 def read_json(root: Path, name: str) -> dict[str, Any]:
@@ -150,7 +159,12 @@ def _check_original(
         raise VerifyError(name, f"is not in {source.name}", remedy="name the original that it was made from")
     original = source.read(name)
     if spec is None:
-        if digest(original.contiguous().reshape(-1).view(torch.uint8).numpy()) != digest(places[name].raw()):
+        place, mine = places[name], original.contiguous()
+        same = digest(mine.reshape(-1).view(torch.uint8).numpy()) == digest(place.raw())
+        if format_name == "gguf" and len(place.shape) == 1:  # vectors in float32
+            one = np.float32(source.config.get("model_type") == "gemma2" and "norm" in name)
+            same = np.array_equal(mine.float().numpy() + one, place.floats())
+        if not same:
             raise VerifyError(name, f"is not that of {source.name}")
         return
     dense = _as_loaded(spec, places, format_name)
@@ -241,10 +255,13 @@ def _check_code(root: Path, trusted: bool) -> None:
         raise VerifyError("config.json", "names code (auto_map), and the run was not told --trust-remote-code")
 
 
-def _check_beside(root: Path, source: Source, names: set[str]) -> None:
-    """Ledger, side files and config are the original's."""
+def _check_ledger(source: Source, names: set[str]) -> None:
     if odd := sorted(names ^ source.tensors.keys()):
         raise VerifyError(odd[0], f"is {'not' if odd[0] in names else 'only'} in {source.name}")
+
+
+def _check_beside(root: Path, source: Source) -> None:
+    """Side files and config are the original's."""
     for file in source.side_files():
         if not (root / file).is_file() or sha256(root / file) != sha256(source.local(file)):
             raise VerifyError(file, f"is not that of {source.name}")

@@ -29,7 +29,7 @@ _MaxRam = Annotated[str, typer.Option(help="What the streams may hold before the
 
 
 def evaluate(
-    model: Annotated[str, typer.Option(help="demo, a local folder, or a Hub id: 16 bit or compressed-tensors")],
+    model: Annotated[str, typer.Option(help="demo, a folder, a GGUF file, or a Hub id: 16 bit or quantized")],
     reference: _Reference = None,
     data: _Data = None,
     tokens: _Tokens = None,
@@ -49,7 +49,7 @@ def evaluate(
 
 
 def compare(
-    models: Annotated[list[str], typer.Argument(help="Checkpoints: local folders or Hub ids")],
+    models: Annotated[list[str], typer.Argument(help="Checkpoints: local folders, GGUF files or Hub ids")],
     reference: _Reference = None,
     data: _Data = None,
     tokens: _Tokens = None,

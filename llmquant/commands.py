@@ -141,7 +141,7 @@ def _print_plan(found: "Estimate") -> None:
 
 
 def inspect_command(
-    model: Annotated[str, typer.Argument(help="demo, a local folder, or a Hub id: 16 bit or quantized")],
+    model: Annotated[str, typer.Argument(help="demo, a folder, a GGUF file, or a Hub id: 16 bit or quantized")],
     layer: Annotated[Optional[str], typer.Option(help="Statistics of this tensor or module")] = None,
     revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit on the Hub")] = None,
     json: Json = False,

@@ -26,6 +26,8 @@ _KNOWN = {
     *(f"rope.scaling.{key}" for key in ("type", "factor", "original_context_length")),
     *("vocab_size", "tensor_data_layout", "rope.scaling.finetuned"),
 }
+# What the frequencies of rope are divided by: Llama 3's, and Phi-3's for long and for short texts.
+FREQS, LONG, SHORT = FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _WINDOWED = ("gemma2", "phi3")
 _REMEDY = "put the original's config.json beside the file"
 
@@ -93,19 +95,19 @@ class Described:
         self.head_dim = self._natural("attention.key_length", width // self.heads or 1)
         self.names = Names(self.architecture, self.heads, self.kv_heads)
 
-    def config(self, beside: Mapping[str, Any], rope_freqs: Tensor | None) -> dict[str, Any]:
-        """A config for transformers. `beside`: the config.json beside the file, or {}; `rope_freqs`: that tensor."""
+    def config(self, beside: Mapping[str, Any], factors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """A config for transformers. `beside`: the config.json beside the file, or {}; `factors`: its `FACTORS`."""
         if "hidden_size" not in beside:
             self._refuse_unknown()
         config = {"model_type": self.architecture, **self._sizes(), **self._flags()}
         self._refuse_other(beside, config)
         ropes = {"rope_theta", "rope_scaling", "rope_parameters"}
         if not beside.keys() & ropes:
-            config["rope_parameters"] = self._rope(rope_freqs)
+            config["rope_parameters"] = self._rope(factors)
         config |= beside
         # By the tensors, whatever a config says: what is stored is used.
         config["tie_word_embeddings"] = "output.weight" not in self.shapes
-        self._check_rope(config, rope_freqs)
+        self._check_rope(config, factors)
         return config
 
     def _sizes(self) -> dict[str, Any]:
@@ -150,8 +152,8 @@ class Described:
         return flags
 
     # -- rope ------------------------------------------------------------------------------------------
-    def _rope(self, rope_freqs: Tensor | None) -> dict[str, Any]:
-        """rope_parameters by the metadata; of llama3's scaling only the factors are in the file."""
+    def _rope(self, factors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """rope_parameters by the metadata; of the scalings of Llama 3 and Phi-3 the factors are in the file."""
         theta = self._float("rope.freq_base", 10000.0)
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
         kind, factor = self.metadata.get(self._key("rope.scaling.type"), "none"), self._float("rope.scale_linear", 1.0)
@@ -166,9 +168,13 @@ class Described:
             if self.architecture != "phi3" or rotated > self.head_dim:
                 self._refuse("rope.dimension_count", str(self.head_dim))
             rope["partial_rotary_factor"] = rotated / self.head_dim
-        if rope_freqs is None:
-            return rope
-        return self._llama3(rope, rope_freqs)
+        if factors.keys() >= {LONG, SHORT}:
+            rope |= {"rope_type": "longrope", "long_factor": factors[LONG].tolist()}
+            rope |= {"short_factor": factors[SHORT].tolist()}
+            rope["original_max_position_embeddings"] = self._natural("rope.scaling.original_context_length")
+            if self._key("rope.scaling.attn_factor") in self.metadata:
+                rope["attention_factor"] = self._float("rope.scaling.attn_factor")
+        return self._llama3(rope, factors[FREQS]) if FREQS in factors else rope
 
     def _llama3(self, rope: dict[str, Any], stored: Tensor) -> dict[str, Any]:
         """The scaling of Llama 3.1 and later, found from the factors: low and high are 1 and 4 in all of its models.
@@ -192,24 +198,31 @@ class Described:
             }
         return rope  # which `_check_rope` refuses unless all factors are 1
 
-    def _check_rope(self, config: Mapping[str, Any], stored: Tensor | None) -> None:
-        """The factors in the file are those of the config; no factors are as good as ones."""
+    def _check_rope(self, config: Mapping[str, Any], factors: Mapping[str, Tensor]) -> None:
+        """Base and factors in the file are those of the config; no factors are as good as ones."""
         given = [config[key] for key in ("rope_scaling", "rope_parameters") if isinstance(config.get(key), dict)]
         rope = {"rope_theta": config.get("rope_theta", 10000.0), **{k: v for part in given for k, v in part.items()}}
         kind = rope.get("rope_type") or rope.get("type") or "default"
-        ones = torch.ones(self.head_dim // 2)
+        wanted: dict[str, Tensor] = {}
         try:
-            wanted = llama3_factors(rope, self.head_dim) if kind == "llama3" else ones
-        except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-            raise SourceError(f"{self.where}: config.json", f"rope of type llama3 ({error!r})") from None
-        found = ones if stored is None else stored
-        if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=1e-4):
-            raise SourceError(
-                f"{self.where}: rope_freqs.weight",
-                "is missing" if stored is None else "divides the frequencies of rope by other factors",
-                expected=f"those of rope type {kind!r}",
-                remedy=_REMEDY,
-            )
+            if not math.isclose(rope["rope_theta"], theirs := self._float("rope.freq_base", 10000.0), rel_tol=1e-6):
+                raise ValueError(f"a base of {rope['rope_theta']}, {theirs} by the GGUF file")
+            if kind == "llama3":
+                wanted[FREQS] = llama3_factors(rope, self.head_dim)
+            if kind == "longrope":
+                wanted = {LONG: torch.tensor(rope["long_factor"]), SHORT: torch.tensor(rope["short_factor"])}
+        except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+            raise SourceError(f"{self.where}: config.json", f"rope of type {str(kind)[:40]!r} ({error})") from None
+        for name in sorted(wanted.keys() | factors.keys()):
+            mine = wanted[name] if name in wanted else torch.ones_like(factors[name])
+            found = factors[name] if name in factors else torch.ones_like(mine)
+            if found.shape != mine.shape or not torch.allclose(found, mine, rtol=1e-4):
+                raise SourceError(
+                    f"{self.where}: {name}",
+                    "divides the frequencies of rope by other factors" if name in factors else "is missing",
+                    expected=f"those of rope type {str(kind)[:40]!r}",
+                    remedy=_REMEDY,
+                )
 
     # -- single entries --------------------------------------------------------------------------------
     def _refuse_other(self, beside: Mapping[str, Any], config: Mapping[str, Any]) -> None:
@@ -233,7 +246,8 @@ class Described:
     def _refuse_unknown(self) -> None:
         own = {key.partition(".")[2] for key in self.metadata if key.startswith(f"{self.architecture}.")}
         windowed = {"attention.sliding_window"} if self.architecture in _WINDOWED else set()
-        if unknown := sorted(own - _KNOWN - windowed):
+        longrope = {"rope.scaling.attn_factor"} if LONG in self.shapes else set()
+        if unknown := sorted(own - _KNOWN - windowed - longrope):
             idle = ("expert_count", "expert_used_count")
             if odd := [key for key in unknown if key not in idle or self.metadata[self._key(key)] != 0]:
                 self._refuse(odd[0], "keys that are known here")

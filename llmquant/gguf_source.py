@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import SourceError
-from llmquant.gguf_config import Described
+from llmquant.gguf_config import FACTORS, Described
 from llmquant.gguf_header import GGUFHeader, read_header
 from llmquant.gguf_vocabulary import tokenizer_of
 from llmquant.safetensors_header import TensorInfo
 from llmquant.source import OnlyGGUFError, Source
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_ROPE = "rope_freqs.weight"
 CONFIG = "config.json"
 
 
@@ -56,8 +55,7 @@ class GGUFSource(Source):
         model = Described(path.name, self.header.metadata, shapes)
         self.names = model.names
         self.tensors = self._tensors_of(path.name, self.header)
-        factors = self._rope_factors(path.name)
-        self.config = model.config({} if config is None else self.json(CONFIG), factors)
+        self.config = model.config({} if config is None else self.json(CONFIG), self._factors(path.name))
         for key in ("quantization_config", "quantization"):  # of another file beside the config.json
             self.config.pop(key, None)
         if blocks := {self._ours[key]: t for key, t in self.header.tensors.items() if self._in_blocks(key)}:
@@ -80,7 +78,7 @@ class GGUFSource(Source):
         self._ours: dict[str, str] = {}
         tensors: dict[str, TensorInfo] = {}
         for key, tensor in header.tensors.items():
-            if key == _ROPE:
+            if key in FACTORS:
                 continue
             name = self.names.ours(key)
             if name is None or name in tensors:
@@ -99,13 +97,15 @@ class GGUFSource(Source):
             )
         return tensors
 
-    def _rope_factors(self, file: str) -> Tensor | None:
-        tensor = self.header.tensors.get(_ROPE)
-        if tensor is None:
-            return None
-        if tensor.block.name != "F32" or len(tensor.shape) != 1:
-            raise SourceError(f"{file}: {_ROPE!r}", f"{tensor.block.name} {list(tensor.shape)}", expected="F32 numbers")
-        return self._read_at(TensorInfo(_ROPE, file, torch.float32, tensor.shape, tensor.start, tensor.end))
+    def _factors(self, file: str) -> dict[str, Tensor]:
+        found = {}
+        for key in FACTORS:
+            if (tensor := self.header.tensors.get(key)) is not None:
+                if tensor.block.name != "F32" or len(tensor.shape) != 1:
+                    got = f"{tensor.block.name} {list(tensor.shape)}"
+                    raise SourceError(f"{file}: {key!r}", got, expected="a row of F32 numbers")
+                found[key] = self._read_at(TensorInfo(key, file, torch.float32, tensor.shape, tensor.start, tensor.end))
+        return found
 
     def files(self) -> list[str]:
         return list(self._paths)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from llmquant.card import make_card
-from llmquant.check import read_json, verify_files, verify_folder
+from llmquant.check import read_json, verify_folder
 from llmquant.errors import HubError, VerifyError
 from llmquant.hub_errors import AGAIN, clean, told
 from llmquant.hub_target import check_target
@@ -99,11 +99,11 @@ def _refuse_unfinished(root: Path) -> None:
 
 
 def _verified(root: Path, log: Log) -> dict[str, Any]:
-    """The files of the manifest, all as they were computed; a GGUF's tensors by their file's hash."""
+    """The files of the manifest, all as they were computed."""
     report = read_json(root, "report.json")
     if not {"runtimes", "files"} <= report.keys():
         raise VerifyError(str(root / "report.json"), "is an earlier version's", remedy="quantize or export again")
-    n_files = verify_files(root) if report["recipe"]["format"] == "gguf" else verify_folder(root).files
+    n_files = verify_folder(root).files
     log(f"{root}: {n_files} files are right")
     files: dict[str, Any] = read_json(root, MANIFEST)["files"]
     return files

@@ -10,10 +10,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from llmquant.errors import VerifyError
+from llmquant.errors import SourceError, VerifyError
+from llmquant.gguf_config import FREQS, Described
 from llmquant.plan import Plan
 from llmquant.verify import Place, Record, verify_places
 
+ROPE = FREQS  # computed from the config; in the file only
 # type number -> (dtype as safetensors would call it, weights in a block, bytes of a block)
 _TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2)}
 _TYPES |= {2: ("U8", 32, 18), 3: ("U8", 32, 20), 8: ("U8", 32, 34)}
@@ -52,6 +54,26 @@ def verify_gguf(file: Path, plan: Plan, record: Record, names: Mapping[str, str]
         p = stored[name]
         places[key] = PermutedPlace(p.file, p.dtype, p.shape, p.start, heads[key]) if key in heads else p
     verify_places(file, places, plan, record)
+
+
+def gguf_places(root: Path) -> dict[str, Place]:
+    """Tensors of the one GGUF file in a finished folder, by their names in the checkpoint it was made from."""
+    files = sorted(root.glob("*.gguf"))
+    if len(files) != 1:
+        raise VerifyError(str(root), f"holds {len(files)} GGUF files", expected="one")
+    metadata, stored = read_gguf(files[0])
+    try:
+        names = Described(files[0].name, metadata, {name: place.shape for name, place in stored.items()}).names
+    except SourceError as error:
+        raise VerifyError(str(root), str(error)) from None
+    places: dict[str, Place] = {}
+    for name, p in stored.items():
+        key = name if name == ROPE else names.ours(name)
+        if key is None or key in places:
+            raise VerifyError(f"{files[0].name}: {name}", f"is no tensor of {names.architecture}, or a second one")
+        heads = names.heads_of(key)
+        places[key] = p if heads is None else PermutedPlace(p.file, p.dtype, p.shape, p.start, heads)
+    return places
 
 
 def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Place]]:

@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from test_gguf import ARCHITECTURES
+from test_gguf_read import LLAMA3
 
 import llmquant
 from llmquant import cli
 from llmquant.check import verify_folder
 from llmquant.errors import VerifyError
+from llmquant.export import export
+from llmquant.gguf_header import read_header
 from llmquant.manifest import sha256
 
 TINY: dict[str, Any] = {"group_size": 32, "samples": 4, "seq_len": 32, "eval_data": "none"}
@@ -38,6 +43,41 @@ def test_what_a_run_wrote_is_right(flags: dict[str, Any], tiny_model: Callable[[
     assert found.quantized > 0
     assert found.copied > 0
     assert found.against is not None
+
+
+@pytest.mark.parametrize(("name", "extra"), [("llama", {"rope_parameters": LLAMA3}), ("gemma2", {}), ("phi3", {})])
+def test_a_gguf_folder_is_right_and_damage_is_found(name: str, extra: dict[str, Any], tmp_path: Path) -> None:
+    """Written by a run and by an export; then a row is copied over another one, and a norm changed."""
+    source = tiny.build(tmp_path / "m", tiny.ARCHITECTURES[name], **extra | ARCHITECTURES[name])
+    out = tmp_path / "out"
+    llmquant.quantize(source, llmquant.make_recipe("x", flags=TINY | {"format": "gguf"}), out)
+    llmquant.quantize(source, llmquant.make_recipe("x", flags=TINY), tmp_path / "ct")
+    exported = export(tmp_path / "ct", "gguf", tmp_path / "exported")
+    for folder in (out, exported):
+        found = verify_folder(folder, source)
+        assert (found.quantized, found.against) == (3 * (4 if name == "phi3" else 7), "m")
+    with pytest.raises(VerifyError, match=r"weight: "):
+        verify_folder(out, tiny.build(tmp_path / "n", tiny.ARCHITECTURES[name], **extra | {"initializer_range": 0.03}))
+    (file,) = out.glob("*.gguf")
+    whole = file.read_bytes()
+    with file.open("rb") as stream:
+        tensors = read_header(stream, file.name, len(whole)).tensors
+    swapped = "attn_qkv" if name == "phi3" else "attn_k"
+    for key, damage in (
+        (f"blk.0.{swapped}.weight", swap_rows),
+        ("output_norm.weight", lambda part: bytes(4) + part[4:]),
+    ):
+        place = tensors[key]
+        part = damage(whole[place.start : place.end])
+        file.write_bytes(whole[: place.start] + part + whole[place.end :])
+        repaired(out)
+        with pytest.raises(VerifyError, match=r"weight: does not decode to what was computed"):
+            verify_folder(out)
+
+
+def swap_rows(part: bytes) -> bytes:
+    """Of 64 weights in Q4_0."""
+    return part[36:72] + part[:36] + part[72:]
 
 
 def repaired(folder: Path) -> None:

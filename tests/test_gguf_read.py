@@ -1,6 +1,7 @@
 """GGUF read back: our own files against the checkpoints they were made from, others' against the package gguf."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import llmquant
 from llmquant.calibration import load_tokenizer
 from llmquant.checkpoint import PackedSource, bits_per_weight, open_checkpoint, open_original
+from llmquant.cli import main
 from llmquant.errors import CalibrationError, SourceError
 from llmquant.export import export
-from llmquant.gguf_config import Described
+from llmquant.gguf_config import FREQS, LONG, SHORT, Described
 from llmquant.gguf_model import GGUFModel
 from llmquant.gguf_source import GGUFSource, open_gguf_file
 from llmquant.inspection import inspect_checkpoint, inspect_layer
@@ -94,6 +96,25 @@ def test_a_file_is_the_checkpoint_it_was_made_from(
     assert of_file["kl_mean"] == pytest.approx(of_ours["kl_mean"], rel=rel) != 0
     assert of_file["bits_per_weight"] == {True: 4.5, False: 5.0}[exact] if not flags.get("bits") else 8.5
     assert of_file["bytes"] == pytest.approx(file.stat().st_size, rel=0.2)
+
+
+def test_the_command_of_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`llmquant eval --model demo-GGUF --reference demo`, for a tiny demo, and what inspect says of it."""
+    demo = built(tmp_path / "demo", "llama")
+    out = quantized(demo, tmp_path / "demo-GGUF", format="gguf")
+    options = ["--data", "builtin", "--tokens", "128", "--seq-len", "64", "--quiet"]
+    report = tmp_path / "report.json"
+    assert main(["eval", "--model", str(out), "--reference", str(demo), *options, "--json", str(report)]) == 0
+    assert "demo-GGUF" in capsys.readouterr().out
+    lane = json.loads(report.read_text())["evaluation"]["lanes"]["demo-GGUF"]
+    assert 0 < lane["kl_mean"] < 1
+    assert lane["bits_per_weight"] == 4.5
+    assert main(["inspect", str(out)]) == 0
+    assert main(["inspect", str(out), "--layer", "model.layers.0.mlp.up_proj"]) == 0
+    said = capsys.readouterr().out
+    assert "demo-GGUF: llama" in said
+    assert "4.500 bits per weight in the quantized linears" in said
+    assert "codes: entropy" in said
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
@@ -314,8 +335,6 @@ def test_factors_of_rope_that_nobody_names_are_refused(wide: Path, tmp_path: Pat
     assert ones.config["rope_parameters"]["rope_type"] == "default"
     with pytest.raises(SourceError, match=r"rope_freqs\.weight: divides the frequencies"):
         open_checkpoint(foreign(tmp_path / "b", wide, {}, factors([1.0] * 16 + [2.0, 3.0] * 8)))
-    with pytest.raises(SourceError, match=r"rope_freqs\.weight: divides the frequencies"):
-        open_checkpoint(foreign(tmp_path / "c", wide, {}, factors([1.0] * 7)))
 
 
 @pytest.mark.parametrize("rope", [{"rope_theta": 500000.0, "factor": 8.0}, {"rope_theta": 500000.0, "factor": 32.0}])
@@ -330,7 +349,37 @@ def test_the_rope_of_llama_3_is_found_from_its_factors(rope: dict[str, float]) -
         | {"rope_parameters": wanted}
     )
     described = Described("f", metadata.metadata("", 0, 8), {"token_embd.weight": (8, 4 * size)})
-    assert described.config({}, metadata.rope_factors())["rope_parameters"] == wanted
+    factors = metadata.rope_factors()
+    assert factors is not None
+    assert described.config({}, {FREQS: factors})["rope_parameters"] == wanted
+
+
+def test_the_factors_of_phi_3_are_its_longrope() -> None:
+    """Phi-4-mini: partial rotation, the factor of attention in the metadata. transformers' own rope is the judge."""
+    short, long = ([1.0 + scale * i for i in range(6)] for scale in (0.05, 0.5))
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
+    rope |= {"short_factor": short, "long_factor": long, "original_max_position_embeddings": 64}
+    shape = tiny.COMMON | tiny.LLAMA | {"original_max_position_embeddings": 64, "max_position_embeddings": 512}
+    original = AutoConfig.for_model("phi3", **shape, rope_parameters=dict(rope))
+    plain = AutoConfig.for_model("phi3", **shape, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.75})
+    metadata = GGUFModel(plain.to_dict()).metadata("", 0, 4096)
+    metadata["phi3.rope.scaling.attn_factor"] = (1 + math.log(8) / math.log(64)) ** 0.5
+    factors = {LONG: torch.tensor(long), SHORT: torch.tensor(short)}
+    described = Described("f", metadata, {"token_embd.weight": (4096, 64), LONG: (6,), SHORT: (6,)})
+    config = described.config({}, factors)
+    assert described.config(original.to_dict(), factors)["rope_parameters"] == original.rope_parameters
+    ours, theirs = (
+        AutoModelForCausalLM.from_config(c).model.rotary_emb for c in (AutoConfig.for_model(**config), original)
+    )
+    assert type(ours) is type(theirs)
+    for length in (8, 100):
+        ids = torch.arange(length)[None]
+        for mine, other in zip(ours(torch.ones(1), ids), theirs(torch.ones(1), ids), strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-6)
+    with pytest.raises(SourceError, match=r"rope_factors_long\.weight: divides the frequencies.*'default'"):
+        described.config(plain.to_dict(), factors)
+    with pytest.raises(SourceError, match=r"config\.json: rope of type 'longrope' \(a base of 20000\.0, 10000\.0 by"):
+        described.config(original.to_dict() | {"rope_parameters": rope | {"rope_theta": 2e4}}, factors)
 
 
 def edit(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -359,7 +408,7 @@ def test_a_model_that_is_not_known_is_refused(
     metadata, shapes = dict(header.metadata), {name: tensor.shape for name, tensor in header.tensors.items()}
     change(metadata)
     with pytest.raises(SourceError, match=message):
-        Described("f", metadata, shapes).config({}, None)
+        Described("f", metadata, shapes).config({}, {})
 
 
 def test_what_is_no_single_model_is_refused(wide: Path, tmp_path: Path) -> None:
