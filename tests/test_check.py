@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from gguf_files import LLAMA3
 from safetensors.torch import load_file, save_file
 from test_gguf import ARCHITECTURES
-from test_gguf_read import LLAMA3
 
 import llmquant
 from llmquant import cli
