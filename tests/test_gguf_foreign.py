@@ -116,7 +116,7 @@ def test_a_config_beside_the_file_says_what_the_metadata_cannot(wide: Path, tmp_
     with pytest.raises(SourceError, match=r"config\.json: model type 'qwen2'; expected one of llama"):
         open_checkpoint(beside(file, **whole | {"model_type": "qwen2"}))
     with pytest.raises(SourceError, match=r"rope_freqs\.weight: is missing; expected those of rope type 'llama3'"):
-        open_checkpoint(beside(file, **whole | {"rope_parameters": LLAMA3}))
+        open_checkpoint(beside(file, **whole | {"rope_parameters": LLAMA3 | {"rope_theta": 10000.0}}))
     plain = foreign(tmp_path / "g", wide, {})
     expected = open_checkpoint(plain).config
     # Uploads hold such stubs: the defaults of the class are not those of the model.
