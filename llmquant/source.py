@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 DEMO = Path(__file__).parent / "demo"
 _CHECKPOINT = "a checkpoint folder or a Hub id"
-_ORIGINAL = "of a GGUF file, name the checkpoint that it was made from; eval, compare and inspect read the file itself"
+_ORIGINAL = "name the checkpoint that it was made from; eval, compare and inspect read the file itself"
 TIMEOUT = 30.0  # seconds without a byte from the Hub
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Copied into the output as they are: data of the tokenizer, never code, and nothing from other folders.
@@ -371,8 +371,8 @@ def open_source(model: str | Path, revision: str | None = None, *, trust_remote_
     path = Path(model).expanduser()
     if path.is_dir():
         return Source(path.resolve().name, path, trust_remote_code=trust_remote_code)
-    if path.is_file():
-        raise SourceError(str(model), "is a file", expected=_CHECKPOINT, remedy=_ORIGINAL)
+    if path.is_file() and path.suffix == ".gguf":
+        raise SourceError(str(model), "is a GGUF file", expected=_CHECKPOINT, remedy=_ORIGINAL)
     if path.is_absolute() or str(model).startswith((".", "~")) or path.exists():
         raise SourceError(str(model), "no such folder", expected=_CHECKPOINT)
     return _from_hub(str(model), revision, trust_remote_code)

@@ -211,7 +211,7 @@ def test_a_model_that_is_not_known_is_refused(
 def test_what_is_no_single_model_is_refused(wide: Path, tmp_path: Path) -> None:
     file = foreign(tmp_path / "f", wide, {"blk.0.ffn_up.weight": "Q4_K"})
     with pytest.raises(
-        SourceError, match=r"is a file; expected a checkpoint folder.*name the checkpoint that it was made"
+        SourceError, match=r"is a GGUF file; expected a checkpoint folder.*name the checkpoint that it was made"
     ):
         open_original(file)
     with pytest.raises(SourceError, match=r"holds 'some-Q4_K_M\.gguf' and no safetensors weights.*was made from"):
