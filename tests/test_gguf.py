@@ -16,7 +16,6 @@ from test_formats_golden import counting
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import llmquant
-from llmquant.calibration import load_tokenizer
 from llmquant.checkpoint import open_checkpoint
 from llmquant.errors import FormatError, VerifyError
 from llmquant.export import export
@@ -25,6 +24,7 @@ from llmquant.gguf_file import Entry, build_gguf
 from llmquant.gguf_model import GGUFModel
 from llmquant.grid import QuantizedWeight
 from llmquant.source import DEMO
+from llmquant.tokenizer import load_tokenizer
 from llmquant.verify_gguf import read_gguf
 
 GGUF = FORMATS["gguf"]

@@ -11,11 +11,11 @@ import tiny
 import torch
 from test_gguf import gguf_of, quantized
 
-from llmquant.calibration import load_tokenizer
 from llmquant.checkpoint import open_checkpoint
 from llmquant.errors import CalibrationError, SourceError
 from llmquant.gguf_header import BLOCK_TYPES, GGUFHeader, read_header
 from llmquant.skeleton import Skeleton
+from llmquant.tokenizer import load_tokenizer
 
 
 def text(value: str | bytes) -> bytes:

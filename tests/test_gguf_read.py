@@ -12,12 +12,12 @@ from test_gguf import ARCHITECTURES, TEXTS, gguf_of, quantized, splitter, with_t
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import llmquant
-from llmquant.calibration import load_tokenizer
 from llmquant.checkpoint import PackedSource, bits_per_weight, open_checkpoint
 from llmquant.cli import main
 from llmquant.errors import CalibrationError
 from llmquant.gguf_model import GGUFModel
 from llmquant.source import DEMO
+from llmquant.tokenizer import load_tokenizer
 
 
 # -- our own files -------------------------------------------------------------------------------------
