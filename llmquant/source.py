@@ -6,8 +6,9 @@ there is no pickle path.
 
 import re
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -247,15 +248,16 @@ def _relative(file: str) -> str:
 
 class HubSource(Source):
     """A repository on the Hub at one pinned commit. Headers come by range requests; each shard is fetched whole
-    when its first tensor is read, and the next one while that one is used."""
+    when its first tensor is read, and the next one while that one is used, one at a time."""
 
     def __init__(self, repo: str, revision: str | None, *, trust_remote_code: bool = False) -> None:
         from huggingface_hub import HfApi
 
         self._api = HfApi()
         self._repo = repo
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="llmquant-fetch")
         self._fetched: dict[str, Future[str]] = {}
+        self._waiting: deque[str] = deque()
+        self._fetching = False
         self._lock = threading.Lock()
         info = _hub(repo, lambda: self._api.model_info(repo, revision=revision, timeout=TIMEOUT))
         if info.sha is None or info.siblings is None:
@@ -284,12 +286,29 @@ class HubSource(Source):
         return sum(info.nbytes for name, info in self.tensors.items() if not self.is_local(name))
 
     def _future(self, file: str) -> "Future[str]":
-        from huggingface_hub import hf_hub_download
-
         with self._lock:
             if file not in self._fetched:
-                self._fetched[file] = self._pool.submit(hf_hub_download, self._repo, file, revision=self.revision)
+                self._fetched[file] = Future()
+                self._waiting.append(file)
+                if not self._fetching:
+                    self._fetching = True
+                    # A daemon, unlike the threads of an executor: nobody waits for a shard after Ctrl-C.
+                    threading.Thread(target=self._fetch, name="llmquant-fetch", daemon=True).start()
             return self._fetched[file]
+
+    def _fetch(self) -> None:
+        from huggingface_hub import hf_hub_download
+
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._fetching = False
+                    return
+                file = self._waiting.popleft()
+            try:
+                self._fetched[file].set_result(hf_hub_download(self._repo, file, revision=self.revision))
+            except BaseException as error:
+                self._fetched[file].set_exception(error)
 
     def _header(self, file: str) -> tuple[bytes, int]:
         from huggingface_hub import get_hf_file_metadata, get_session, hf_hub_url, try_to_load_from_cache

@@ -146,19 +146,28 @@ def child_offline(folder: Path) -> dict[str, Any]:
     }
 
 
+def child_stalled(folder: Path) -> dict[str, Any]:
+    source = open_source("user/stalled")
+    source.prefetch(source.tensors)
+    deadline = time.monotonic() + 30
+    while not (begun := list((folder / "hf").rglob("*.incomplete"))) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return {"begun": len(begun)}
+
+
 def child_unreachable(folder: Path) -> dict[str, Any]:
     return {"message": message_of("user/uncached")}
 
 
 # -- fixtures ------------------------------------------------------------------------------------------
-def run_child(what: str, folder: Path, endpoint: str, **env: str) -> dict[str, Any]:
+def run_child(what: str, folder: Path, endpoint: str, timeout: float = 300, **env: str) -> dict[str, Any]:
     """What `child_<what>` returned in a fresh process."""
     here = Path(__file__).parent
     clean = {name: value for name, value in os.environ.items() if "proxy" not in name.lower() and name[:3] != "HF_"}
     settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "hf"), "HF_TOKEN": TOKEN}
     settings["PYTHONPATH"] = os.pathsep.join((str(here.parent), str(here)))
     command = [sys.executable, __file__, what, str(folder)]
-    child = subprocess.run(command, env=clean | settings | env, capture_output=True, text=True, timeout=300)
+    child = subprocess.run(command, env=clean | settings | env, capture_output=True, text=True, timeout=timeout)
     assert child.returncode == 0, child.stderr
     (folder / f"{what}.said").write_text(child.stdout + child.stderr)
     answers: dict[str, Any] = json.loads((folder / f"{what}.json").read_text())
@@ -210,14 +219,14 @@ def hub(folder: Path) -> Iterator[FakeHub]:
         damaged.mkdir()
         (damaged / "config.json").write_text("{}")
         (damaged / SINGLE).write_bytes(b"")
-        hub.repos = dict.fromkeys(("user/opened", "user/read", "user/prefetched"), sharded)
+        hub.repos = dict.fromkeys(("user/opened", "user/read", "user/prefetched", "user/stalled"), sharded)
         hub.repos |= {f"user/{failure}": small for failure in (*BAD, "silent")} | {"user/empty-shard": damaged}
         hub.repos["user/llama"] = build(folder / "llama", ARCHITECTURES["llama"], shard="100KB")
         (hub.repos["user/llama"] / "README.md").write_text("---\nlicense: mit\n---\n")
         hub.repos["user/gguf"] = gguf_of(quantized(hub.repos["user/llama"], folder / "quantized")).parent
         hub.repos["user/planned"] = hub.repos["user/llama"]
         hub.repos["user/rangeless"] = write_large(folder / "large")
-        hub.failures = {f"user/{failure}": failure for failure in (*BAD, "silent", "rangeless")}
+        hub.failures = {f"user/{failure}": failure for failure in (*BAD, "silent", "rangeless", "stalled")}
         yield hub
 
 
@@ -352,6 +361,12 @@ def test_only_the_asked_repositories_are_contacted(online: dict[str, Any], hub: 
     assert [r.path for r in hub.log if not any(f"/{repo}" in r.path for repo in known)] == []
 
 
+def test_a_download_on_its_way_does_not_keep_the_process(hub: FakeHub, folder: Path) -> None:
+    assert (
+        run_child("stalled", folder, hub.endpoint, timeout=60)["begun"] == 1
+    )  # the client itself would try for minutes
+
+
 def test_offline_opens_what_is_cached_and_refuses_the_rest_without_a_connection(
     online: dict[str, Any], folder: Path
 ) -> None:
@@ -414,6 +429,7 @@ if __name__ == "__main__":
         "online": child_online,
         "offline": child_offline,
         "secrets": child_secrets,
+        "stalled": child_stalled,
         "unreachable": child_unreachable,
     }
     result = children[child](Path(child_folder))
