@@ -313,12 +313,7 @@ def _split(
     for spec, weight_OI in zip(step, weights, strict=True):
         rows = slice(start, start + weight_OI.shape[0])
         start = rows.stop
-        quantized = QuantizedWeight(
-            solution.weight.codes_OI[rows].contiguous(),
-            solution.weight.scales_OG[rows].contiguous(),
-            spec.scheme,
-            None if solution.weight.zeros_OG is None else solution.weight.zeros_OG[rows].contiguous(),
-        )
+        quantized = solution.weight.rows(rows)
         dense = FORMATS[recipe.format].loaded(spec, quantized)
         report = _report(
             spec,

@@ -3,6 +3,7 @@
 Shapes: O out_features, I in_features, G groups = I / group_size, g group_size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +88,13 @@ class QuantizedWeight:
         if low < self.scheme.code_min or high > self.scheme.code_max:
             raise ValueError(f"{what} {low}..{high} outside {self.scheme.code_min}..{self.scheme.code_max}")
 
+    def rows(self, rows: slice) -> "QuantizedWeight":
+        """Some of the rows, in memory of their own."""
+        zeros_OG = None if self.zeros_OG is None else self.zeros_OG[rows].contiguous()
+        return QuantizedWeight(
+            self.codes_OI[rows].contiguous(), self.scales_OG[rows].contiguous(), self.scheme, zeros_OG
+        )
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """weight_OI in `dtype`; the product itself is taken in float32.
 
@@ -99,6 +107,15 @@ class QuantizedWeight:
         if self.zeros_OG is not None:
             groups.sub_(self.zeros_OG[..., None])
         return groups.mul_(self.scales_OG[..., None]).view(out_features, in_features).to(dtype)
+
+
+def stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """The rows of all of them, which have the same scheme."""
+    if len(weights) == 1:
+        return weights[0]
+    zeros = [weight.zeros_OG for weight in weights if weight.zeros_OG is not None]
+    codes_OI, scales_OG = torch.cat([w.codes_OI for w in weights]), torch.cat([w.scales_OG for w in weights])
+    return QuantizedWeight(codes_OI, scales_OG, weights[0].scheme, torch.cat(zeros) if zeros else None)
 
 
 def round_scales(scales: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from llmquant.errors import SolveError
 from llmquant.grid import QuantizedWeight, QuantScheme, absmax_scales, quantize_to_grid, round_scales, search_grid
 from llmquant.hessian import Hessian
 from llmquant.solvers import DATA_FREE, SOLVERS, LayerTask, Solution, SolveOptions
+from llmquant.solvers import gptq as gptq_module
 from llmquant.solvers import refine as refine_module
 from llmquant.solvers.gptq import solve_gptq
 from llmquant.solvers.refine import refine
@@ -398,6 +399,20 @@ def test_refinement_never_raises_the_loss_of_a_row(bits: int, symmetric: bool) -
     for solution in solutions:
         aimed = replace(task, weight_OI=solution.target_OI)
         torch.testing.assert_close(solution.loss_O, quadratic(aimed, solution.weight), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rows_solved_in_pieces_are_solved_as_all_at_once(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = replace(propagation_task(bits=3)[0], scheme=QuantScheme(3, 32, symmetric))
+    options = SolveOptions(propagation=0.5, refit=True, sweeps=2)
+    whole = solve_gptq(task, options)
+    monkeypatch.setattr(gptq_module, "_AT_ONCE", 5 * 64)
+    assert len(gptq_module._pieces(task.weight_OI)) == -(-task.weight_OI.shape[0] // 5) > 1
+    pieces = solve_gptq(task, options)
+    assert torch.equal(pieces.weight.dequantize(), whole.weight.dequantize())
+    assert torch.equal(pieces.weight.codes_OI, whole.weight.codes_OI)
+    torch.testing.assert_close(pieces.target_OI, whole.target_OI, rtol=1e-12, atol=0)
+    torch.testing.assert_close(pieces.loss_O, whole.loss_O, rtol=1e-9, atol=0)
 
 
 def test_descent_of_a_diagonal_hessian_changes_nothing() -> None:

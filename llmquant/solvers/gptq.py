@@ -11,18 +11,20 @@ Shapes: O out_features, I in_features, G groups.
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from llmquant.errors import SolveError
-from llmquant.grid import QuantizedWeight, QuantScheme, plain_grid, search_grid
+from llmquant.grid import QuantizedWeight, QuantScheme, plain_grid, search_grid, stacked
 from llmquant.hessian import default_damp, factor, quadratic, ridge
 from llmquant.solvers.base import LayerTask, Solution, SolveOptions
 from llmquant.solvers.refine import refine
 from llmquant.solvers.rtn import solve_rtn
 
 _INSIDE = 32  # columns corrected one by one; beyond them by products
+_AT_ONCE = 2**25  # weights: the steps below hold up to six copies of them, and H and its factor beside
 
 _Grid = Callable[[Tensor, Tensor, QuantScheme], tuple[Tensor, Tensor | None]]
 _GRIDS: dict[str, _Grid] = {
@@ -60,22 +62,35 @@ def solve_gptq(task: LayerTask, options: SolveOptions) -> Solution:
         )
     U_II, damp, tries = factored
     lam = ridge(float(diagonal.mean()), damp)
-    target_OI = weight_OI
-    if task.drift_OI is not None and options.propagation:
-        target_OI = weight_OI + options.propagation * propagated(task.drift_OI, U_II, order)
-    scales_OG, zeros_OG = _GRIDS[options.grid](target_OI, diagonal + lam, scheme)
-    codes_OI = ldlq(target_OI, U_II, scales_OG, zeros_OG, scheme, order, options.block_size)
-    weight = QuantizedWeight(codes_OI, scales_OG.float(), scheme, zeros_OG)
+    drift_OI = task.drift_OI if options.propagation else None
+    target_OI = weight_OI if drift_OI is None else torch.empty_like(weight_OI)
+    weights = []
+    for rows in _pieces(weight_OI):
+        if drift_OI is not None:
+            target_OI[rows] = weight_OI[rows] + options.propagation * propagated(drift_OI[rows], U_II, order)
+        scales_OG, zeros_OG = _GRIDS[options.grid](target_OI[rows], diagonal + lam, scheme)
+        codes_OI = ldlq(target_OI[rows], U_II, scales_OG, zeros_OG, scheme, order, options.block_size)
+        weights.append(QuantizedWeight(codes_OI, scales_OG.float(), scheme, zeros_OG))
     del U_II, factored
-    weight = refine(weight, target_OI, H_II, lam, options)
-    error_OI = target_OI - weight.dequantize(weight_OI.dtype)
-    loss_O = quadratic(error_OI, H_II)
+    losses = []
+    for number, rows in enumerate(_pieces(weight_OI)):
+        weights[number] = refine(weights[number], target_OI[rows], H_II, lam, options)
+        losses.append(quadratic(target_OI[rows] - weights[number].dequantize(weight_OI.dtype), H_II))
+    weight, loss_O = stacked(weights), torch.cat(losses)
     if not bool(torch.isfinite(loss_O).all()):  # so were the losses by which grid and codes were chosen
         return _bad_layer(task, options, "its loss overflows float32")
     notes = [f"damping raised to {damp:g} after {tries} failed factorizations"] if tries else []
     if n_dead := int((diagonal == 0).sum()):
         notes.append(f"{n_dead} of {in_features} inputs are zero on all calibration tokens: rounded to nearest")
     return Solution(weight, loss_O, target_OI, tuple(notes))
+
+
+def _pieces(weight_OI: Tensor) -> list[slice]:
+    """Even ranges of rows, which are problems of their own, of at most `_AT_ONCE` weights on the CPU."""
+    rows, columns = weight_OI.shape
+    n = -(-rows * columns // _AT_ONCE) if weight_OI.device.type == "cpu" else 1
+    bounds = [rows * i // n for i in range(n + 1)]
+    return [slice(*ends) for ends in pairwise(bounds)]
 
 
 def propagated(drift_OI: Tensor, U_II: Tensor, order: Tensor) -> Tensor:
