@@ -74,11 +74,13 @@ def test_a_run_killed_before_or_after_any_change_is_resumed_to_the_same_bytes(
 def test_a_run_killed_at_every_change_is_resumed_to_the_same_bytes(
     model: Path, wanted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for number in range(len(changes(model, tmp_path / "count", monkeypatch))):
+    total = len(changes(model, tmp_path / "count", monkeypatch))
+    for number in range(total):
         for at in (number, number + 0.5):
             out = tmp_path / str(at) / "out"
             run_killed_at(at, model, out, monkeypatch)
             go_on(model, out, wanted)
+    print(f"{2 * total} kills")
 
 
 def test_a_replacement_killed_at_its_end_leaves_the_old_or_the_new_checkpoint(
