@@ -282,7 +282,7 @@ def _solve(
                 raise SolveError(
                     name, f"its input has {notes[0]}", remedy="another --dtype, or accept it with --on-bad-layer rtn"
                 )
-    weight_OI = torch.cat(weights)
+    weight_OI = torch.cat(weights) if len(weights) > 1 else weights[0]
     drift_OI = None if hessian is None else hessian.take_drift(weight_OI)
     task = LayerTask(name, weight_OI, H_II, n_tokens, step[0].scheme, drift_OI)
     options = SolveOptions(

@@ -12,6 +12,7 @@ from llmquant.products import sums_of
 _DAMP_FEW, _DAMP_MANY, _MANY = 0.01, 0.003, 8
 _DAMP_STEP, _DAMP_TRIES = 3.0, 5
 _COLUMNS = 512  # in a block of a symmetric product
+_AT_ONCE = 2**22  # entries that are moved through a copy
 
 
 class Hessian:
@@ -121,18 +122,33 @@ def factor(H_II: Tensor, damp: float, order: Tensor | None = None) -> tuple[Tens
     Returns (U_II, the damp that worked, failed tries), or None where five tries, each with three times the
     damping, all failed. A dead input (H_jj = 0) gets lambda on its diagonal and nothing beside it, so its
     weights are rounded to nearest and move nothing else. H is not changed; with `order`, the factor is that of
-    H[order][:, order]. At most three matrices of H's size are alive, H among them.
+    H[order][:, order]. Two matrices of H's size are alive, H among them: the factor is computed and reversed in place.
     """
     mean = float(H_II.diagonal().mean())
     if not mean >= 0 or mean == float("inf"):  # also NaN
         return None
+    backwards = torch.arange(len(H_II), device=H_II.device).flip(0) if order is None else order.flip(0)
+    work_II, info = torch.empty_like(H_II), torch.empty((), dtype=torch.int32, device=H_II.device)
     for tries in range(_DAMP_TRIES):
-        reversed_II = H_II.flip(0, 1) if order is None else H_II[order.flip(0)][:, order.flip(0)]
-        reversed_II.diagonal().add_(ridge(mean, damp))
-        lower, info = torch.linalg.cholesky_ex(reversed_II)
+        for start in range(0, len(H_II), _COLUMNS):
+            end = start + _COLUMNS
+            work_II[start:end] = H_II[backwards[start:end]][:, backwards]
+        work_II.diagonal().add_(ridge(mean, damp))
+        lower = work_II.mT  # column by column in memory, as LAPACK has it: no copy is made
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
         # Some builds return NaN without saying so in `info`.
         if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-            del reversed_II
-            return lower.flip(0, 1), damp, tries
+            _reverse(work_II.view(-1))
+            return work_II.mT, damp, tries
         damp *= _DAMP_STEP
     return None
+
+
+def _reverse(flat: Tensor) -> None:
+    """The last entry first, in place. A matrix whose memory this is has its rows and its columns reversed."""
+    for start in range(0, len(flat) // 2, _AT_ONCE):
+        end = min(start + _AT_ONCE, len(flat) // 2)
+        head, tail = flat[start:end], flat[len(flat) - end : len(flat) - start]
+        kept = head.flip(0)
+        head.copy_(tail.flip(0))
+        tail.copy_(kept)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmquant import hessian as hessian_module
 from llmquant.hessian import Hessian, default_damp, factor
 
 CPU = torch.device("cpu")
@@ -124,6 +125,19 @@ def test_factor_is_upper_and_its_square_is_the_damped_matrix(size: int, damp: fl
     assert torch.equal(H, before)
 
 
+@pytest.mark.parametrize("size", [1, 2, 17, 64])
+def test_factor_in_pieces_is_that_of_the_permuted_matrix(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    H, order = spd(size, seed=size), torch.randperm(size, generator=torch.Generator().manual_seed(size))
+    monkeypatch.setattr(hessian_module, "_COLUMNS", 5)
+    monkeypatch.setattr(hessian_module, "_AT_ONCE", 7)
+    factored, plain = factor(H, 0.01, order), factor(H[order][:, order], 0.01)
+    assert factored is not None
+    assert plain is not None
+    assert torch.equal(factored[0], plain[0])
+    wanted = torch.linalg.cholesky((H + 0.01 * H.diagonal().mean() * torch.eye(size))[order][:, order].flip(0, 1))
+    torch.testing.assert_close(factored[0], wanted.flip(0, 1))
+
+
 @pytest.mark.parametrize(("lowest", "tries"), [(0.0, 0), (-0.02, 1), (-0.05, 2), (-0.2, 3), (-0.7, 4)])
 def test_damping_triples_until_an_indefinite_matrix_is_positive(lowest: float, tries: int) -> None:
     size = 8
@@ -195,8 +209,9 @@ def test_a_hopeless_matrix_gives_none(name: str) -> None:
 
 
 def test_a_nan_that_the_cholesky_does_not_report_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def silent(matrix: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.full_like(matrix, torch.nan), torch.tensor(0)
+    def silent(matrix: Tensor, *, out: tuple[Tensor, Tensor]) -> None:
+        out[0].fill_(torch.nan)
+        out[1].zero_()
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", silent)
     assert factor(spd(6), 0.01) is None

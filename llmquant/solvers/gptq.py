@@ -24,7 +24,7 @@ from llmquant.solvers.refine import refine
 from llmquant.solvers.rtn import solve_rtn
 
 _INSIDE = 32  # columns corrected one by one; beyond them by products
-_AT_ONCE = 2**25  # weights: the steps below hold up to six copies of them, and H and its factor beside
+_AT_ONCE = 2**24  # weights: the steps below hold up to six copies of them, and H and its factor beside
 
 _Grid = Callable[[Tensor, Tensor, QuantScheme], tuple[Tensor, Tensor | None]]
 _GRIDS: dict[str, _Grid] = {
