@@ -1,6 +1,6 @@
 """Is a finished folder still what was computed? `llmquant verify`: manifest, key set, codes and scales, side files.
 
-The bytes are read by the NumPy readers of `verify.py` and `verify_gguf.py`, which shares no code with what wrote them.
+The bytes are read by the NumPy readers of `verify.py` and `verify_gguf.py`, which share no code with what wrote them.
 """
 
 import json

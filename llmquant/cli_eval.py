@@ -1,7 +1,7 @@
 """The `eval` and `compare` commands."""
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -43,9 +43,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Perplexity of a checkpoint and its divergence from a reference, streamed block by block."""
-    _compare(
-        [model], reference, _eval_flags(data, tokens, seq_len, device, dtype), max_ram, trust_remote_code, json, quiet
-    )
+    compare([model], reference, data, tokens, seq_len, device, dtype, max_ram, trust_remote_code, json, quiet)
 
 
 def compare(
@@ -63,14 +61,6 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Several checkpoints in one table, with paired differences."""
-    _compare(
-        models, reference, _eval_flags(data, tokens, seq_len, device, dtype), max_ram, trust_remote_code, json, quiet
-    )
-
-
-def _eval_flags(
-    data: str | None, tokens: str | None, seq_len: int | None, device: str | None, dtype: str | None
-) -> dict[str, Any]:
     flags = {
         "eval_data": data,
         "eval_tokens": count(tokens),
@@ -78,19 +68,8 @@ def _eval_flags(
         "device": device,
         "dtype": dtype,
     }
-    return {name: value for name, value in flags.items() if value is not None}
-
-
-def _compare(
-    models: list[str],
-    reference: str | None,
-    flags: dict[str, Any],
-    max_ram: str,
-    trust_remote_code: bool,
-    json: Path | None,
-    quiet: bool,
-) -> None:
-    settings = make_recipe(reference or models[0], None, flags)
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings = make_recipe(reference or models[0], None, given)
     from llmquant.comparison import compare as score
     from llmquant.run_dir import write_json_file
 

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from llmquant.errors import SourceError
 from llmquant.gguf_config import FACTORS, Described
+from llmquant.gguf_file import FLOATS
 from llmquant.gguf_header import GGUFHeader, read_header
 from llmquant.gguf_vocabulary import tokenizer_of
 from llmquant.safetensors_header import TensorInfo
 from llmquant.source import OnlyGGUFError, Source
 
-_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = {name: dtype for dtype, name in FLOATS.items()}
 CONFIG = "config.json"
 
 

@@ -64,16 +64,15 @@ def solve_gptq(task: LayerTask, options: SolveOptions) -> Solution:
     lam = ridge(float(diagonal.mean()), damp)
     drift_OI = task.drift_OI if options.propagation else None
     target_OI = weight_OI if drift_OI is None else torch.empty_like(weight_OI)
-    weights = []
-    for rows in _pieces(weight_OI):
+    pieces, weights, losses = _pieces(weight_OI), [], []
+    for rows in pieces:
         if drift_OI is not None:
             target_OI[rows] = weight_OI[rows] + options.propagation * propagated(drift_OI[rows], U_II, order)
         scales_OG, zeros_OG = _GRIDS[options.grid](target_OI[rows], diagonal + lam, scheme)
         codes_OI = ldlq(target_OI[rows], U_II, scales_OG, zeros_OG, scheme, order, options.block_size)
         weights.append(QuantizedWeight(codes_OI, scales_OG.float(), scheme, zeros_OG))
     del U_II, factored
-    losses = []
-    for number, rows in enumerate(_pieces(weight_OI)):
+    for number, rows in enumerate(pieces):
         weights[number] = refine(weights[number], target_OI[rows], H_II, lam, options)
         losses.append(quadratic(target_OI[rows] - weights[number].dequantize(weight_OI.dtype), H_II))
     weight, loss_O = stacked(weights), torch.cat(losses)
