@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from broken import files, run
 
 from llmquant import pipeline, snapshots
 from llmquant.corpus import DATASETS, Text
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network; the fake Hub's run in a child process
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # for children; one core per worker of pytest-xdist
+# One core per worker of pytest-xdist; a forked child could not use the threads of its parent.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for other children
 torch.set_num_threads(1)
 
 
@@ -45,15 +47,6 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors are tiny here; and a forked child cannot use the threads of its parent."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
 def short_runs() -> Iterator[None]:
     """For files that make hundreds of runs: what takes their time, plots and the tokens of a whole book, left out.
 
@@ -71,3 +64,16 @@ def short_runs() -> Iterator[None]:
         patch.setattr(snapshots, "MIN_SECONDS", 0.0)
         patch.setattr(snapshots, "PAUSE", 0.0)
         yield
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Callable[[str], Path]) -> Path:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def wanted(model: Path, short_runs: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """All files of a run of `model` that nothing disturbed: what a resumed one must come to."""
+    out = tmp_path_factory.mktemp("wanted") / "out"
+    run(model, out)
+    return files(out)

@@ -15,7 +15,7 @@ from llmquant.check import verify_folder
 from llmquant.errors import LLMQuantError, SolveError, SourceError
 from llmquant.source import SINGLE, open_source
 
-pytestmark = pytest.mark.usefixtures("one_thread", "short_runs")
+pytestmark = pytest.mark.usefixtures("short_runs")
 
 TINY: dict[str, Any] = {
     "group_size": 32,

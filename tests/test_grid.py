@@ -1,7 +1,5 @@
 """The grid: canonical scales, nearest codes, the scale search and the checks of the canonical form."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,15 +21,6 @@ from llmquant.grid import (
 few = settings(max_examples=60, deadline=None)
 floats = st.floats(width=32, allow_nan=False)
 bit_widths = pytest.mark.parametrize("bits", [2, 3, 4, 8])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors are tiny here: on a busy machine a second thread is mostly waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

@@ -19,19 +19,7 @@ from llmquant.errors import LLMQuantError, OutputError
 from llmquant.run_dir.disk import Disk
 from llmquant.source import DEMO
 
-pytestmark = pytest.mark.usefixtures("one_thread", "short_runs")
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: Callable[[str], Path]) -> Path:
-    return tiny_model("llama")
-
-
-@pytest.fixture(scope="module")
-def wanted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    out = tmp_path_factory.mktemp("wanted") / "out"
-    run(model, out)
-    return files(out)
+pytestmark = pytest.mark.usefixtures("short_runs")
 
 
 def killed_after(delay: float, model: Path, out: Path) -> bool:

@@ -16,7 +16,7 @@ from broken import files, go_on, on_disk, run
 
 from llmquant.run_dir.disk import Disk
 
-pytestmark = pytest.mark.usefixtures("one_thread", "short_runs")
+pytestmark = pytest.mark.usefixtures("short_runs")
 
 Names = dict[str, int | None]  # path -> number of a file, None for a folder
 QUICK: dict[str, Any] = {"eval_data": "none", "samples": 2}
@@ -157,11 +157,6 @@ def put(root: Path, names: Names, found: dict[int, bytearray]) -> None:
             (root / name).mkdir(exist_ok=True)
         else:
             (root / name).write_bytes(found[number])
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: Callable[[str], Path]) -> Path:
-    return tiny_model("llama")
 
 
 def states_are_safe(

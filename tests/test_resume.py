@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,7 @@ from llmquant.check import verify_folder
 from llmquant.errors import LLMQuantError, OutputError, ResumeError, VerifyError
 from llmquant.run_dir.disk import Disk
 
-pytestmark = pytest.mark.usefixtures("one_thread", "short_runs")
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: Callable[[str], Path]) -> Path:
-    return tiny_model("llama")
-
-
-@pytest.fixture(scope="module")
-def wanted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    out = tmp_path_factory.mktemp("wanted") / "out"
-    run(model, out)
-    return files(out)
+pytestmark = pytest.mark.usefixtures("short_runs")
 
 
 def run_killed_at(at: float, model: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **flags: Any) -> Counting:

@@ -21,19 +21,7 @@ from llmquant.run_dir.disk import Disk
 from llmquant.snapshots import Snapshots
 from llmquant.streams import Stream
 
-pytestmark = pytest.mark.usefixtures("one_thread", "short_runs")
-
-
-@pytest.fixture(scope="module")
-def model(tiny_model: Callable[[str], Path]) -> Path:
-    return tiny_model("llama")
-
-
-@pytest.fixture(scope="module")
-def wanted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    out = tmp_path_factory.mktemp("wanted") / "out"
-    run(model, out)
-    return files(out)
+pytestmark = pytest.mark.usefixtures("short_runs")
 
 
 def cut(model: Path, out: Path, **flags: Any) -> None:

@@ -1,7 +1,6 @@
 """What every solver promises, and GPTQ against its definition, the textbook and exhaustive search."""
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -21,15 +20,6 @@ from llmquant.solvers.rtn import solve_rtn
 every_solver = pytest.mark.parametrize("solver", SOLVERS)
 bit_widths = pytest.mark.parametrize("bits", [2, 3, 4, 8])
 both_orders = pytest.mark.parametrize("order", ["descending", "natural"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors are tiny here: on a busy machine a second thread is mostly waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def correlated(inputs: int, seed: int = 0) -> Tensor:
