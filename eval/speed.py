@@ -3,8 +3,8 @@
 Seconds by stage of one quantization without evaluation, peak memory, and the ratio to the floor: the products that the
 default cannot do without, timed as plain GEMM calls on the same shapes in the same process. These are the linears of
 two calibration forwards (original and quantized), half a Gram product and the drift of every distinct input, each at
-the fastest of float32 and bfloat16; and in float32 the solver's products of all rows with the Hessian (propagation,
-feedback, sweeps, loss). Weights are random; quality is not measured here.
+the fastest of float32 and bfloat16; and the solver's products of all rows with the Hessian (propagation, feedback,
+sweeps, loss) at the fastest of float32. Weights are random; quality is not measured here.
 
 small: 2 blocks of 2048 x 5632, 32 query and 8 key heads.  7b: 32 blocks of 4096 x 11008 (13.5 GB on disk).
 """
@@ -25,7 +25,7 @@ import torch
 from memory import build
 
 from llmquant.hessian import default_propagation
-from llmquant.products import sums_of
+from llmquant.products import linear, matmul, sums_of
 from llmquant.solvers.refine import default_sweeps
 
 SHAPES = {
@@ -37,7 +37,8 @@ STAGES = {
     "read": ["source:Source.read_finite"],
     "forward": ["paused:Paused._go_on", "blocks:_Runs._advance", "skeleton:Skeleton.record", "skeleton:Skeleton.steps"],
     "gram": ["hessian:Hessian.add", "hessian:Hessian.mean", "hessian:Hessian.take_drift"],
-    "factor": ["solvers.gptq:factor", "solvers.gptq:propagated"],
+    "factor": ["solvers.gptq:factor"],
+    "propagate": ["solvers.gptq:_target"],
     "grid": ["solvers.gptq:search_grid"],
     "solve": ["solvers.gptq:ldlq"],
     "refine": ["solvers.gptq:refine"],
@@ -153,11 +154,15 @@ def floor_seconds(shapes: list[list[int]], tokens: int, sweeps: int) -> float:
         # The last block's output is not needed.
         needed = rows * (n_blocks - 1) / n_blocks if width == wide else rows
         halves = x.bfloat16(), weight.bfloat16()
-        forward = fastest([lambda x=x, w=weight: x @ w.T, lambda halves=halves: halves[0] @ halves[1].T])
-        gram = fastest([lambda x=x: x.T @ x]) * n_inputs * (1.5 if drift else 0.5)
-        solver = fastest([lambda w=weight, H=H: w @ H], bf16=False) * (rows / len(weight))
-        products = 0.5 + sweeps + 0.5 + (2 if drift else 0)  # feedback, sweeps, loss, propagation
-        total += (2 * forward * needed / len(weight) + gram) * tokens / chunk + solver * products
+        forward = fastest([lambda x=x, w=weight: linear(x, w), lambda halves=halves: halves[0] @ halves[1].T])
+        gram = fastest([lambda x=x: x.T @ x]) * 0.5
+        if drift:
+            gram += fastest([lambda x=x: x.T @ x, lambda halves=halves: halves[0].T @ halves[0]])
+        solver = fastest([lambda w=weight, H=H: matmul(w, H)], bf16=False) * (rows / len(weight))
+        products = 0.5 + sweeps + 0.5  # feedback, sweeps, loss
+        if drift:  # the weights with it, and two triangular solves of the weights' rows or of its own
+            products += 1 + min(1, n_inputs * width / rows)
+        total += (2 * forward * needed / len(weight) + gram * n_inputs) * tokens / chunk + solver * products
     return total
 
 

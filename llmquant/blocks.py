@@ -16,7 +16,7 @@ from llmquant.grid import QuantizedWeight
 from llmquant.hessian import Hessian, default_propagation, quadratic
 from llmquant.histograms import histograms
 from llmquant.paused import Paused, pausing
-from llmquant.products import forwards_in, sums_of
+from llmquant.products import forwards_in, matmul
 from llmquant.recipe import Recipe
 from llmquant.report import LayerReport
 from llmquant.skeleton import Skeleton
@@ -114,7 +114,7 @@ def quantize_block(
         for position, step in enumerate(steps):
             hessian = hessians[position] if recipe.passes == "block" else runs.hessian(position, step)
             done += _solve(skeleton, step.specs, hessian, recipe, step.propagation)
-            runs.weights_changed()
+            runs.weights_changed(step)
         if advance:
             runs.finish()
         runs.close()
@@ -144,7 +144,7 @@ def _steps(
     """The planned linears by shared input, in the order of the forward; all of them must be reached."""
     by_module = {spec.module: spec for spec in specs}
     hidden = next(iter(streams.quantized))
-    names = skeleton.steps(index, _call_for(calls, index, hidden), hidden.to(skeleton.device))
+    names = skeleton.steps(index, forward_of(skeleton, index, calls, streams.products), hidden)
     steps = [[by_module[name] for name in step if name in by_module] for step in names]
     reached = {spec.module for step in steps for spec in step}
     if missed := sorted(set(by_module) - reached):
@@ -168,7 +168,8 @@ class _Runs:
     """The forwards of both calibration streams through one block, paused at the same step batch by batch.
 
     Forwards stay paused between the steps as long as what they hold fits `spare_bytes`; the others are run anew up
-    to each step. The original's forwards see the block's original weights, the others what is in the block.
+    to each step. The original's forwards see the block's original weights, the others what is in the block; both are
+    rounded once to the precision of the products, instead of in each forward.
     """
 
     def __init__(
@@ -178,26 +179,27 @@ class _Runs:
         self._forward = forward_of(skeleton, index, calls, streams.products)
         self._plain = forward_of(skeleton, index, calls)
         self._around = partial(forwards_in, streams.products, skeleton.dtype)
-        self._names = [f"{spec.module}.weight" for spec in specs]
-        self._originals = self._weights()
-        self._current = self._originals
+        self._exact = {name: skeleton.get(name) for name in (f"{spec.module}.weight" for spec in specs)}
+        self._originals = {name: weight.to(streams.products) for name, weight in self._exact.items()}
+        self._current = dict(self._originals)
         self._kept: dict[tuple[int, str], tuple[Paused, int]] = {}  # with the bytes it holds
-
-    def _weights(self) -> dict[str, Tensor]:
-        return {name: self._skeleton.get(name) for name in self._names}
 
     def _put(self, weights: Mapping[str, Tensor]) -> None:
         for name, weight in weights.items():
             self._skeleton.set(name, weight)
 
-    def weights_changed(self) -> None:
-        self._current = self._weights()
+    def weights_changed(self, step: "Step") -> None:
+        """The linears of `step` have other weights in the block now."""
+        for name in (f"{spec.module}.weight" for spec in step.specs):
+            self._exact[name] = self._skeleton.get(name)
+            self._current[name] = self._exact[name].to(self._streams.products)
 
     def hessian(self, position: int, step: Step) -> Hessian:
         """Over all batches, of the inputs of the step at `position`; steps must come in order."""
         hessian = self._empty(step)
         for x, original in self._pairs(position):
             hessian.add(x, original)
+        self._put(self._exact)
         return hessian
 
     def hessians_of_all(self, steps: Sequence[Step]) -> list[Hessian]:
@@ -228,7 +230,7 @@ class _Runs:
             if others is not None:
                 self._put(self._originals)
                 reference = self._input(position, batch, "original", next(others))
-                self._put(self._current)
+            self._put(self._current)
             yield self._input(position, batch, "quantized", hidden), reference
 
     def _input(self, position: int, batch: int, stream: str, hidden: Tensor) -> Tensor:
@@ -247,8 +249,9 @@ class _Runs:
         if self._streams.original is not None:
             self._put(self._originals)
             self._advance(self._streams.original, "original")
-            self._put(self._current)
+        self._put(self._current)
         self._advance(self._streams.quantized, "quantized")
+        self._put(self._exact)
 
     def _advance(self, stream: Stream, name: str) -> None:
         batches = count()
@@ -283,8 +286,10 @@ def _solve(
                     name, f"its input has {notes[0]}", remedy="another --dtype, or accept it with --on-bad-layer rtn"
                 )
     weight_OI = torch.cat(weights) if len(weights) > 1 else weights[0]
-    drift_OI = None if hessian is None else hessian.take_drift(weight_OI)
-    task = LayerTask(name, weight_OI, H_II, n_tokens, step[0].scheme, drift_OI)
+    drift_OI, drift_II = None, None if hessian is None else hessian.take_drift()
+    if drift_II is not None and len(weight_OI) <= len(drift_II):
+        drift_OI, drift_II = matmul(weight_OI, drift_II), None
+    task = LayerTask(name, weight_OI, H_II, n_tokens, step[0].scheme, drift_OI, drift_II)
     options = SolveOptions(
         recipe.grid,
         recipe.order,
@@ -295,8 +300,7 @@ def _solve(
         on_bad_layer=recipe.on_bad_layer,
     )
     solution = SOLVERS[recipe.method](task, options)
-    products = torch.float32 if hessian is None else hessian.products
-    return _split(skeleton, step, weights, task, solution, recipe, notes, products)
+    return _split(skeleton, step, weights, task, solution, recipe, notes)
 
 
 def _split(
@@ -307,7 +311,6 @@ def _split(
     solution: Solution,
     recipe: Recipe,
     notes: tuple[str, ...],
-    products: torch.dtype,
 ) -> list[Solved]:
     done, start = [], 0
     for spec, weight_OI in zip(step, weights, strict=True):
@@ -325,7 +328,6 @@ def _split(
             task,
             recipe,
             notes + solution.notes,
-            products,
         )
         set_weight(skeleton, spec, dense)
         done.append(Solved(spec, quantized, report))
@@ -342,7 +344,6 @@ def _report(
     task: LayerTask,
     recipe: Recipe,
     notes: tuple[str, ...],
-    products: torch.dtype,
 ) -> LayerReport:
     power = _square(weight_OI)
     weight_error = _square(weight_OI - dense_OI) / power if power else 0.0
@@ -352,8 +353,7 @@ def _report(
     if task.H_II is None:
         return LayerReport(spec.module, None, None, None, weight_error, bits, 0, notes, spread)
     plain_OI = round_to_nearest(weight_OI, spec.scheme)
-    with sums_of(products):  # they judge the loss, and nothing is computed from them
-        rtn_loss, energy = (float(quadratic(x_OI, task.H_II).sum()) for x_OI in (target_OI - plain_OI, weight_OI))
+    rtn_loss, energy = (float(quadratic(x_OI, task.H_II).sum()) for x_OI in (target_OI - plain_OI, weight_OI))
     relative = loss / energy if energy else 0.0
     if not all(map(math.isfinite, (loss, rtn_loss, relative))):  # a Hessian that overflowed measures nothing
         return LayerReport(spec.module, None, None, None, weight_error, bits, task.n_tokens, notes, spread)
@@ -361,5 +361,8 @@ def _report(
 
 
 def _square(weight_OI: Tensor) -> float:
-    """||W||^2 in float64: squares of weights that float32 can hold may overflow it."""
-    return float(torch.linalg.vector_norm(weight_OI, dtype=torch.float64)) ** 2
+    """||W||^2, rows added up in float64: squares of weights that float32 can hold may overflow it."""
+    norms_O = torch.linalg.vector_norm(weight_OI, dim=1)
+    if not bool(torch.isfinite(norms_O).all()):
+        norms_O = torch.linalg.vector_norm(weight_OI, dim=1, dtype=torch.float64)
+    return float(norms_O.double().square().sum())

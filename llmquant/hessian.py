@@ -6,7 +6,7 @@ Shapes: N tokens, I in_features.
 import torch
 from torch import Tensor
 
-from llmquant.products import sums_of
+from llmquant.products import matmul, sums_of
 
 # Few tokens per input dimension leave H noisy: damp it more (METHODS: 0.01, or 0.003 from 8 tokens per dimension).
 _DAMP_FEW, _DAMP_MANY, _MANY = 0.01, 0.003, 8
@@ -51,10 +51,11 @@ class Hessian:
             self.n_excluded += int((~finite).sum())
             x_NI = x_NI[finite]
             drift_NI = None if drift_NI is None else drift_NI[finite]
-        with sums_of(self.products):
-            if self.drift_II is not None and drift_NI is not None:
-                self.drift_II.addmm_(drift_NI.T, x_NI)
-            # The upper triangle, block column by block column: about half of the products.
+        if self.drift_II is not None and drift_NI is not None:
+            # Rounding the sum of a batch as well is nothing beside the noise of its tokens.
+            rounded = torch.bfloat16 if (x_NI.dtype, self.products) == (torch.float32, torch.bfloat16) else x_NI.dtype
+            self.drift_II += drift_NI.T.to(rounded) @ x_NI.to(rounded)
+        with sums_of(self.products):  # the upper triangle, block column by block column: about half of the products
             for start in range(0, x_NI.shape[1], _COLUMNS):
                 end = start + _COLUMNS
                 self.sum_II[:end, start:end].addmm_(x_NI[:, :end].T, x_NI[:, start:end])
@@ -69,13 +70,12 @@ class Hessian:
             diagonal.copy_(diagonal.triu() + diagonal.triu(1).T)
         return self.sum_II.div_(max(1, self.n_tokens))
 
-    def take_drift(self, weight_OI: Tensor) -> Tensor | None:
-        """drift_OI = W (C - H), C = E[x x^^T]; None where no drift was summed. Frees the sum, so call this once."""
+    def take_drift(self) -> Tensor | None:
+        """drift_II = C - H, C = E[x x^^T]; None where no drift was summed. The sum is divided in place and let go."""
         if self.drift_II is None:
             return None
-        drift_OI = (weight_OI @ self.drift_II).div_(max(1, self.n_tokens))
-        self.drift_II = None
-        return drift_OI
+        drift_II, self.drift_II = self.drift_II.div_(max(1, self.n_tokens)), None
+        return drift_II
 
 
 def quadratic(E_OI: Tensor, H_II: Tensor) -> Tensor:
@@ -88,8 +88,10 @@ def quadratic(E_OI: Tensor, H_II: Tensor) -> Tensor:
     for start in range(0, E_OI.shape[1], _COLUMNS):
         end = start + _COLUMNS
         here_OB = E_OI[:, start:end]
-        half_OB = torch.addmm(here_OB @ H_II[start:end, start:end], E_OI[:, :start], H_II[:start, start:end], alpha=2)
-        loss_O += (half_OB * here_OB).sum(1)
+        half_OB = matmul(here_OB, H_II[start:end, start:end])
+        if start:
+            half_OB.add_(matmul(E_OI[:, :start], H_II[:start, start:end]), alpha=2)
+        loss_O += half_OB.mul_(here_OB).sum(1)
     return loss_O
 
 

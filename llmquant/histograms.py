@@ -15,9 +15,10 @@ def histograms(weight_OI: Tensor, quantized: QuantizedWeight) -> dict[str, dict[
 
     Weights from -m to m, m = max |w|; one bin per code, whose edges lie halfway between codes.
     """
-    largest = float(weight_OI.abs().max())
+    largest = max(abs(float(end)) for end in weight_OI.aminmax())
     low, high = quantized.scheme.code_min, quantized.scheme.code_max
-    codes = torch.bincount(quantized.codes_OI.flatten().int() - low, minlength=high - low + 1)
+    from_zero = quantized.codes_OI.flatten().view(torch.uint8) - low % 256  # wraps round
+    codes = torch.bincount(from_zero, minlength=high - low + 1)
     return {
         "weights": _counted(weight_OI, -largest, largest, WEIGHT_BINS),
         "codes": {"low": low - 0.5, "high": high + 0.5, "counts": codes.tolist()},

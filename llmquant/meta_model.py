@@ -10,6 +10,7 @@ from torch import nn
 
 from llmquant.config_bounds import refuse_absurd, refuse_buffers
 from llmquant.errors import SourceError
+from llmquant.products import fast_linears
 from llmquant.remote_code import remedy
 from llmquant.source import Source
 
@@ -54,6 +55,7 @@ def build_model(source: Source, dtype: torch.dtype) -> Any:
     except Exception as error:  # what a wrong config raises depends on the model class
         brief = f"{type(error).__name__}: {error}"[:200]
         raise SourceError(f"{source.name}: config.json", f"transformers cannot build the model ({brief})") from error
+    fast_linears(built)
     return built.eval()
 
 

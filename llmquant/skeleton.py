@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llmquant.errors import SourceError
 from llmquant.meta_model import build_model, dtype_plan, find_blocks, find_ties, is_linear, names_of_tensors
 from llmquant.source import Source
-from llmquant.tape import Call, Calls, Stop, Tape, answer, forward_replaced, stand_ins, stop, take_hidden
+from llmquant.tape import Calls, Stop, Tape, answer, forward_replaced, stand_ins, stop, take_hidden
 
 Read = Callable[[str], Tensor]  # name of a parameter in the model -> its dense weight
 
@@ -193,8 +193,8 @@ class Skeleton:
             yield logits
 
     # -- steps -----------------------------------------------------------------------------------------
-    def steps(self, index: int, call: Call, hidden: Tensor) -> list[list[str]]:
-        """Linears of the loaded block by the input they share, in the order in which the forward reaches them."""
+    def steps(self, index: int, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> list[list[str]]:
+        """Linears of the loaded block by the input they share, in the order in which its `forward` reaches them."""
         seen: dict[tuple[Any, ...], list[str]] = {}
         alive: list[Tensor] = []  # inputs stay referenced, or another one could be born at the same address
 
@@ -205,8 +205,7 @@ class Skeleton:
 
         hooks = [m.register_forward_pre_hook(partial(note, name)) for name, m in self.linears(index).items()]
         try:
-            with torch.no_grad():
-                call(self.blocks[index][1], hidden)
+            forward(hidden)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -55,11 +55,15 @@ def stop(*args: Any, **kwargs: Any) -> None:
 def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """`forward` in place of the module's own while the `with` lasts."""
     # On the instance, not around it: class, attributes and state-dict names stay what the model expects.
+    before = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:
         yield
     finally:
-        del module.__dict__["forward"]
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
 
 
 @contextmanager

@@ -187,9 +187,16 @@ def _decode_compressed_tensors(spec: LinearSpec, places: Mapping[str, Place]) ->
     if tuple(shape) != spec.shape:
         raise VerifyError(spec.key, f"weight_shape {shape.tolist()}", expected=str(list(spec.shape)))
     rows, columns = spec.shape
-    stream = np.unpackbits(packed.raw().reshape(rows, -1), axis=1, bitorder="little")[:, : columns * bits]
-    unsigned = np.packbits(stream.reshape(rows, columns, bits), axis=2, bitorder="little")[..., 0]
-    codes = (unsigned.astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
+    raw = packed.raw().reshape(rows, -1)
+    if 8 % bits == 0:
+        unsigned = np.empty((*raw.shape, 8 // bits), np.uint8)
+        for i in range(8 // bits):
+            unsigned[..., i] = raw >> i * bits & (2**bits - 1)
+        unsigned = unsigned.reshape(rows, -1)[:, :columns]
+    else:
+        stream = np.unpackbits(raw, axis=1, bitorder="little")[:, : columns * bits]
+        unsigned = np.packbits(stream.reshape(rows, columns, bits), axis=2, bitorder="little")[..., 0]
+    codes = (unsigned - np.uint8(2 ** (bits - 1))).view(np.int8)  # wraps round
     return codes, places[f"{spec.prefix}weight_scale"].floats()
 
 

@@ -5,7 +5,7 @@ import torch
 
 from llmquant.errors import RecipeError
 from llmquant.hessian import Hessian, quadratic
-from llmquant.products import forwards_in, pick_products, sums_of
+from llmquant.products import fast_linears, forwards_in, linear, matmul, pick_products, sums_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -71,7 +71,7 @@ def test_half_the_products_of_a_symmetric_matrix_are_enough(width: int) -> None:
     for rows in (slice(0, 30), slice(30, 40)):
         hessian.add(x[rows], other[rows])
     E = torch.randn(7, width, dtype=torch.float64)
-    torch.testing.assert_close(hessian.take_drift(E), E @ (other - x).T @ x / 40)
+    torch.testing.assert_close(hessian.take_drift(), (other - x).T @ x / 40)
     H = hessian.mean()
     assert torch.equal(H, H.T)
     torch.testing.assert_close(H, x.T @ x / 40)
@@ -86,3 +86,35 @@ def test_sums_in_bfloat16_are_exact_for_what_bfloat16_holds() -> None:
         hessian.add(x)
         sums.append(hessian.mean())
     torch.testing.assert_close(sums[1], sums[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_products_equal_torchs_for_any_layout_of_the_factors(dtype: torch.dtype) -> None:
+    a, b = torch.randn(24, 40).to(dtype), torch.randn(40, 56).to(dtype)
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.05}[dtype]
+    for left, right in (
+        (a, b),
+        (a.T.contiguous().T, b),
+        (a, b.T.contiguous().T),
+        (a[:, 8:24], b[8:24, 16:48]),  # gaps between rows
+        (a[:1], b[:, :1]),
+        (a[:0], b),
+        (a[:, :0], b[:0]),
+    ):
+        torch.testing.assert_close(matmul(left, right), left @ right, rtol=tolerance, atol=tolerance)
+
+
+def test_fast_linears_are_the_models_linears() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.GELU(), torch.nn.Linear(8, 4, bias=False))
+    x, expected = torch.randn(2, 3, 16), torch.nn.Linear.forward
+    with torch.no_grad():
+        plain = model(x)
+        fast_linears(model)
+        assert type(model[0]) is torch.nn.Linear
+        assert torch.nn.Linear.forward is expected
+        torch.testing.assert_close(model(x), plain)
+        model[0].weight.data = model[0].weight.data * 2  # what a block is given later counts
+        assert not torch.allclose(model(x), plain)
+        with forwards_in(torch.bfloat16, torch.float32):
+            assert model(x).dtype == torch.bfloat16
+    assert torch.equal(linear(x.double(), torch.eye(16).double()), x.double())

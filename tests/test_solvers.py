@@ -262,9 +262,9 @@ def propagation_task(**options: int) -> tuple[LayerTask, Tensor, Tensor]:
     hessians = Hessian(64, torch.device("cpu"), torch.float64, drift=True)
     for start in range(0, 400, 100):
         hessians.add(seen[start : start + 100], x[start : start + 100])
-    task = problem(**options)
-    drift = hessians.take_drift(task.weight_OI)
-    return replace(task, H_II=hessians.mean(), n_tokens=400, drift_OI=drift), x, seen
+    task, drift = problem(**options), hessians.take_drift()
+    assert drift is not None
+    return replace(task, H_II=hessians.mean(), n_tokens=400, drift_OI=task.weight_OI @ drift), x, seen
 
 
 def test_full_propagation_aims_at_the_closed_form() -> None:
@@ -296,6 +296,16 @@ def test_propagation_lowers_the_output_error_and_its_strength_is_linear(order: s
     assert errors[0] > errors[1] > errors[2]
     torch.testing.assert_close(solutions[0].target_OI, task.weight_OI)
     torch.testing.assert_close(solutions[1].target_OI, (task.weight_OI + solutions[2].target_OI) / 2)
+
+
+@both_orders
+def test_drift_may_be_given_without_the_weights(order: str) -> None:
+    task = propagation_task()[0]
+    drift_II = torch.linalg.lstsq(task.weight_OI, task.drift_OI).solution  # any one that W makes the same of
+    other = replace(task, drift_OI=None, drift_II=drift_II)
+    first, second = (solve_gptq(one, SolveOptions(order=order, propagation=0.5)) for one in (task, other))
+    torch.testing.assert_close(first.target_OI, second.target_OI, rtol=1e-9, atol=1e-12)
+    assert torch.equal(first.weight.codes_OI, second.weight.codes_OI)
 
 
 def test_without_drift_nothing_is_propagated() -> None:

@@ -31,6 +31,7 @@ class LayerTask:
     weight_OI  float
     H_II       E[x^ x^^T] of the inputs x^ that come from the quantized prefix; None: data-free
     drift_OI   W (C - H) with C = E[x x^^T], x the same inputs in the original model; None: no error propagation
+    drift_II   C - H itself in its place, less work where O > I
     """
 
     name: str
@@ -39,6 +40,7 @@ class LayerTask:
     n_tokens: int
     scheme: QuantScheme
     drift_OI: Tensor | None = None
+    drift_II: Tensor | None = None
 
     def __post_init__(self) -> None:
         in_features = self.weight_OI.shape[1]

@@ -19,6 +19,7 @@ from torch import Tensor
 from llmquant.errors import SolveError
 from llmquant.grid import QuantizedWeight, QuantScheme, plain_grid, search_grid, stacked
 from llmquant.hessian import default_damp, factor, quadratic, ridge
+from llmquant.products import matmul
 from llmquant.solvers.base import LayerTask, Solution, SolveOptions
 from llmquant.solvers.refine import refine
 from llmquant.solvers.rtn import solve_rtn
@@ -36,7 +37,7 @@ _GRIDS: dict[str, _Grid] = {
 def solve_gptq(task: LayerTask, options: SolveOptions) -> Solution:
     """Minimise tr((T - Q) H_l (T - Q)^T) greedily over codes, H_l = H + lambda I; then refine codes and scales.
 
-    The target T is W, or W + a W (C - H) H_l^-1 with error propagation (`propagated`).
+    The target T is W, or W + a W (C - H) H_l^-1 with error propagation (`_target`).
 
     With H_l (columns permuted) = U U^T, U upper triangular, for j = 1..I:
         v_j = t_j + sum_{i<j} e_i U_ij / U_jj;   q_j = clip(round(v_j / s_j) + z_j);   e_j = t_j - s_j (q_j - z_j)
@@ -62,12 +63,9 @@ def solve_gptq(task: LayerTask, options: SolveOptions) -> Solution:
         )
     U_II, damp, tries = factored
     lam = ridge(float(diagonal.mean()), damp)
-    drift_OI = task.drift_OI if options.propagation else None
-    target_OI = weight_OI if drift_OI is None else torch.empty_like(weight_OI)
+    target_OI = _target(task, options.propagation, U_II, order)
     pieces, weights, losses = _pieces(weight_OI), [], []
     for rows in pieces:
-        if drift_OI is not None:
-            target_OI[rows] = weight_OI[rows] + options.propagation * propagated(drift_OI[rows], U_II, order)
         scales_OG, zeros_OG = _GRIDS[options.grid](target_OI[rows], diagonal + lam, scheme)
         codes_OI = ldlq(target_OI[rows], U_II, scales_OG, zeros_OG, scheme, order, options.block_size)
         weights.append(QuantizedWeight(codes_OI, scales_OG.float(), scheme, zeros_OG))
@@ -92,17 +90,29 @@ def _pieces(weight_OI: Tensor) -> list[slice]:
     return [slice(*ends) for ends in pairwise(bounds)]
 
 
-def propagated(drift_OI: Tensor, U_II: Tensor, order: Tensor) -> Tensor:
-    """W (C - H) H_l^-1: what moves W to the layer that does best on x^ what the original does on x.
+def _target(task: LayerTask, strength: float, U_II: Tensor, order: Tensor) -> Tensor:
+    """T = W + a W (C - H) H_l^-1; W itself without drift.
 
-    E ||W x - Q x^||^2 = tr((Q - W*) H (Q - W*)^T) + const with W* = W C H^-1 = W + W (C - H) H^-1. Two triangular
-    solves with the factor of H_l that the codes need anyway. Source: Arai and Ichikawa, Quantization Error
-    Propagation (arXiv 2504.09629).
+    E ||W x - Q x^||^2 = tr((Q - W*) H (Q - W*)^T) + const with W* = W C H^-1 = W + W (C - H) H^-1. Source: Arai and
+    Ichikawa, Quantization Error Propagation (arXiv 2504.09629).
     """
-    half = torch.linalg.solve_triangular(U_II.T, drift_OI[:, order], upper=False, left=False)
-    moved_OI = torch.empty_like(drift_OI)
-    moved_OI[:, order] = torch.linalg.solve_triangular(U_II, half, upper=True, left=False)
-    return moved_OI
+    weight_OI, drift_XI = task.weight_OI, task.drift_OI if task.drift_II is None else task.drift_II
+    if not strength or drift_XI is None:
+        return weight_OI
+    moved_XI = torch.empty_like(drift_XI)
+    for rows in _pieces(drift_XI):
+        moved_XI[rows] = divided(drift_XI[rows], U_II, order)
+    if task.drift_II is not None:
+        moved_XI = matmul(weight_OI, moved_XI)
+    return moved_XI.mul_(strength).add_(weight_OI)
+
+
+def divided(drift_XI: Tensor, U_II: Tensor, order: Tensor) -> Tensor:
+    """drift_XI H_l^-1 by two triangular solves with U_II, the factor of the permuted H_l that the codes need anyway."""
+    half = torch.linalg.solve_triangular(U_II.T, drift_XI[:, order], upper=False, left=False)
+    quotient_XI = torch.empty_like(drift_XI)
+    quotient_XI[:, order] = torch.linalg.solve_triangular(U_II, half, upper=True, left=False)
+    return quotient_XI
 
 
 def ldlq(
@@ -131,7 +141,7 @@ def ldlq(
     for start in range(0, in_features, block_size):
         end = min(start + block_size, in_features)
         feedback = U_II[:end, start:end] / diagonal[start:end]  # U_ij / U_jj of this block's columns
-        target = torch.addmm(weight_IO[start:end], feedback[:start].T, error_IO[:start])
+        target = matmul(feedback[:start].T, error_IO[:start]).add_(weight_IO[start:end])
         inside = feedback[start:].T.contiguous()
         for j in range(end - start):
             near = j - j % _INSIDE

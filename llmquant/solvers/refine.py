@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmquant.grid import QuantizedWeight, round_scales
+from llmquant.products import matmul
 from llmquant.solvers.base import SolveOptions
 
 _BLOCK = 512  # columns, at least: their gradient is one product
@@ -45,7 +46,7 @@ def refine(
         for start in range(0, len(level_IO), width):
             at = slice(start, min(start + width, len(level_IO)))
             # G = E H_l of the block's columns, as the blocks before it left E
-            gradient_BO = torch.addmm(error_IO[at], H_II[at], error_IO, beta=lam)
+            gradient_BO = matmul(H_II[at], error_IO).add_(error_IO[at], alpha=lam)
             H_BB = H_II[at, at].clone()
             H_BB.diagonal().add_(lam)
             for first in range(0, len(H_BB), group):
