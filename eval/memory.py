@@ -1,8 +1,9 @@
 """Peak memory against depth and width: python eval/memory.py [--hidden 512] [--blocks 8 40] [--method gptq]
 
-Builds random Llama checkpoints shard by shard, quantizes each in a process of its own and prints its peak RSS beside
-the bound that llmquant promises: 600 MB + 2 x largest block (compute dtype) + 8 bytes x (largest in_features)^2
-+ largest embedding or head + --max-ram.
+Builds random Llama checkpoints shard by shard, quantizes each on 32 windows of 512 tokens with four evaluation lanes
+and --max-ram 64MB, in a process of its own, and prints its peak RSS beside the bound that `llmquant plan` tells:
+600 MB + 2 x largest block (compute dtype) + 8 bytes x (largest in_features)^2 + largest embedding or head
++ activations of one batch + --max-ram.
 """
 
 import argparse
@@ -16,9 +17,11 @@ from pathlib import Path
 CHILD = """
 import json, sys
 import llmquant
-flags = json.loads(sys.argv[3])
-report = llmquant.quantize(sys.argv[1], llmquant.make_recipe("x", flags=flags), sys.argv[2], max_ram="64MB")
-print(json.dumps(report.cost))
+from llmquant.estimate import estimate
+recipe = llmquant.make_recipe("x", flags=json.loads(sys.argv[3]))
+report = llmquant.quantize(sys.argv[1], recipe, sys.argv[2], max_ram="64MB")
+plan = estimate(sys.argv[1], recipe, sys.argv[2] + "-2", max_ram="64MB")
+print(json.dumps(report.cost | {"bound": sum(plan.memory.values())}))
 """
 
 
@@ -31,11 +34,11 @@ def main() -> None:
     print(f"{'blocks':>6} {'weights MB':>10} {'peak RSS MB':>11} {'bound MB':>8} {'s':>6}")
     for blocks in arguments.blocks:
         with tempfile.TemporaryDirectory() as folder:
-            source, bound = build(Path(folder) / "model", arguments.hidden, blocks)
+            source = build(Path(folder) / "model", arguments.hidden, blocks)
             cost = quantize(source, Path(folder) / "out", arguments.method)
             size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-        peak = cost["peak_rss_bytes"] / 1e6
-        print(f"{blocks:>6} {size / 1e6:>10.0f} {peak:>11.0f} {bound / 1e6:>8.0f} {cost['total_seconds']:>6.1f}")
+        peak, bound = cost["peak_rss_bytes"] / 1e6, cost["bound"] / 1e6
+        print(f"{blocks:>6} {size / 1e6:>10.0f} {peak:>11.0f} {bound:>8.0f} {cost['total_seconds']:>6.1f}")
 
 
 def build(
@@ -46,8 +49,8 @@ def build(
     heads: int | None = None,
     kv_heads: int | None = None,
     vocab: int = 4096,
-) -> tuple[Path, int]:
-    """A random bf16 Llama in `folder`, made shard by shard, and the bound in bytes for it."""
+) -> Path:
+    """A random bf16 Llama in `folder`, made shard by shard."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -83,12 +86,11 @@ def build(
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    block = 4 * (hidden * hidden * 3 + 3 * hidden * ffn)
-    return folder, 600_000_000 + 2 * block + 8 * ffn * ffn + 4 * vocab * hidden + 64_000_000
+    return folder
 
 
 def quantize(source: Path, out: Path, method: str) -> dict[str, float]:
-    """The job's cost.json, from a fresh process."""
+    """The job's cost.json and the plan's bound, from a fresh process."""
     flags = {"method": method, "samples": 32, "seq_len": 512, "eval_tokens": 8192, "eval_seq_len": 512}
     command = [sys.executable, "-c", CHILD, str(source), str(out), json.dumps(flags)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)

@@ -68,7 +68,7 @@ def main() -> None:
         child(arguments, *arguments.child)
         return
     with tempfile.TemporaryDirectory() as folder:
-        model = arguments.model or str(build(Path(folder) / "model", **SHAPES[arguments.make])[0])
+        model = arguments.model or str(build(Path(folder) / "model", **SHAPES[arguments.make]))
         runs = []
         for number in range(arguments.repeat):
             command = [sys.executable, __file__, *sys.argv[1:], "--child", model, str(Path(folder) / str(number))]

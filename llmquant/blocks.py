@@ -15,6 +15,7 @@ from llmquant.formats import FORMATS, LinearSpec
 from llmquant.grid import QuantizedWeight
 from llmquant.hessian import Hessian, default_propagation, quadratic
 from llmquant.histograms import histograms
+from llmquant.memory import SLACK, trim
 from llmquant.paused import Paused, pausing
 from llmquant.products import forwards_in, matmul
 from llmquant.recipe import Recipe
@@ -113,8 +114,10 @@ def quantize_block(
             hessians = runs.hessians_of_all(steps)
         for position, step in enumerate(steps):
             hessian = hessians[position] if recipe.passes == "block" else runs.hessian(position, step)
+            trim(SLACK)
             done += _solve(skeleton, step.specs, hessian, recipe, step.propagation)
             runs.weights_changed(step)
+            trim(SLACK)
         if advance:
             runs.finish()
         runs.close()

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from llmquant.calibration import BATCH_TOKENS
 from llmquant.checkpoint import as_original, stored_forms
 from llmquant.errors import CalibrationError, LLMQuantError, OutputError
 from llmquant.export import check_exports
@@ -157,7 +158,7 @@ def estimate(
             found.warn(str(finding))
     tokens = _tokens(found, source, skeleton, recipe, bool(lanes))
     sizes = _stream_sizes(skeleton, recipe, tokens, lanes)
-    _memory(found, plan, skeleton, sizes, budget)
+    _memory(found, plan, skeleton, tokens, sizes, budget)
     _disk(found, source, sum(spilled(sizes, budget).values()), GENERATIONS * sum(sizes.values()))
     target = Path(out) if out is not None else Path(f"{source.name.rpartition('/')[2]}-{recipe.scheme_name}")
     needed = found.disk["output"] + found.disk["streams in files"]
@@ -225,9 +226,11 @@ def _stream_sizes(skeleton: Skeleton, recipe: Recipe, tokens: Tokens, lanes: tup
     return sizes | dict.fromkeys(lanes, tokens.evaluation * row)
 
 
-def _memory(found: Estimate, plan: Plan, skeleton: Skeleton, sizes: dict[str, int], budget: int) -> None:
-    """A bound by parts: base + 2 blocks + 8 bytes x widest input squared + largest outer tensor + at most --max-ram
-    for streams and paused forwards."""
+def _memory(
+    found: Estimate, plan: Plan, skeleton: Skeleton, tokens: Tokens, sizes: dict[str, int], budget: int
+) -> None:
+    """A bound by parts: base + 2 blocks + 8 bytes x widest input squared + largest outer tensor + a batch's activations
+    + at most --max-ram for streams and paused forwards."""
     numel = {name: skeleton.get(name).numel() for name in skeleton.params}
     width = skeleton.dtype.itemsize
     blocks = Counter[int]()
@@ -235,6 +238,8 @@ def _memory(found: Estimate, plan: Plan, skeleton: Skeleton, sizes: dict[str, in
         if (block := skeleton.block_of(name)) is not None:
             blocks[block] += count * width
     outer = max((count * width for name, count in numel.items() if skeleton.block_of(name) is None), default=0)
+    inner = max(max(spec.shape) for spec in plan.specs)
+    batch = max(BATCH_TOKENS, tokens.seq_len, tokens.eval_seq_len) if tokens.calibration or tokens.evaluation else 0
     widest = max(spec.shape[1] for spec in plan.specs) if "calibration" in sizes else 0
     in_memory = sum(sizes.values()) - sum(spilled(sizes, budget).values())
     # What a forward holds when it pauses at its last step: residual stream and norm, gate, up and their product.
@@ -244,6 +249,8 @@ def _memory(found: Estimate, plan: Plan, skeleton: Skeleton, sizes: dict[str, in
         "two copies of the largest block": 2 * max(blocks.values()),
         "Hessian and drift of the widest input": 8 * widest**2,
         "largest embedding or head": outer,
+        # Residual stream, norm, attention's inputs and result; gate, up, activation and product.
+        "activations of a batch": batch * width * (8 * skeleton.hidden_size + 4 * inner),
         "streams in memory": in_memory,
         "paused forwards": min(budget - in_memory, 2 * held) if widest else 0,
     }

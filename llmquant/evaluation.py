@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llmquant.calibration import Windows
 from llmquant.errors import SolveError
+from llmquant.memory import SLACK, trim
 from llmquant.streams import Stream, Streams
 
 Array = NDArray[np.float64]
@@ -80,15 +81,16 @@ class Lanes:
 
     def advance(self, name: str, block: Callable[[Tensor], Tensor]) -> None:
         self.streams[name].update(block)
+        trim(SLACK)
 
     def relative_errors(self, tokens: int = 2**14) -> dict[str, float]:
         """||h_lane - h|| / ||h|| of every lane but the first, over the first `tokens` tokens (files are slow)."""
         names, seen = list(self.streams), 0
         power, squares = 0.0, dict.fromkeys(names[1:], 0.0)
         for reference, *others in zip(*self.streams.values(), strict=True):
-            power += float(reference.double().square().sum())
+            power += float(torch.linalg.vector_norm(reference.float())) ** 2
             for name, hidden in zip(names[1:], others, strict=True):
-                squares[name] += float((hidden.double() - reference.double()).square().sum())
+                squares[name] += float(torch.linalg.vector_norm(hidden.float() - reference.float())) ** 2
             seen += reference.shape[0] * reference.shape[1]
             if seen >= tokens:
                 break

@@ -81,6 +81,7 @@ def test_70b_is_planned_from_its_headers_within_seconds(tmp_path: Path, monkeypa
         "two copies of the largest block": 2 * 4 * block,
         "Hessian and drift of the widest input": 8 * 28672**2,
         "largest embedding or head": 4 * 128256 * 8192,
+        "activations of a batch": 2048 * 4 * (8 * 8192 + 4 * 28672),
         "streams in memory": 65536 * 8192 * 4,  # one lane; two are over 4 GB, and each calibration stream alone
         "paused forwards": 4_000_000_000 - 65536 * 8192 * 4,
     }
