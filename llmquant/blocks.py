@@ -22,6 +22,7 @@ from llmquant.recipe import Recipe
 from llmquant.report import LayerReport
 from llmquant.skeleton import Skeleton
 from llmquant.solvers import DATA_FREE, SOLVERS, LayerTask, Solution, SolveOptions
+from llmquant.solvers.base import pieces
 from llmquant.solvers.refine import default_sweeps
 from llmquant.streams import Stream
 from llmquant.tape import Call, Calls
@@ -288,6 +289,7 @@ def _solve(
                 raise SolveError(
                     name, f"its input has {notes[0]}", remedy="another --dtype, or accept it with --on-bad-layer rtn"
                 )
+    # All rows stacked are a copy: the solver's, let go before the parts are reported.
     weight_OI = torch.cat(weights) if len(weights) > 1 else weights[0]
     drift_OI, drift_II = None, None if hessian is None else hessian.take_drift()
     if drift_II is not None and len(weight_OI) <= len(drift_II):
@@ -303,14 +305,16 @@ def _solve(
         on_bad_layer=recipe.on_bad_layer,
     )
     solution = SOLVERS[recipe.method](task, options)
-    return _split(skeleton, step, weights, task, solution, recipe, notes)
+    del task, weight_OI, drift_OI, drift_II
+    return _split(skeleton, step, weights, H_II, n_tokens, solution, recipe, notes)
 
 
 def _split(
     skeleton: Skeleton,
     step: Sequence[LinearSpec],
     weights: Sequence[Tensor],
-    task: LayerTask,
+    H_II: Tensor | None,
+    n_tokens: int,
     solution: Solution,
     recipe: Recipe,
     notes: tuple[str, ...],
@@ -328,7 +332,8 @@ def _split(
             dense,
             solution.target_OI[rows],
             float(solution.loss_O[rows].sum()),
-            task,
+            H_II,
+            n_tokens,
             recipe,
             notes + solution.notes,
         )
@@ -344,23 +349,28 @@ def _report(
     dense_OI: Tensor,
     target_OI: Tensor,
     loss: float,
-    task: LayerTask,
+    H_II: Tensor | None,
+    n_tokens: int,
     recipe: Recipe,
     notes: tuple[str, ...],
 ) -> LayerReport:
     power = _square(weight_OI)
-    weight_error = _square(weight_OI - dense_OI) / power if power else 0.0
+    weight_error = rtn_loss = energy = 0.0
+    for part in pieces(weight_OI):  # differences of all rows at once would be the peak of a run's memory
+        weight_error += _square(weight_OI[part] - dense_OI[part]) / power if power else 0.0
+        if H_II is not None:
+            plain_OI = round_to_nearest(weight_OI[part], spec.scheme)
+            rtn_loss += float(quadratic(target_OI[part] - plain_OI, H_II).sum())
+            energy += float(quadratic(weight_OI[part], H_II).sum())
     rows, columns = spec.shape
     bits = FORMATS[recipe.format].weight_bits(spec) / (rows * columns)
     spread = histograms(weight_OI, quantized)
-    if task.H_II is None:
+    if H_II is None:
         return LayerReport(spec.module, None, None, None, weight_error, bits, 0, notes, spread)
-    plain_OI = round_to_nearest(weight_OI, spec.scheme)
-    rtn_loss, energy = (float(quadratic(x_OI, task.H_II).sum()) for x_OI in (target_OI - plain_OI, weight_OI))
     relative = loss / energy if energy else 0.0
     if not all(map(math.isfinite, (loss, rtn_loss, relative))):  # a Hessian that overflowed measures nothing
-        return LayerReport(spec.module, None, None, None, weight_error, bits, task.n_tokens, notes, spread)
-    return LayerReport(spec.module, loss, rtn_loss, relative, weight_error, bits, task.n_tokens, notes, spread)
+        return LayerReport(spec.module, None, None, None, weight_error, bits, n_tokens, notes, spread)
+    return LayerReport(spec.module, loss, rtn_loss, relative, weight_error, bits, n_tokens, notes, spread)
 
 
 def _square(weight_OI: Tensor) -> float:

@@ -172,6 +172,7 @@ class _Pass:
             with self.watch.stage("write"):
                 self.run.commit_block(self._body(solved))
             self._say(index, n_blocks, solved, time.perf_counter() - begin)
+            del solved  # a block's codes; the next block would come on top of them
             if self.snapshots.due():
                 with self.watch.stage("snapshot"):
                     self.snapshots.save()

@@ -11,7 +11,7 @@ from llmquant.errors import SolveError
 from llmquant.grid import QuantizedWeight, QuantScheme, absmax_scales, quantize_to_grid, round_scales, search_grid
 from llmquant.hessian import Hessian
 from llmquant.solvers import DATA_FREE, SOLVERS, LayerTask, Solution, SolveOptions
-from llmquant.solvers import gptq as gptq_module
+from llmquant.solvers import base as base_module
 from llmquant.solvers import refine as refine_module
 from llmquant.solvers.gptq import solve_gptq
 from llmquant.solvers.refine import refine
@@ -406,8 +406,8 @@ def test_rows_solved_in_pieces_are_solved_as_all_at_once(symmetric: bool, monkey
     task = replace(propagation_task(bits=3)[0], scheme=QuantScheme(3, 32, symmetric))
     options = SolveOptions(propagation=0.5, refit=True, sweeps=2)
     whole = solve_gptq(task, options)
-    monkeypatch.setattr(gptq_module, "_AT_ONCE", 5 * 64)
-    assert len(gptq_module._pieces(task.weight_OI)) == -(-task.weight_OI.shape[0] // 5) > 1
+    monkeypatch.setattr(base_module, "_AT_ONCE", 5 * 64)
+    assert len(base_module.pieces(task.weight_OI)) == -(-task.weight_OI.shape[0] // 5) > 1
     pieces = solve_gptq(task, options)
     assert torch.equal(pieces.weight.dequantize(), whole.weight.dequantize())
     assert torch.equal(pieces.weight.codes_OI, whole.weight.codes_OI)

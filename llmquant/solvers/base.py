@@ -4,10 +4,21 @@ Shapes: O out_features (the rows of all linears that share the input, stacked), 
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor
 
 from llmquant.grid import QuantizedWeight, QuantScheme
+
+_AT_ONCE = 2**24  # weights: a solver holds up to six copies of them, and H and its factor beside
+
+
+def pieces(weight_OI: Tensor) -> list[slice]:
+    """Even ranges of rows, which are problems of their own, of at most `_AT_ONCE` weights on the CPU."""
+    rows, columns = weight_OI.shape
+    n = -(-rows * columns // _AT_ONCE) if weight_OI.device.type == "cpu" else 1
+    bounds = [rows * i // n for i in range(n + 1)]
+    return [slice(*ends) for ends in pairwise(bounds)]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ Shapes: O out_features, I in_features, G groups.
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -20,12 +19,11 @@ from llmquant.errors import SolveError
 from llmquant.grid import QuantizedWeight, QuantScheme, plain_grid, search_grid, stacked
 from llmquant.hessian import default_damp, factor, quadratic, ridge
 from llmquant.products import matmul
-from llmquant.solvers.base import LayerTask, Solution, SolveOptions
+from llmquant.solvers.base import LayerTask, Solution, SolveOptions, pieces
 from llmquant.solvers.refine import refine
 from llmquant.solvers.rtn import solve_rtn
 
 _INSIDE = 32  # columns corrected one by one; beyond them by products
-_AT_ONCE = 2**24  # weights: the steps below hold up to six copies of them, and H and its factor beside
 
 _Grid = Callable[[Tensor, Tensor, QuantScheme], tuple[Tensor, Tensor | None]]
 _GRIDS: dict[str, _Grid] = {
@@ -64,13 +62,13 @@ def solve_gptq(task: LayerTask, options: SolveOptions) -> Solution:
     U_II, damp, tries = factored
     lam = ridge(float(diagonal.mean()), damp)
     target_OI = _target(task, options.propagation, U_II, order)
-    pieces, weights, losses = _pieces(weight_OI), [], []
-    for rows in pieces:
+    ranges, weights, losses = pieces(weight_OI), [], []
+    for rows in ranges:
         scales_OG, zeros_OG = _GRIDS[options.grid](target_OI[rows], diagonal + lam, scheme)
         codes_OI = ldlq(target_OI[rows], U_II, scales_OG, zeros_OG, scheme, order, options.block_size)
         weights.append(QuantizedWeight(codes_OI, scales_OG.float(), scheme, zeros_OG))
     del U_II, factored
-    for number, rows in enumerate(pieces):
+    for number, rows in enumerate(ranges):
         weights[number] = refine(weights[number], target_OI[rows], H_II, lam, options)
         losses.append(quadratic(target_OI[rows] - weights[number].dequantize(weight_OI.dtype), H_II))
     weight, loss_O = stacked(weights), torch.cat(losses)
@@ -80,14 +78,6 @@ def solve_gptq(task: LayerTask, options: SolveOptions) -> Solution:
     if n_dead := int((diagonal == 0).sum()):
         notes.append(f"{n_dead} of {in_features} inputs are zero on all calibration tokens: rounded to nearest")
     return Solution(weight, loss_O, target_OI, tuple(notes))
-
-
-def _pieces(weight_OI: Tensor) -> list[slice]:
-    """Even ranges of rows, which are problems of their own, of at most `_AT_ONCE` weights on the CPU."""
-    rows, columns = weight_OI.shape
-    n = -(-rows * columns // _AT_ONCE) if weight_OI.device.type == "cpu" else 1
-    bounds = [rows * i // n for i in range(n + 1)]
-    return [slice(*ends) for ends in pairwise(bounds)]
 
 
 def _target(task: LayerTask, strength: float, U_II: Tensor, order: Tensor) -> Tensor:
@@ -100,7 +90,7 @@ def _target(task: LayerTask, strength: float, U_II: Tensor, order: Tensor) -> Te
     if not strength or drift_XI is None:
         return weight_OI
     moved_XI = torch.empty_like(drift_XI)
-    for rows in _pieces(drift_XI):
+    for rows in pieces(drift_XI):
         moved_XI[rows] = divided(drift_XI[rows], U_II, order)
     if task.drift_II is not None:
         moved_XI = matmul(weight_OI, moved_XI)
