@@ -151,3 +151,15 @@ def test_propagation_leaves_less_output_error_than_going_without(
             gap = model.get_decoder()(windows.ids)[0] - original.get_decoder()(windows.ids)[0]
         errors.append(float(gap.square().sum()))
     assert errors[1] < errors[0]
+
+
+def test_a_report_made_in_pieces_is_that_of_all_rows(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = llmquant.make_recipe("x", flags=TINY)
+    whole = llmquant.quantize(tiny_model("llama"), recipe, tmp_path / "whole").data["layers"]
+    monkeypatch.setattr(blocks, "pieces", lambda weight: [slice(i, i + 5) for i in range(0, len(weight), 5)])
+    parts = llmquant.quantize(tiny_model("llama"), recipe, tmp_path / "parts").data["layers"]
+    for one, other in zip(whole, parts, strict=True):
+        for key in ("loss", "rtn_loss", "relative_error", "weight_error"):
+            assert other[key] == pytest.approx(one[key], rel=1e-5)
