@@ -17,16 +17,16 @@ from typing import Any
 import torch
 import typer
 
-from llmquant import lint
-from llmquant.arguments import ALIASES
 from llmquant.checkpoint import READERS
-from llmquant.cli import app
-from llmquant.console import show_report
+from llmquant.cli.app import app
+from llmquant.cli.console import show_report
+from llmquant.cli.spellings import ALIASES
 from llmquant.errors import FormatError
 from llmquant.formats import DENSE, FORMATS, LinearSpec
-from llmquant.grid import QuantScheme
+from llmquant.formats import runtimes as lint
+from llmquant.quant.grid import QuantScheme
 from llmquant.recipe import CHOICES
-from llmquant.report import Report
+from llmquant.report.data import Report
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -6,7 +6,7 @@ The same as `llmquant compare`, as a starting point for scripts of your own.
 import argparse
 
 import llmquant
-from llmquant.report import describe_evaluation, differences_table, lanes_table
+from llmquant.report.tables import describe_evaluation, differences_table, lanes_table
 
 
 def main() -> None:

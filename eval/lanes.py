@@ -14,9 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import llmquant
-from llmquant.calibration import evaluation_windows
-from llmquant.source import open_source
-from llmquant.tokenizer import load_tokenizer
+from llmquant.source.resolve import open_source
+from llmquant.text.tokenizer import load_tokenizer
+from llmquant.text.windows import evaluation_windows
 
 
 def main() -> None:

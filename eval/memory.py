@@ -17,7 +17,7 @@ from pathlib import Path
 CHILD = """
 import json, sys
 import llmquant
-from llmquant.estimate import estimate
+from llmquant.preflight.estimate import estimate
 recipe = llmquant.make_recipe("x", flags=json.loads(sys.argv[3]))
 report = llmquant.quantize(sys.argv[1], recipe, sys.argv[2], max_ram="64MB")
 plan = estimate(sys.argv[1], recipe, sys.argv[2] + "-2", max_ram="64MB")

@@ -6,7 +6,7 @@
 import argparse
 
 import llmquant
-from llmquant.report import describe_evaluation
+from llmquant.report.tables import describe_evaluation
 
 
 def main() -> None:

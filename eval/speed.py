@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from memory import build
 
-from llmquant.hessian import default_propagation
-from llmquant.products import linear, matmul, sums_of
-from llmquant.solvers.refine import default_sweeps
+from llmquant.quant.hessian import default_propagation
+from llmquant.quant.matmul import linear, matmul, sums_of
+from llmquant.quant.solvers.refine import default_sweeps
 
 SHAPES = {
     "small": {"hidden": 2048, "ffn": 5632, "blocks": 2, "heads": 32, "kv_heads": 8, "vocab": 4096},
@@ -134,7 +134,7 @@ def _time(name: str, stage: str, seconds: dict[str, float], open_stages: list[st
             if open_stages:
                 seconds[open_stages[-1]] -= spent
 
-    if function in (table := importlib.import_module("llmquant.solvers.gptq")._GRIDS).values():
+    if function in (table := importlib.import_module("llmquant.quant.solvers.gptq")._GRIDS).values():
         table.update({key: timed for key, value in table.items() if value is function})
     setattr(owner, leaf, timed)
 

@@ -19,9 +19,9 @@ import numpy as np
 
 from llmquant.checkpoint import open_checkpoint
 from llmquant.comparison import Lane
-from llmquant.job import pick_device, pick_dtype
-from llmquant.skeleton import Skeleton
-from llmquant.tokenizer import load_tokenizer
+from llmquant.model.devices import pick_device, pick_dtype
+from llmquant.model.skeleton import Skeleton
+from llmquant.text.tokenizer import load_tokenizer
 
 Values = dict[tuple[str, str, str], dict[int, Any]]  # (task, metric, filter) -> document -> its value
 

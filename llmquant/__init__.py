@@ -7,15 +7,16 @@ print(report.lanes["llmquant"]["kl_mean"])
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from llmquant import versions
 
 if TYPE_CHECKING:
     from llmquant.comparison import compare, evaluate
     from llmquant.errors import LLMQuantError
     from llmquant.pipeline import quantize
     from llmquant.recipe import Recipe, make_recipe
-    from llmquant.report import Report
+    from llmquant.report.data import Report
 
+__version__ = versions.VERSION
 __all__ = ["LLMQuantError", "Recipe", "Report", "compare", "evaluate", "make_recipe", "quantize"]
 
 _HOME = {
@@ -25,7 +26,7 @@ _HOME = {
     "Recipe": "recipe",
     "make_recipe": "recipe",
     "quantize": "pipeline",
-    "Report": "report",
+    "Report": "report.data",
 }
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from llmquant.cli import main
+from llmquant.cli.app import main
 
 
 def run() -> None:

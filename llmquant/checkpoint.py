@@ -8,12 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from llmquant.errors import SourceError
-from llmquant.gguf_blocks import gguf
-from llmquant.gguf_source import open_gguf_file, open_gguf_of
-from llmquant.packed import LAYOUTS, PackedLinear
-from llmquant.safetensors_header import TensorInfo
-from llmquant.small_floats import SMALL_FLOATS
-from llmquant.source import OnlyGGUFError, Source, open_source
+from llmquant.gguf.blocks import gguf
+from llmquant.gguf.source import open_gguf_file, open_gguf_of
+from llmquant.source.base import OnlyGGUFError, Source
+from llmquant.source.header import TensorInfo
+from llmquant.source.layouts import LAYOUTS, PackedLinear
+from llmquant.source.resolve import open_source
+from llmquant.source.small_floats import SMALL_FLOATS
 
 READERS = {**LAYOUTS, "gguf": gguf}
 

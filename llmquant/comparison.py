@@ -13,22 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmquant.blocks import forward_of
-from llmquant.calibration import Windows
+from llmquant.blocks.quantize import forward_of
 from llmquant.checkpoint import bits_per_weight, open_checkpoint
 from llmquant.errors import SourceError
-from llmquant.evaluation import Figures, Lanes, TokenScores, bootstrap_ratio, figures, standard_error
-from llmquant.job import ORIGINAL, pick_device, pick_dtype, prepare_evaluation
-from llmquant.log import Event, Log, silent, stages_of
+from llmquant.job import prepare_evaluation
+from llmquant.lanes.scores import ORIGINAL, Figures, Lanes, TokenScores, bootstrap_ratio, figures, standard_error
+from llmquant.log import Event, Log, Stopwatch, silent, stages_of
 from llmquant.memory import trim
+from llmquant.model.devices import pick_device, pick_dtype
+from llmquant.model.skeleton import Skeleton
+from llmquant.model.streams import Streams
+from llmquant.model.tape import Calls
 from llmquant.recipe import Recipe, make_recipe, parse_size
-from llmquant.remote_code import announce
-from llmquant.report import SCHEMA_VERSION, LaneReport, Report, Stopwatch, evaluation_report, versions
-from llmquant.skeleton import Skeleton
-from llmquant.source import Source
-from llmquant.streams import Streams
-from llmquant.tape import Calls
-from llmquant.tokenizer import load_tokenizer
+from llmquant.report.data import SCHEMA_VERSION, LaneReport, Report, evaluation_report
+from llmquant.source.base import Source
+from llmquant.text.tokenizer import load_tokenizer
+from llmquant.text.windows import Windows
+from llmquant.versions import versions
 
 
 @dataclass
@@ -106,7 +107,7 @@ def score_tokens(
     with watch.stage("prepare"):
         sources = [open_checkpoint(path, trust_remote_code=trust_remote_code) for path in paths]
         for source in sources:
-            announce(source, log)
+            source.announce_code(log)
         lanes = _open(sources, recipe, named_reference=reference is not None)
         first = next(iter(lanes.values()))
         tokenizer = load_tokenizer(first.source)

@@ -16,7 +16,9 @@ A run that Ctrl-C or SIGTERM ended exits with 75: the same command goes on.
 The message is one line: `where: got; expected ...; remedy`.
 """
 
+import difflib
 import re
+from collections.abc import Iterable
 
 # What other libraries put into their messages and nobody should find in a log: tokens, passwords, signed URLs.
 _SECRETS = re.compile(r"\bhf_\w{8,}|(?<=://)[^/\s@]+(?=@)|(?<=\?)[^\s'\"<>]*(?:[Ss]ignature|[Tt]oken)=[^\s'\"<>]*")
@@ -71,3 +73,10 @@ class HubError(LLMQuantError):
 
 class Interrupted(BaseException):
     """A signal; like KeyboardInterrupt, nothing that catches errors may catch it."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The remedy for a name that is not among `known`."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"

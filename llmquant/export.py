@@ -10,23 +10,23 @@ from typing import Any
 
 import torch
 
-from llmquant.card import make_card
 from llmquant.checkpoint import PackedSource, open_checkpoint
 from llmquant.errors import FormatError, SourceError
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.formats.base import Layout
-from llmquant.grid import QuantizedWeight, QuantScheme
-from llmquant.lint import verdicts
+from llmquant.formats.runtimes import verdicts
 from llmquant.log import Log, silent
-from llmquant.meta_model import is_linear
-from llmquant.output import open_output
-from llmquant.packed import PackedLinear
+from llmquant.model.meta import is_linear
+from llmquant.model.skeleton import Skeleton
+from llmquant.output.containers import open_output
 from llmquant.plan import Plan, Row
+from llmquant.quant.grid import QuantizedWeight, QuantScheme
 from llmquant.recipe import parse_size
-from llmquant.remote_code import announce
+from llmquant.report.card import make_card
 from llmquant.run_dir import RunDir
-from llmquant.skeleton import Skeleton
-from llmquant.source import Source, natural_key
+from llmquant.source.base import Source
+from llmquant.source.layouts import PackedLinear
+from llmquant.source.names import natural_key
 
 
 def export(
@@ -46,7 +46,7 @@ def export(
     Raises SourceError where `model` holds no integer grid, FormatError where the format cannot hold it.
     """
     source = open_packed(model, trust_remote_code=trust_remote_code)
-    announce(source, log)
+    source.announce_code(log)
     exporter = Export(source, format_name, gguf_pre)
     run = RunDir(Path(out), overwrite=overwrite, needed_bytes=exporter.plan.output_bytes + source.side_bytes)
     with run:

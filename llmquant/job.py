@@ -9,25 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.baselines import BASELINES, default_baselines
-from llmquant.calibration import Windows, calibration_windows, check_ids, evaluation_windows
 from llmquant.checkpoint import open_original
-from llmquant.errors import RecipeError
+from llmquant.lanes.baselines import pick_baselines
+from llmquant.lanes.scores import ORIGINAL, OURS
 from llmquant.log import Log
-from llmquant.output import Output, open_output
-from llmquant.overlap import refuse_overlap
+from llmquant.model.devices import pick_device, pick_dtype, pick_products
+from llmquant.model.skeleton import Skeleton
+from llmquant.output.containers import Output, open_output
 from llmquant.plan import Plan, make_plan
-from llmquant.products import pick_products
+from llmquant.quant.solvers import DATA_FREE
 from llmquant.recipe import Recipe
-from llmquant.remote_code import announce
-from llmquant.report import versions
-from llmquant.skeleton import Skeleton
-from llmquant.solvers import DATA_FREE
-from llmquant.source import Source
-from llmquant.source_card import read_card
-from llmquant.tokenizer import load_tokenizer
-
-ORIGINAL, OURS = "original", "llmquant"
+from llmquant.source.base import Source
+from llmquant.source.card import read_card
+from llmquant.text.overlap import refuse_overlap
+from llmquant.text.tokenizer import load_tokenizer
+from llmquant.text.windows import Windows, calibration_windows, check_ids, evaluation_windows
+from llmquant.versions import versions
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,7 @@ def prepare(
 ) -> Job:
     """Open, check and plan; every error that can be known before hours of work is raised here."""
     source = open_original(model, revision, trust_remote_code=trust_remote_code)
-    announce(source, log)
+    source.announce_code(log)
     device = pick_device(recipe.device)
     skeleton = Skeleton(source, device, pick_dtype(recipe.dtype, device, source))
     products = pick_products(recipe.products, device, skeleton.dtype, recipe.bits)
@@ -156,41 +153,3 @@ def refuse_damaged_weights(source: Source) -> str:
                 digest.update(name.encode() + b"\0")
                 digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def pick_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise RecipeError(
-                "--device", f"{device}, but this torch sees no GPU", remedy="use --device cpu or a CUDA build of torch"
-            )
-        if (torch.device(device).index or 0) >= torch.cuda.device_count():
-            raise RecipeError(
-                "--device",
-                f"{device}, but there are {torch.cuda.device_count()} GPUs",
-                expected=f"an index below {torch.cuda.device_count()}",
-            )
-    return torch.device(device)
-
-
-def pick_dtype(dtype: str, device: torch.device, source: Source) -> torch.dtype:
-    """float32 on the CPU; on a GPU the dtype of the checkpoint's largest tensor, where torch computes in it."""
-    if dtype != "auto":
-        picked: torch.dtype = getattr(torch, dtype)
-        return picked
-    largest = max(source.tensors.values(), key=lambda info: info.nbytes, default=None)
-    if device.type == "cpu" or largest is None or largest.dtype not in (torch.bfloat16, torch.float16):
-        return torch.float32
-    return largest.dtype
-
-
-def pick_baselines(recipe: Recipe) -> tuple[str, ...]:
-    """Names of the baseline lanes: `auto`, `none` or a comma-separated list."""
-    if recipe.baselines == "auto":
-        return default_baselines(recipe.bits)
-    names = () if recipe.baselines == "none" else tuple(name.strip() for name in recipe.baselines.split(","))
-    if unknown := [name for name in names if name not in BASELINES]:
-        raise RecipeError("--baselines", repr(unknown[0]), expected=f"auto, none or some of {', '.join(BASELINES)}")
-    return tuple(dict.fromkeys(names))

@@ -1,8 +1,14 @@
 """What a run says of itself: a log is any function of a line of text; it may also want to hear of stages."""
 
 import logging
-from collections.abc import Callable
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
+
+from llmquant.memory import peak_rss
 
 Log = Callable[[str], None]
 
@@ -59,3 +65,35 @@ def calm_libraries() -> None:
     """Libraries' notes about optional kernels and dataset cards are not about this job."""
     for library in ("bitsandbytes", "huggingface_hub", "datasets"):
         logging.getLogger(library).setLevel(logging.ERROR)
+
+
+@dataclass
+class Stopwatch:
+    """Seconds by stage; `on_stage` hears of each as it begins."""
+
+    on_stage: Callable[[str], None] = silent
+    seconds: dict[str, float] = field(default_factory=dict)
+    start: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        self.on_stage(name)
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def cost(self) -> dict[str, Any]:
+        """Times, memory and machine: all that may differ between two runs of the same job."""
+        import torch
+
+        return {
+            "schema_version": 1,
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            "total_seconds": round(time.perf_counter() - self.start, 3),
+            "peak_rss_bytes": peak_rss(),
+            "threads": torch.get_num_threads(),
+            "machine": f"{platform.system()} {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }

@@ -10,28 +10,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.baselines import BASELINES
-from llmquant.blocks import CalibrationStreams, Solved, forward_of, get_weight, quantize_block, set_weight
-from llmquant.card import make_card
-from llmquant.check import check_config
+from llmquant.blocks.measure import LayerReport
+from llmquant.blocks.quantize import CalibrationStreams, Solved, forward_of, get_weight, quantize_block, set_weight
+from llmquant.blocks.snapshots import Snapshots, snapshot_bytes
 from llmquant.checkpoint import stored_forms
 from llmquant.comparison import noise_floor
 from llmquant.errors import ResumeError
-from llmquant.evaluation import Figures, Lanes, figures
 from llmquant.export import check_exports, export_beside
 from llmquant.formats import FORMATS, LinearSpec
-from llmquant.html_report import make_html
-from llmquant.job import ORIGINAL, OURS, Job, fingerprint, prepare, refuse_damaged_weights
-from llmquant.lint import refuse_runtimes, verdicts
-from llmquant.log import Event, Log, Scored, silent, stages_of
+from llmquant.formats.runtimes import refuse_runtimes, verdicts
+from llmquant.job import Job, fingerprint, prepare, refuse_damaged_weights
+from llmquant.lanes.baselines import BASELINES
+from llmquant.lanes.scores import ORIGINAL, OURS, Figures, Lanes, figures
+from llmquant.log import Event, Log, Scored, Stopwatch, silent, stages_of
 from llmquant.memory import trim
+from llmquant.model.streams import Stream, Streams, spilled
+from llmquant.model.tape import Calls
+from llmquant.output.check import check_config
 from llmquant.plan import Row
 from llmquant.recipe import Recipe, make_recipe, parse_size
-from llmquant.report import SCHEMA_VERSION, LaneReport, LayerReport, Report, Stopwatch, evaluation_report, versions
+from llmquant.report.card import make_card
+from llmquant.report.data import SCHEMA_VERSION, LaneReport, Report, evaluation_report
+from llmquant.report.html import make_html
 from llmquant.run_dir import RunDir
-from llmquant.snapshots import GENERATIONS, Snapshots
-from llmquant.streams import Stream, Streams, spilled
-from llmquant.tape import Calls
+from llmquant.versions import versions
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -55,7 +57,7 @@ def quantize(
     max_ram   what the streams of hidden states may hold before they go to files
     resume    go on with an interrupted run of the same job: "auto", "required", or "never" (throw it away)
     runtimes  that must open the result (names of `lint.RUNTIMES`), or FormatError before any work
-    trust_remote_code  Python code of the checkpoint may be run (`remote_code.py`)
+    trust_remote_code  Python code of the checkpoint may be run (`source/remote_code.py`)
     Returns the report that is also written beside the weights. Raises an LLMQuantError; `out` is then as it was, and
     finished blocks are kept in `<out>.partial`.
     """
@@ -74,7 +76,7 @@ def quantize(
             target,
             overwrite=overwrite,
             needed_bytes=needed,
-            streams_bytes=GENERATIONS * sum(sizes.values()),
+            streams_bytes=snapshot_bytes(sizes),
             resume=resume,
             fingerprint=fingerprint(job, refuse_damaged_weights(job.source)),
             threads=torch.get_num_threads(),

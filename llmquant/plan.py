@@ -9,11 +9,12 @@ import torch
 from llmquant.errors import RecipeError, SourceError
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.formats.base import Layout
-from llmquant.grid import QuantScheme
-from llmquant.meta_model import is_conv1d, is_linear
+from llmquant.model.meta import is_conv1d, is_linear
+from llmquant.model.skeleton import Skeleton
+from llmquant.quant.grid import QuantScheme
 from llmquant.recipe import Recipe
-from llmquant.skeleton import Skeleton
-from llmquant.source import Source, natural_key
+from llmquant.source.base import Source
+from llmquant.source.names import natural_key
 
 _STORABLE = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -1,14 +1,13 @@
 """Everything that decides the output: defaults < recipe file < flags, frozen into a Recipe."""
 
-import difflib
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from llmquant.errors import RecipeError
+from llmquant.errors import RecipeError, did_you_mean
 
 # What the small built-in model changes: its context is short and its text fits in seconds.
 DEMO_DEFAULTS: dict[str, Any] = {"seq_len": 512, "eval_data": "builtin", "eval_tokens": 32768, "eval_seq_len": 512}
@@ -183,13 +182,6 @@ def _check_type(name: str, value: Any) -> None:
         raise RecipeError(f"recipe: {name}", f"{value!r}", expected=expected)
     if isinstance(value, list | tuple) and not all(isinstance(item, str) for item in value):
         raise RecipeError(f"recipe: {name}", f"{value!r}", expected="a list of texts")
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The remedy for a name that is not among `known`."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
 
 
 def _flag(name: str) -> str:

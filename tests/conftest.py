@@ -9,8 +9,9 @@ import tiny
 import torch
 from broken import files, run
 
-from llmquant import pipeline, snapshots
-from llmquant.corpus import DATASETS, Text
+from llmquant import pipeline
+from llmquant.blocks import snapshots
+from llmquant.text.corpus import DATASETS, Text
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network; the fake Hub's run in a child process
 # One core per worker of pytest-xdist; a forked child could not use the threads of its parent.

@@ -1,5 +1,6 @@
 """GGUF files for tests: of our own models, and as others write them, by the package gguf."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,13 @@ import numpy as np
 import pytest
 import tiny
 from safetensors.torch import load_file
-from test_gguf import ARCHITECTURES
 from transformers import AutoConfig
 
 import llmquant
-from llmquant.gguf_model import GGUFModel
-from llmquant.gguf_source import GGUFSource, open_gguf_file
-from llmquant.source import SINGLE
+from llmquant.export import export
+from llmquant.gguf.model import GGUFModel
+from llmquant.gguf.source import GGUFSource, open_gguf_file
+from llmquant.source.base import SINGLE
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -111,3 +112,56 @@ def foreign(
     writer.write_tensors_to_file()
     writer.close()
     return folder / "some-Q4_K_M.gguf"
+
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 256},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "phi3": {},
+}
+
+
+def quantized(model: Path | str, out: Path, **flags: Any) -> Path:
+    flags = {"group_size": 32, "method": "rtn", "eval_data": "none"} | flags
+    llmquant.quantize(model, llmquant.make_recipe("x", flags=flags), out)
+    return out
+
+
+def gguf_of(checkpoint: Path, **options: Any) -> Path:
+    (file,) = export(checkpoint, "gguf", checkpoint.with_name(f"{checkpoint.name}-gguf"), **options).glob("*.gguf")
+    return file
+
+
+# -- tokenizers ----------------------------------------------------------------------------------------
+def with_tokenizer(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    source = tiny.build(folder, tiny.ARCHITECTURES["llama"])
+    table = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    change(table)
+    (folder / "tokenizer.json").write_text(json.dumps(table))
+    return source
+
+
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+
+
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def splitter(digits: str, *, ignore_merges: bool) -> Callable[[dict[str, Any]], None]:
+    def change(table: dict[str, Any]) -> None:
+        split = {"type": "Split", "pattern": {"Regex": WORDS + digits + REST}, "behavior": "Isolated", "invert": False}
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+        table["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, level]}
+        table["model"]["ignore_merges"] = ignore_merges
+
+    return change
+
+
+TEXTS = [
+    "Hello world, it's 1234567 o'clock\n\n\n  and\tI'LL be  there!!",
+    " ünï 你好 a\r\n b  \n",
+    "x = {'a': [1, 22, 333]}",
+]

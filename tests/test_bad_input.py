@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, GPT2_ARCHITECTURE, LLAMA, build
 
-from llmquant.cli import main
-from llmquant.corpus import Text, load_text
-from llmquant.source import DEMO, INDEX, SINGLE
+from llmquant.cli.app import main
+from llmquant.demo import DEMO
+from llmquant.source.base import INDEX, SINGLE
+from llmquant.text.corpus import Text, load_text
 
 SMALL = [
     *("--samples", "4", "--seq-len", "32", "--eval-tokens", "64", "--eval-seq-len", "32", "--group-size", "32"),

@@ -11,15 +11,15 @@ import tiny
 import torch
 from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationScheme
+from linears import spec_of, weight_of
 from safetensors.torch import save_file
-from test_formats import spec_of, weight_of
 from torch import Tensor
 
 import llmquant
 from llmquant.checkpoint import PackedSource, open_checkpoint
 from llmquant.errors import SourceError
 from llmquant.formats import FORMATS
-from llmquant.packing import pack_rows
+from llmquant.formats.packing import pack_rows
 
 SPEC = spec_of(4, 32, (64, 96), module="m")
 WEIGHT = weight_of(SPEC)

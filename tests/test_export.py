@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 
 import llmquant
 from llmquant.checkpoint import PackedSource, open_checkpoint
-from llmquant.cli import main
+from llmquant.cli.app import main
 from llmquant.errors import FormatError, OutputError, RecipeError, SourceError
 from llmquant.export import export
 from llmquant.formats import FORMATS
-from llmquant.manifest import sha256
+from llmquant.output.verify_gguf import read_gguf
 from llmquant.recipe import FORMAT_NAMES
-from llmquant.source import open_source
-from llmquant.verify_gguf import read_gguf
+from llmquant.run_dir.manifest import sha256
+from llmquant.source.resolve import open_source
 
 FLAGS: dict[str, Any] = {"group_size": 32, "method": "rtn", "baselines": "none", "eval_tokens": 128, "eval_seq_len": 64}
 

@@ -14,8 +14,9 @@ import tiny
 import torch
 
 from llmquant.errors import SourceError
-from llmquant.skeleton import Skeleton
-from llmquant.source import INDEX, open_source
+from llmquant.model.skeleton import Skeleton
+from llmquant.source.base import INDEX
+from llmquant.source.resolve import open_source
 
 NUMBERS = (0, 1, -1, 2, 7, 255, 2**31, 2**32 + 1, 2**53, 2**62, 2**63, 10**30, -(2**63), 0.5, 1e308, 1e-9)
 OTHERS = (None, True, False, "", "x", "../x", "F32", [], [0], [[]], {}, {"a": {}}, "\x00", "\ud800", "é" * 300)

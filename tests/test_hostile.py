@@ -18,13 +18,14 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from llmquant.cli import main
-from llmquant.config_bounds import refuse_absurd
+from llmquant.cli.app import main
 from llmquant.errors import LLMQuantError, SourceError
-from llmquant.safetensors_header import MAX_HEADER_BYTES, parse_header
-from llmquant.skeleton import Skeleton
-from llmquant.source import INDEX, SINGLE, open_source
-from llmquant.tokenizer import load_tokenizer
+from llmquant.model.skeleton import Skeleton
+from llmquant.source.base import INDEX, SINGLE
+from llmquant.source.bounds import refuse_absurd
+from llmquant.source.header import MAX_HEADER_BYTES, parse_header
+from llmquant.source.resolve import open_source
+from llmquant.text.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 

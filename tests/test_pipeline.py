@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llmquant
+from llmquant.demo import DEMO
 from llmquant.errors import LLMQuantError, SolveError, SourceError
 from llmquant.formats import FORMATS, LinearSpec
-from llmquant.grid import QuantizedWeight, QuantScheme
-from llmquant.manifest import sha256
-from llmquant.source import open_source
+from llmquant.quant.grid import QuantizedWeight, QuantScheme
+from llmquant.run_dir.manifest import sha256
+from llmquant.source.names import natural_key
+from llmquant.source.resolve import open_source
 
 SMALL: dict[str, Any] = {
     "group_size": 32,
@@ -44,7 +46,7 @@ def dequantized_model(source: Path, out: Path) -> Any:
     modules = {layer["name"] for layer in report["layers"]}
     rows = [row for row in report["tensors"] if row["action"] == "quantized"]
     assert len(rows) == len(modules)
-    for row, module in zip(rows, sorted(modules, key=llmquant.source.natural_key), strict=True):
+    for row, module in zip(rows, sorted(modules, key=natural_key), strict=True):
         scheme = QuantScheme(row["bits"], row["group_size"], row["symmetric"])
         spec = LinearSpec(row["name"], module, "Linear", tuple(row["shape"]), torch.bfloat16, scheme)
         weight = FORMATS["compressed-tensors"].read(spec, stored.__getitem__)
@@ -70,7 +72,7 @@ def test_stock_transformers_opens_the_output_and_computes_the_same(
         assert torch.equal(logits, dequantized_model(source, out)(ids).logits)
     # What the pass over the blocks measured is what the loaded model does.
     tokenizer = AutoTokenizer.from_pretrained(out)
-    text = (llmquant.source.DEMO / "heldout.txt").read_text("utf-8")
+    text = (DEMO / "heldout.txt").read_text("utf-8")
     windows = torch.tensor(tokenizer(text)["input_ids"][:128]).view(2, 64)
     with torch.no_grad():
         loss = torch.stack([loaded(w[None], labels=w[None]).loss for w in windows]).mean()
@@ -181,7 +183,7 @@ def test_side_files_are_carried_and_the_manifest_lists_everything(
 def test_rtn_reads_no_calibration_text_and_runs_no_forward(
     tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmquant.skeleton import Skeleton
+    from llmquant.model.skeleton import Skeleton
 
     def never(*args: object) -> None:
         raise AssertionError("a forward pass")
@@ -216,7 +218,7 @@ def test_conv1d_models_are_solved_and_evaluated(tiny_model: Callable[[str], Path
     report = run(tiny_model("gpt2"), tmp_path / "out", format="fake", baselines="rtn")
     assert len(report.data["layers"]) == 12
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    text = (llmquant.source.DEMO / "heldout.txt").read_text("utf-8")
+    text = (DEMO / "heldout.txt").read_text("utf-8")
     windows = torch.tensor(AutoTokenizer.from_pretrained(tmp_path / "out")(text)["input_ids"][:128]).view(2, 64)
     with torch.no_grad():
         loss = torch.stack([loaded(w[None], labels=w[None]).loss for w in windows]).mean()
@@ -239,7 +241,7 @@ def test_stories260k_names_the_layers_no_group_divides_and_works_by_channel(shar
 def test_a_layer_without_a_definite_hessian_follows_the_policy(
     tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmquant.solvers import gptq
+    from llmquant.quant.solvers import gptq
 
     monkeypatch.setattr(gptq, "factor", lambda *arguments: None)
     with pytest.raises(SolveError, match=r"layers\.0.*on-bad-layer rtn"):

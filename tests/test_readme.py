@@ -5,7 +5,7 @@ import runpy
 import shlex
 from pathlib import Path
 
-from llmquant.cli import main
+from llmquant.cli.app import main
 from llmquant.recipe import Recipe, load_recipe, make_recipe, recipe_folder
 
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from llmquant.source import DEMO
+from llmquant.demo import DEMO
 
 COMMON: dict[str, Any] = {
     "vocab_size": 4096,

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import llmquant
-from llmquant.calibration import calibration_windows
+from llmquant.formats.packing import unpack_rows
 from llmquant.memory import peak_rss
-from llmquant.packing import unpack_rows
-from llmquant.report import describe_evaluation, lanes_table
-from llmquant.source import Source, open_source
-from llmquant.tokenizer import load_tokenizer
+from llmquant.report.tables import describe_evaluation, lanes_table
+from llmquant.source.base import Source
+from llmquant.source.resolve import open_source
+from llmquant.text.tokenizer import load_tokenizer
+from llmquant.text.windows import calibration_windows
 
 
 @dataclass

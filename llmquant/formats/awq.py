@@ -13,8 +13,8 @@ from torch import Tensor
 
 from llmquant.errors import SourceError
 from llmquant.formats.base import Layout, LinearSpec, half_dtype, require_plain, signed, unsigned
-from llmquant.grid import QuantizedWeight
-from llmquant.packing import pack_rows, unpack_rows
+from llmquant.formats.packing import pack_rows, unpack_rows
+from llmquant.quant.grid import QuantizedWeight
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds column ORDER[i] of its eight
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import FormatError
-from llmquant.grid import QuantizedWeight, QuantScheme
+from llmquant.quant.grid import QuantizedWeight, QuantScheme
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # tensor name -> dtype and shape
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from llmquant.errors import FormatError
 from llmquant.formats.base import Layout, LinearSpec, signed, unsigned
-from llmquant.grid import QuantizedWeight, QuantScheme
-from llmquant.packing import pack_rows, unpack_rows
+from llmquant.formats.packing import pack_rows, unpack_rows
+from llmquant.quant.grid import QuantizedWeight, QuantScheme
 
 
 class CompressedTensors:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from llmquant.formats.base import Layout, LinearSpec
-from llmquant.grid import QuantizedWeight
+from llmquant.quant.grid import QuantizedWeight
 
 
 class Fake:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmquant.errors import FormatError
 from llmquant.formats.base import Layout, LinearSpec, from_minima, require_plain, signed, unsigned
-from llmquant.grid import QuantizedWeight, QuantScheme
+from llmquant.quant.grid import QuantizedWeight, QuantScheme
 
 BLOCK = 32
 _KINDS = {(4, True): "Q4_0", (4, False): "Q4_1", (8, True): "Q8_0"}

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from llmquant.errors import FormatError
 from llmquant.formats.base import Layout, LinearSpec, half_dtype, in_block, require_plain, signed, unsigned
-from llmquant.grid import QuantizedWeight
-from llmquant.packing import pack_rows, unpack_rows
+from llmquant.formats.packing import pack_rows, unpack_rows
+from llmquant.quant.grid import QuantizedWeight
 
 _ZEROS = {4: 0x77777777, 8: 0x7F7F7F7F}
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from llmquant.errors import FormatError
 from llmquant.formats.base import Layout, LinearSpec, from_minima, require_plain, signed, unsigned
-from llmquant.grid import QuantizedWeight
-from llmquant.packing import pack_rows, unpack_rows
+from llmquant.formats.packing import pack_rows, unpack_rows
+from llmquant.quant.grid import QuantizedWeight
 
 
 class MLX:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmquant.errors import OutputError
-from llmquant.manifest import json_bytes
+from llmquant.run_dir.manifest import json_bytes
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk without room says
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2

@@ -11,14 +11,14 @@ from typing import Any, BinaryIO
 
 from llmquant.errors import OutputError, RecipeError, ResumeError, VerifyError
 from llmquant.formats.base import Layout
-from llmquant.manifest import COST, MANIFEST, facts, files_in, json_bytes, sha256
 from llmquant.run_dir.disk import FULL, Disk, disk_error, fsync_path, lock, replace_file
 from llmquant.run_dir.journal import Journal, Record
+from llmquant.run_dir.manifest import COST, MANIFEST, facts, files_in, json_bytes, sha256
+from llmquant.run_dir.shards import INDEX, lay_out_shards
 from llmquant.run_dir.stream_files import PREFIX, StreamFiles
 from llmquant.run_dir.target import allocated, check_exchange, check_space, check_target
 from llmquant.run_dir.tensor_files import TensorFiles
-from llmquant.safetensors_header import TensorInfo
-from llmquant.shards import INDEX, lay_out_shards
+from llmquant.source.header import TensorInfo
 
 _JOB, _JOURNAL = "job.json", "journal"
 

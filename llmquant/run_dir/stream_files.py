@@ -5,9 +5,9 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from llmquant.manifest import sha256
 from llmquant.run_dir.disk import FULL, Disk, fsync_path, write_all
 from llmquant.run_dir.journal import Record
+from llmquant.run_dir.manifest import sha256
 
 PREFIX = "streams-"
 

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 from llmquant.errors import OutputError
-from llmquant.manifest import MANIFEST
 from llmquant.run_dir.disk import Disk
+from llmquant.run_dir.manifest import is_finished
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
@@ -15,7 +15,7 @@ def check_target(out: Path, *, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise OutputError(str(out), "is a file", expected="a folder that does not exist yet")
     if out.is_dir() and any(out.iterdir()):
-        ours = (out / MANIFEST).is_file() and (out / "report.json").is_file()
+        ours = is_finished(out)
         if not ours:
             raise OutputError(str(out), "is not empty and not written by llmquant", remedy="choose another --out")
         if not overwrite:

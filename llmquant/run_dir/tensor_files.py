@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmquant.errors import ResumeError, VerifyError
 from llmquant.run_dir.disk import Disk, write_all
-from llmquant.safetensors_header import TensorInfo
+from llmquant.source.header import TensorInfo
 
 
 class TensorFiles:

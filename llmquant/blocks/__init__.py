@@ -1,0 +1,1 @@
+"""One block's work: inputs of its linears, Hessians, solve, dequantized weights set back; snapshots between blocks."""

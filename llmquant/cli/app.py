@@ -1,0 +1,67 @@
+"""The command line: a thin caller of the Python API."""
+
+import sys
+import traceback
+
+import typer
+
+from llmquant.cli import look
+from llmquant.cli.compare import compare, evaluate
+from llmquant.cli.export import export
+from llmquant.cli.options import EXAMPLES, JUDGE, MAKE, PUBLISH, RUN_EXAMPLES
+from llmquant.cli.progress import JsonLines
+from llmquant.cli.push import push
+from llmquant.cli.run import run
+from llmquant.cli.spellings import normalise, suggestion
+from llmquant.errors import Interrupted, LLMQuantError
+
+app = typer.Typer(
+    name="llmquant",
+    help="Quantize Hugging Face causal LMs block by block, and prove the result.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    epilog=EXAMPLES,
+)
+
+
+@app.callback()
+def _root() -> None:
+    pass
+
+
+app.command(rich_help_panel=MAKE, epilog=RUN_EXAMPLES)(run)
+app.command(
+    name="eval", rich_help_panel=JUDGE, epilog="Example:  llmquant eval --model ./demo-W4A16-G128 --reference demo"
+)(evaluate)
+app.command(rich_help_panel=JUDGE, epilog="Example:  llmquant compare ./a-W4A16-G128 ./b-W4A16-G128 --reference ./a")(
+    compare
+)
+app.command(rich_help_panel=MAKE, epilog="Example:  llmquant export ./out --format gguf --out ./out-gguf")(export)
+app.command(rich_help_panel=PUBLISH, epilog="Example:  llmquant push ./demo-W4A16-G128 --repo user/demo-W4A16-G128")(
+    push
+)
+look.register(app, run)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code. Every error of ours is one line on stderr."""
+    arguments = normalise(sys.argv[1:] if arguments is None else arguments, look.options_of(app))
+    try:
+        return int(app(args=arguments, prog_name="llmquant", standalone_mode=False) or 0)
+    except typer.TyperException as error:  # unknown options, missing values
+        message, code = suggestion(error) or error.format_message(), 2
+    except Interrupted:
+        message, code = "interrupted", 75
+    except typer.Abort:
+        message, code = "aborted", 1
+    except LLMQuantError as error:
+        message, code = str(error), error.exit_code
+        if "--debug" in arguments:
+            traceback.print_exc()
+    message = " ".join(message.split())
+    if arguments[:1] == ["run"] and "--json" in arguments:
+        JsonLines().say("error", message=message, exit_code=code)
+    else:
+        print(f"llmquant: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,204 @@
+"""`llmquant run`: every option of a quantization, and what is checked before it starts."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from llmquant.cli import look
+from llmquant.cli.console import show_report
+from llmquant.cli.options import DATA, TRUST, recipe_option, recipes_like
+from llmquant.cli.progress import progress, stoppable
+from llmquant.cli.push import check_login, push_result
+from llmquant.cli.spellings import count, strength
+from llmquant.errors import RecipeError
+from llmquant.log import calm_libraries
+from llmquant.recipe import Recipe, make_recipe
+
+_JOB, _SOLVER, _CALIB, _EVAL, _RUN = "What", "How codes are chosen", "Calibration", "Evaluation", "Where and with what"
+
+
+def run(
+    model: Annotated[str, typer.Option(help="demo, a local folder, or a Hub id", rich_help_panel=_JOB)],
+    out: Annotated[
+        Optional[Path], typer.Option(help="Folder to write [dim]\\[default: ./<name>-W4A16-G128]", rich_help_panel=_JOB)
+    ] = None,
+    recipe: Annotated[
+        Optional[str],
+        typer.Option(
+            help="A recipe: a .toml file or a name in pipelines/; flags override it",
+            rich_help_panel=_JOB,
+            autocompletion=recipes_like,
+        ),
+    ] = None,
+    method: Annotated[Optional[str], recipe_option("How codes are chosen", "method", _JOB)] = None,
+    bits: Annotated[Optional[int], recipe_option("Bits per code", "bits", _JOB)] = None,
+    group_size: Annotated[
+        Optional[int], recipe_option("Weights that share a scale; -1 is a whole row", "group_size", _JOB)
+    ] = None,
+    asymmetric: Annotated[
+        bool,
+        typer.Option(
+            "--asymmetric", help="A zero point for every group (--format awq, mlx, gguf, fake)", rich_help_panel=_JOB
+        ),
+    ] = False,
+    ignore: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="Keep tensors whose name matches this regular expression in 16 bit; may be repeated",
+            rich_help_panel=_JOB,
+        ),
+    ] = None,
+    format: Annotated[
+        Optional[str], recipe_option("Output format, or several (compressed-tensors,gguf)", "format", _JOB)
+    ] = None,
+    calibration: Annotated[
+        Optional[str], recipe_option(f"Text: {DATA}; or a mixture a:0.5,b:0.5", "calibration", _CALIB)
+    ] = None,
+    samples: Annotated[Optional[int], recipe_option("Windows", "samples", _CALIB)] = None,
+    seq_len: Annotated[
+        Optional[int], recipe_option("Tokens in a window, at most the model's context", "seq_len", _CALIB)
+    ] = None,
+    seed: Annotated[Optional[int], recipe_option("Chooses the windows", "seed", _CALIB)] = None,
+    eval_data: Annotated[
+        Optional[str],
+        recipe_option(
+            f"Held-out text: auto (wikitext2 if the Hub answers, else builtin), {DATA}, or none", "eval_data", _EVAL
+        ),
+    ] = None,
+    eval_tokens: Annotated[Optional[str], recipe_option("Tokens to score, or full", "eval_tokens", _EVAL)] = None,
+    eval_seq_len: Annotated[Optional[int], recipe_option("Tokens in a window", "eval_seq_len", _EVAL)] = None,
+    baselines: Annotated[
+        Optional[str],
+        recipe_option("Lanes beside ours: auto, none, or some of rtn,bnb-nf4,bnb-int8", "baselines", _EVAL),
+    ] = None,
+    grid: Annotated[Optional[str], recipe_option("Fit of the scales", "grid", _SOLVER)] = None,
+    order: Annotated[Optional[str], recipe_option("Order of the columns", "order", _SOLVER)] = None,
+    damp: Annotated[
+        Optional[float],
+        recipe_option("Damping, a share of mean(diag H) (default: by tokens per input)", "damp", _SOLVER),
+    ] = None,
+    propagation: Annotated[
+        Optional[str],
+        recipe_option("Make up for the errors of earlier layers: 0 (off) to 1, or auto", "propagation", _SOLVER),
+    ] = None,
+    refit: Annotated[
+        Optional[bool],
+        typer.Option(
+            "--refit/--no-refit",
+            help="Fit the scales, too, in every sweep [dim]\\[default: refit]",
+            rich_help_panel=_SOLVER,
+            show_default=False,
+        ),
+    ] = None,
+    sweeps: Annotated[
+        Optional[int],
+        recipe_option(
+            "Sweeps of coordinate descent on codes and scales (default: 1; 4 below 4 bits and for groups of 32)",
+            "sweeps",
+            _SOLVER,
+        ),
+    ] = None,
+    passes: Annotated[
+        Optional[str], recipe_option("Hessians after each step of a block, or in one pass per block", "passes", _SOLVER)
+    ] = None,
+    on_bad_layer: Annotated[
+        Optional[str], recipe_option("What to do where a layer cannot be solved", "on_bad_layer", _SOLVER)
+    ] = None,
+    device: Annotated[Optional[str], recipe_option("auto, cpu or cuda\\[:n]", "device", _RUN)] = None,
+    dtype: Annotated[Optional[str], recipe_option("Compute dtype", "dtype", _RUN)] = None,
+    products: Annotated[
+        Optional[str],
+        recipe_option(
+            "Of calibration forwards and Hessians (auto: bfloat16 below 8 bits on CPUs made for it)", "products", _RUN
+        ),
+    ] = None,
+    max_ram: Annotated[
+        str,
+        typer.Option(help="What the streams of hidden states may hold before they go to files", rich_help_panel=_RUN),
+    ] = "4GB",
+    max_shard_size: Annotated[Optional[str], recipe_option("Largest output file", "max_shard_size", _RUN)] = None,
+    revision: Annotated[
+        Optional[str], typer.Option(help="Branch, tag or commit on the Hub", rich_help_panel=_RUN)
+    ] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST, rich_help_panel=_RUN)] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an output folder that llmquant wrote", rich_help_panel=_RUN)
+    ] = False,
+    resume: Annotated[
+        str,
+        typer.Option(
+            help="Go on with an interrupted run of the same job: auto, required, or never (throw it away)",
+            rich_help_panel=_RUN,
+        ),
+    ] = "auto",
+    runtimes: Annotated[
+        Optional[str],
+        typer.Option(
+            "--for",
+            help="Refuse before the work what one of these would not open: "
+            "transformers, vllm, sglang, llama.cpp, mlx-lm",
+            rich_help_panel=_JOB,
+        ),
+    ] = None,
+    push_to_hub: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Publish the result as owner/name, private; login and name are checked before the work",
+            rich_help_panel=_JOB,
+        ),
+    ] = None,
+    timed: Annotated[
+        bool,
+        typer.Option("--time", help="Of a plan: quantize one block to see how long it takes", rich_help_panel=_RUN),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, as `llmquant plan` does", rich_help_panel=_RUN)
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Progress as JSON lines on stderr", rich_help_panel=_RUN)
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress on stderr", rich_help_panel=_RUN)] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error", rich_help_panel=_RUN)
+    ] = False,
+) -> None:
+    """Quantize a model and write a verified checkpoint with its report."""
+    flags = {
+        name: value for name, value in locals().items() if name in Recipe.__dataclass_fields__ and value is not None
+    }
+    if asymmetric:
+        flags["symmetric"] = False
+    if propagation is not None:
+        flags["propagation"] = strength(propagation)
+    if eval_tokens is not None:
+        flags["eval_tokens"] = count(eval_tokens)
+    settings = make_recipe(model, recipe, flags)
+    calm_libraries()
+    if push_to_hub is not None:
+        check_login(push_to_hub)
+    targets = [name.strip() for name in runtimes.split(",")] if runtimes else []
+    if timed and not dry_run:
+        raise RecipeError("--time", "without a plan", remedy="llmquant plan --time, or --dry-run beside it")
+    if dry_run:
+        return look.show_plan(
+            model, settings, out, revision, max_ram, overwrite, json, targets, timed, trust_remote_code
+        )
+    from llmquant.pipeline import quantize
+
+    with progress(quiet, json) as log, stoppable():
+        report = quantize(
+            model,
+            settings,
+            out,
+            revision=revision,
+            max_ram=max_ram,
+            overwrite=overwrite,
+            resume=resume,
+            runtimes=targets,
+            trust_remote_code=trust_remote_code,
+            log=log,
+        )
+    show_report(report)
+    if push_to_hub is not None and report.out is not None:
+        push_result(report.out, push_to_hub, quiet or json)

@@ -1,0 +1,82 @@
+"""Blocks of GGUF -> grids or dense weights. Q4_0, Q4_1 and Q8_0 are read here, all others by the package gguf.
+
+O out_features, I in_features, B blocks of a row.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmquant.errors import SourceError
+from llmquant.source.layouts import Grid, PackedLinear, Read, Tensors
+
+BLOCK = 32  # weights in the blocks of Q4_0, Q4_1 and Q8_0
+_GRIDS = {"Q4_0": 4, "Q8_0": 8}
+
+
+def gguf(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, PackedLinear]:
+    """Every tensor that `config["shapes"]` names: rows of blocks of the type `config["types"][name]`.
+
+    Q4_0 and Q8_0 are symmetric grids with a scale per block. Q4_1 has a minimum per block that need not be a multiple
+    of its scale, and the types of the package have scales of scales: those are dense.
+    """
+    found = {}
+    for name, kind in config["types"].items():
+        shape, dtype = tuple(config["shapes"][name]), torch.float16
+        prefix = name.rpartition(".")[0]
+        if kind in _GRIDS:
+            found[name] = _grid(name, prefix, kind, shape, dtype)
+            continue
+
+        def dense(read: Read, name: str = name, kind: str = kind, shape: tuple[int, ...] = shape) -> Tensor:
+            return (_q4_1(read(name)) if kind == "Q4_1" else _by_package(name, kind, read(name))).view(shape)
+
+        found[name] = PackedLinear(prefix, shape, dtype, 0, 0, False, (name,), None, dense, kind)
+    return found
+
+
+def _grid(name: str, prefix: str, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> PackedLinear:
+    def grid(read: Read) -> Grid:
+        scales_OB, body_OBb = _split(read(name), kind)
+        codes = body_OBb.view(torch.int8) if kind == "Q8_0" else _nibbles(body_OBb).view(torch.int8) - 8
+        return Grid(codes.reshape(codes.shape[0], -1), scales_OB[..., 0])
+
+    bits, n_groups = _GRIDS[kind], shape[-1] // BLOCK
+    return PackedLinear(
+        prefix, shape, dtype, bits, n_groups, True, (name,), grid, lambda read: grid(read).dense().view(shape)
+    )
+
+
+def _split(rows_Ob: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """The fp16 numbers at the head of each block, [O, B, 1 or 2], and the bytes of its codes, [O, B, 16 or 32]."""
+    head, body = {"Q4_0": (2, 16), "Q4_1": (4, 16), "Q8_0": (2, 32)}[kind]
+    blocks = rows_Ob.reshape(rows_Ob.shape[:-1].numel(), -1, head + body)
+    return blocks[..., :head].contiguous().view(torch.float16), blocks[..., head:].contiguous()
+
+
+def _nibbles(body_OBb: Tensor) -> Tensor:
+    """Codes of 4 bits: the first half of a block lies in the low halves of its bytes."""
+    return torch.cat([body_OBb & 15, body_OBb >> 4], dim=-1)
+
+
+def _q4_1(rows_Ob: Tensor) -> Tensor:
+    """w = d u + m."""
+    head_OB2, body = _split(rows_Ob, "Q4_1")
+    d, m = head_OB2.float().unbind(-1)
+    return _nibbles(body).float().mul_(d[..., None]).add_(m[..., None])
+
+
+def _by_package(name: str, kind: str, rows_Ob: Tensor) -> Tensor:
+    try:
+        from gguf import GGMLQuantizationType, quants
+    except ModuleNotFoundError:
+        raise SourceError(
+            name, f"is stored as {kind}, which the package gguf unpacks", remedy="pip install gguf"
+        ) from None
+    try:
+        return torch.from_numpy(quants.dequantize(rows_Ob.numpy(), GGMLQuantizationType[kind]))
+    except (KeyError, NotImplementedError):
+        raise SourceError(
+            name, f"is stored as {kind}, which the installed package gguf cannot unpack", remedy="pip install -U gguf"
+        ) from None

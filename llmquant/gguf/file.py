@@ -1,0 +1,78 @@
+"""The container of GGUF: header, metadata, table of tensors; the data is written tensor by tensor at known places.
+
+Version 3, little endian: magic, version, counts; per metadata entry: key, type, value; per tensor: name, number of
+dimensions, sizes (fastest first), type, offset from the start of the data. Data and each tensor in it begin at
+multiples of 32. Source: the format's own description in ggml's documentation.
+"""
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmquant.source.header import TensorInfo
+
+ALIGNMENT = 32
+TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "BF16": 30}
+FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor: its sizes are those of the weights, whatever its stored form is."""
+
+    name: str
+    kind: str  # a key of TYPES
+    shape: tuple[int, ...]
+    stored: tuple[torch.dtype, tuple[int, ...]]  # what is written: dtype and shape of bytes or floats
+
+
+def build_gguf(file: str, metadata: dict[str, Any], entries: list[Entry]) -> tuple[bytes, dict[str, TensorInfo]]:
+    """The bytes in front of the data, and the place of every tensor in `file`.
+
+    Metadata values: str, bool, int (uint32), float (float32), and lists of str, int (int32) or float (float32).
+    """
+    head = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(entries), len(metadata)))
+    for key, value in metadata.items():
+        head += _string(key) + _value(value)
+    offset, starts = 0, []
+    for entry in entries:
+        head += _string(entry.name) + struct.pack("<I", len(entry.shape))
+        head += b"".join(struct.pack("<Q", size) for size in reversed(entry.shape))
+        head += struct.pack("<IQ", TYPES[entry.kind], offset)
+        starts.append(offset)
+        dtype, shape = entry.stored
+        offset += _aligned(dtype.itemsize * torch.Size(shape).numel())
+    head += bytes(-len(head) % ALIGNMENT)
+    places = {}
+    for entry, start in zip(entries, starts, strict=True):
+        dtype, shape = entry.stored
+        begin = len(head) + start
+        end = begin + dtype.itemsize * torch.Size(shape).numel()
+        places[entry.name] = TensorInfo(entry.name, file, dtype, shape, begin, end)
+    return bytes(head), places
+
+
+def _aligned(size: int) -> int:
+    return size + -size % ALIGNMENT
+
+
+def _string(text: str) -> bytes:
+    data = text.encode("utf-8")
+    return struct.pack("<Q", len(data)) + data
+
+
+def _value(value: Any) -> bytes:
+    if isinstance(value, list):
+        if all(isinstance(item, str) for item in value):
+            return struct.pack("<IIQ", 9, 8, len(value)) + b"".join(map(_string, value))
+        kind, code = ("f", 6) if any(isinstance(item, float) for item in value) else ("i", 5)
+        return struct.pack("<IIQ", 9, code, len(value)) + struct.pack(f"<{len(value)}{kind}", *value)
+    if isinstance(value, str):
+        return struct.pack("<I", 8) + _string(value)
+    if isinstance(value, bool):
+        return struct.pack("<I?", 7, value)
+    if isinstance(value, float):
+        return struct.pack("<If", 6, value)
+    return struct.pack("<II", 4, value)

@@ -1,0 +1,122 @@
+"""A GGUF file as a checkpoint: names, rows and config as transformers has them, tensors read one by one."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmquant.errors import SourceError
+from llmquant.gguf.config import FACTORS, Described
+from llmquant.gguf.file import FLOATS
+from llmquant.gguf.header import GGUFHeader, read_header
+from llmquant.gguf.vocabulary import tokenizer_of
+from llmquant.source.base import OnlyGGUFError, Source
+from llmquant.source.header import TensorInfo
+
+_FLOATS = {name: dtype for dtype, name in FLOATS.items()}
+CONFIG = "config.json"
+
+
+def open_gguf_file(model: str | Path) -> Source | None:
+    """The checkpoint in the file at this path, with the config.json beside it; None where it is no GGUF file."""
+    path = Path(model).expanduser()
+    if not path.is_file() or path.suffix != ".gguf":
+        return None
+    beside = path.parent / CONFIG
+    return GGUFSource(path.stem, path, beside if beside.is_file() else None)
+
+
+def open_gguf_of(found: OnlyGGUFError) -> Source:
+    """The one GGUF file of a folder, or of a repository on the Hub, from which it is fetched whole."""
+    source, files = found.source, found.files
+    if len(files) > 1:
+        raise SourceError(
+            source.name,
+            f"holds {len(files)} GGUF files ({', '.join(files)[:200]})",
+            expected="one",
+            remedy="name the path of one (`hf download` fetches one from the Hub)",
+        )
+    beside = source.local(CONFIG) if CONFIG in source.files() else None
+    return GGUFSource(source.name, source.local(files[0]), beside, source.revision)
+
+
+class GGUFSource(Source):
+    """`tensors` by transformers' names; those in blocks are uint8 [rows, bytes of a row], in transformers' rows."""
+
+    def __init__(self, name: str, path: Path, config: Path | None, revision: str | None = None) -> None:
+        # Not Source.__init__: there is one file of weights, and what it does not hold is made from its metadata.
+        self.name, self.revision, self.folder = name, revision, path.parent
+        self.trust_remote_code, self.code = False, ()
+        self._paths = {path.name: path} | ({} if config is None else {CONFIG: config})
+        with path.open("rb") as stream:
+            self.header = read_header(stream, path.name, path.stat().st_size)
+        self._refuse_split(path.name)
+        shapes = {key: tensor.shape for key, tensor in self.header.tensors.items()}
+        model = Described(path.name, self.header.metadata, shapes)
+        self.names = model.names
+        self.tensors = self._tensors_of(path.name, self.header)
+        self.config = model.config({} if config is None else self.json(CONFIG), self._factors(path.name))
+        for key in ("quantization_config", "quantization"):  # of another file beside the config.json
+            self.config.pop(key, None)
+        if blocks := {self._ours[key]: t for key, t in self.header.tensors.items() if self._in_blocks(key)}:
+            self.config["quantization_config"] = {
+                "quant_method": "gguf",
+                "types": {key: tensor.block.name for key, tensor in blocks.items()},
+                "shapes": {key: list(tensor.shape) for key, tensor in blocks.items()},
+            }
+
+    def _refuse_split(self, file: str) -> None:
+        if (parts := self.header.metadata.get("split.count", 1)) not in (0, 1):
+            raise SourceError(
+                file, f"is one of {str(parts)[:20]} parts", remedy="join them: llama-gguf-split --merge FIRST-PART OUT"
+            )
+
+    def _in_blocks(self, key: str) -> bool:
+        return key in self._ours and self.header.tensors[key].block.name not in _FLOATS
+
+    def _tensors_of(self, file: str, header: GGUFHeader) -> dict[str, TensorInfo]:
+        self._ours: dict[str, str] = {}
+        tensors: dict[str, TensorInfo] = {}
+        for key, tensor in header.tensors.items():
+            if key in FACTORS:
+                continue
+            name = self.names.ours(key)
+            if name is None or name in tensors:
+                raise SourceError(
+                    f"{file}: {key!r}",
+                    f"is no tensor of {self.names.architecture}" if name is None else "is there twice",
+                )
+            shape, block = tensor.shape, tensor.block
+            if (heads := self.names.heads_of(name)) is not None and shape[0] % (2 * heads):
+                raise SourceError(f"{file}: {key!r}", f"{shape[0]} rows", expected=f"those of {heads} heads")
+            self._ours[key] = name
+            if block.name not in _FLOATS:
+                shape = (*shape[:-1], shape[-1] // block.weights * block.nbytes)
+            tensors[name] = TensorInfo(
+                name, file, _FLOATS.get(block.name, torch.uint8), shape, tensor.start, tensor.end
+            )
+        return tensors
+
+    def _factors(self, file: str) -> dict[str, Tensor]:
+        found = {}
+        for key in FACTORS:
+            if (tensor := self.header.tensors.get(key)) is not None:
+                if tensor.block.name != "F32" or len(tensor.shape) != 1:
+                    got = f"{tensor.block.name} {list(tensor.shape)}"
+                    raise SourceError(f"{file}: {key!r}", got, expected="a row of F32 numbers")
+                found[key] = self._read_at(TensorInfo(key, file, torch.float32, tensor.shape, tensor.start, tensor.end))
+        return found
+
+    def files(self) -> list[str]:
+        return list(self._paths)
+
+    def local(self, file: str) -> Path:
+        """The files are named by the user or were checked where they were found."""
+        return self._paths[file]
+
+    def read(self, name: str) -> Tensor:
+        return self.names.back(name, super().read(name))
+
+    def tokenizer(self) -> Any:
+        return tokenizer_of(self.header.metadata, self.name)

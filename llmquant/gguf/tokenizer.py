@@ -1,0 +1,190 @@
+"""tokenizer.json -> GGUF metadata. What cannot be recognised by its structure is refused.
+
+llama.cpp splits text by code of its own that a name selects (`tokenizer.ggml.pre`); the name is found here from the
+pre-tokenizer's own steps. A vocabulary with byte fallback and no byte-level step is SentencePiece's ("llama"), whose
+scores are minus the ranks of the merges.
+"""
+
+import json
+from typing import Any
+
+from llmquant.errors import FormatError
+from llmquant.source.base import Source
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# (normalizer, pre-tokenizer steps, ignore_merges) -> pre
+BYTE_LEVEL: dict[tuple[str | None, tuple[str, ...], bool], str] = {
+    (None, ("ByteLevel regex",), False): "gpt-2",
+    (None, (_WORDS + r"\p{N}{1,3}" + _REST, "ByteLevel"), True): "llama-bpe",
+    ("NFC", (_WORDS + r"\p{N}" + _REST, "ByteLevel"), False): "qwen2",
+    (None, (_WORDS + r"\p{N}" + _REST, "ByteLevel"), False): "qwen2",
+}
+
+
+def tokenizer_metadata(source: Source, vocab_size: int, pre: str | None) -> dict[str, Any]:
+    """The entries `tokenizer.*`. `pre`: the name of llama.cpp's splitter, instead of finding it."""
+    table = _json(source, "tokenizer.json")
+    settings = _json(source, "tokenizer_config.json") if "tokenizer_config.json" in source.files() else {}
+    model = table.get("model") or {}
+    if model.get("type") != "BPE":
+        raise FormatError(
+            "tokenizer.json", f"a {model.get('type')} model", expected="BPE", remedy="use another --format"
+        )
+    steps = _steps(table)
+    byte_level = any(step.startswith("ByteLevel") for step in steps)
+    tokens, types = _tokens(table, model, vocab_size)
+    meta: dict[str, Any] = {"tokenizer.ggml.model": "gpt2" if byte_level else "llama"}
+    if byte_level:
+        meta["tokenizer.ggml.pre"] = pre or _recognise(table, steps, model)
+        meta |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+        meta["tokenizer.ggml.merges"] = [" ".join(_pair(merge)) for merge in model["merges"]]
+    else:
+        space = _sentencepiece_space(table, model, steps, named=pre is not None)
+        meta["tokenizer.ggml.pre"] = pre or "default"
+        meta |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.scores": _scores(tokens, model)}
+        meta |= {"tokenizer.ggml.token_type": types, "tokenizer.ggml.add_space_prefix": space}
+    return meta | _special(source, table, settings, tokens)
+
+
+def _json(source: Source, file: str) -> dict[str, Any]:
+    if file not in source.files():
+        raise FormatError(source.name, f"no {file}", expected="a fast tokenizer", remedy="use another --format")
+    loaded: dict[str, Any] = json.loads(source.local(file).read_text("utf-8"))
+    return loaded
+
+
+def _steps(table: dict[str, Any]) -> tuple[str, ...]:
+    """The pre-tokenizer as a row of words: a pattern, `ByteLevel`, `ByteLevel regex`, or the type of a step."""
+    whole = table.get("pre_tokenizer") or {"type": "Sequence", "pretokenizers": []}
+    steps = []
+    for step in whole["pretokenizers"] if whole["type"] == "Sequence" else [whole]:
+        if step["type"] == "ByteLevel" and not step.get("add_prefix_space"):
+            steps.append("ByteLevel regex" if step.get("use_regex", True) else "ByteLevel")
+        elif step["type"] == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+            steps.append(step["pattern"].get("Regex", "a string"))
+        else:
+            steps.append(step["type"] + " with options")
+    return tuple(steps)
+
+
+def _recognise(table: dict[str, Any], steps: tuple[str, ...], model: dict[str, Any]) -> str:
+    normalizer = (table.get("normalizer") or {}).get("type")
+    known = BYTE_LEVEL.get((normalizer, steps, bool(model.get("ignore_merges"))))
+    if known is None:
+        raise FormatError(
+            "tokenizer.json",
+            f"a byte-level BPE that is not known (normalizer {normalizer}, steps {', '.join(steps)[:120]})",
+            expected=f"one of {', '.join(dict.fromkeys(BYTE_LEVEL.values()))}",
+            remedy="name llama.cpp's splitter with export --gguf-pre, and compare token ids",
+        )
+    return known
+
+
+def _sentencepiece_space(table: dict[str, Any], model: dict[str, Any], steps: tuple[str, ...], *, named: bool) -> bool:
+    """Whether a space is put in front of the text; refuses what SentencePiece would not do."""
+    normalizer = table.get("normalizer") or {}
+    parts = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    replaces = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    prepends = {"type": "Prepend", "prepend": "\u2581"}
+    metaspace = table.get("pre_tokenizer") or {}
+    if model.get("byte_fallback"):
+        if parts == [prepends, replaces] and not steps:
+            return True
+        if parts == [replaces] and (not steps or metaspace.get("pattern") == {"String": " "}):
+            return False
+        if not parts and metaspace.get("type") == "Metaspace" and metaspace.get("split") is False:
+            if (scheme := metaspace.get("prepend_scheme")) != "never" and not named:
+                raise FormatError(
+                    "tokenizer.json",
+                    f"Metaspace, prepend_scheme {scheme!r}: llama.cpp's ids differ where a text begins with a space",
+                    remedy="accept that with export --gguf-pre default",
+                )
+            return bool(scheme != "never")
+    raise FormatError(
+        "tokenizer.json",
+        "neither a byte-level BPE nor one of SentencePiece's",
+        expected="a ByteLevel step, or byte fallback with spaces as \u2581",
+        remedy="use another --format",
+    )
+
+
+def _tokens(table: dict[str, Any], model: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+    """Tokens and their types by id; ids up to `vocab_size` that nothing names are unused."""
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    types = [UNUSED] * vocab_size
+    added = {item["id"]: item for item in table.get("added_tokens", [])}
+    named = {index: text for text, index in model["vocab"].items()} | {i: item["content"] for i, item in added.items()}
+    if (largest := max(named)) >= vocab_size:
+        raise FormatError(
+            "tokenizer.json", f"a token {largest}", expected=f"ids below the {vocab_size} rows of the embedding"
+        )
+    for index, text in named.items():
+        tokens[index] = text
+        if index in added:
+            types[index] = CONTROL if added[index].get("special") else USER_DEFINED
+        elif model.get("byte_fallback") and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
+            types[index] = BYTE
+        else:
+            types[index] = NORMAL
+        if text == model.get("unk_token"):
+            types[index] = UNKNOWN
+    return tokens, types
+
+
+def _pair(merge: str | list[str]) -> tuple[str, str]:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
+
+
+def _scores(tokens: list[str], model: dict[str, Any]) -> list[float]:
+    """SentencePiece joins the pair with the highest score first, BPE the one of the lowest rank."""
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(model["merges"]):
+        ranks.setdefault("".join(_pair(merge)), rank)
+    return [-float(ranks.get(token, len(model["merges"]))) for token in tokens]
+
+
+def _special(source: Source, table: dict[str, Any], settings: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
+    ids = {token: index for index, token in enumerate(tokens)}
+    meta: dict[str, Any] = {}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        text = settings.get(f"{name}_token")
+        text = text.get("content") if isinstance(text, dict) else text
+        index = ids.get(text) if text is not None else source.config.get(f"{name}_token_id")
+        if isinstance(index, int):
+            meta[f"tokenizer.ggml.{key}_token_id"] = index
+    first, last = _template(table)
+    # Always written: some splitters switch them on by themselves.
+    for flag, token, key in (("add_bos_token", first, "bos"), ("add_eos_token", last, "eos")):
+        meta[f"tokenizer.ggml.{flag}"] = token is not None
+        if token is not None and ids.get(token) != meta.get(f"tokenizer.ggml.{key}_token_id"):
+            raise FormatError("tokenizer.json", f"adds {token!r}", expected=f"the {key} token, which llama.cpp can add")
+    if (template := _chat_template(source, settings)) is not None:
+        meta["tokenizer.chat_template"] = template
+    return meta
+
+
+def _template(table: dict[str, Any]) -> tuple[str | None, str | None]:
+    """The special token that the post-processor puts in front of a text, and the one behind it."""
+    whole = table.get("post_processor") or {}
+    for part in whole.get("processors", [whole]):
+        if part.get("type") == "TemplateProcessing":
+            single = [next(iter(piece.items())) for piece in part["single"]]
+            text = [kind for kind, _ in single].index("Sequence")
+            before, after = single[:text], single[text + 1 :]
+            if len(before) > 1 or len(after) > 1:
+                raise FormatError("tokenizer.json", "several special tokens around a text", expected="one at most")
+            return (before[0][1]["id"] if before else None), (after[0][1]["id"] if after else None)
+        if part.get("type") not in (None, "ByteLevel"):
+            raise FormatError("tokenizer.json", f"post-processor {part['type']}", expected="TemplateProcessing")
+    return None, None
+
+
+def _chat_template(source: Source, settings: dict[str, Any]) -> str | None:
+    if "chat_template.jinja" in source.files():
+        return source.local("chat_template.jinja").read_text("utf-8")
+    template = settings.get("chat_template")
+    return template if isinstance(template, str) else None

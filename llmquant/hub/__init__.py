@@ -1,0 +1,1 @@
+"""`push`: may we, upload, comparison afterwards; the Hub's failures in words."""

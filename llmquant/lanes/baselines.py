@@ -1,0 +1,74 @@
+"""Other ways to quantize the same weights, evaluated beside ours in the same pass.
+
+A new baseline is one function and one line in BASELINES.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmquant.errors import RecipeError
+from llmquant.quant.grid import QuantScheme
+from llmquant.quant.solvers.rtn import round_to_nearest
+from llmquant.recipe import Recipe
+from llmquant.source.layouts import from_table
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """`apply` gives the dequantized weight_OI in the dtype it came in; `bits` the stored bits of one row."""
+
+    label: str
+    apply: Callable[[Tensor, QuantScheme], Tensor]
+    row_bits: Callable[[int, QuantScheme], float]
+
+
+def _bnb_nf4(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
+    """bitsandbytes' NF4, blocks of 64, float32 absmax, no double quantization: its codes and scales, decoded here.
+
+    Where rows are not whole blocks, the CPU code of bitsandbytes 0.50.2 decodes with the scales of wrong blocks (three
+    times the error at 96 inputs); what stands here is what its format means.
+    """
+    import bitsandbytes.functional as bnb
+
+    packed, state = bnb.quantize_4bit(weight_OI.contiguous(), blocksize=64, quant_type="nf4", compress_statistics=False)
+    dense = from_table(packed, state.code, state.absmax, 64)[: weight_OI.numel()]
+    return dense.view_as(weight_OI).to(weight_OI.dtype)
+
+
+def _bnb_int8(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
+    """bitsandbytes' row-wise INT8 of the weights; activations stay as they are, unlike in `load_in_8bit`."""
+    import bitsandbytes.functional as bnb
+
+    # Its kernel takes float16, and so does load_in_8bit.
+    codes, row_scales, _ = bnb.int8_vectorwise_quant(weight_OI.to(torch.float16).contiguous())
+    dense: Tensor = codes.float() * (row_scales.float() / 127)[:, None]
+    return dense.to(weight_OI.dtype)
+
+
+BASELINES: dict[str, Baseline] = {
+    "rtn": Baseline(
+        "round to nearest, absmax groups, bf16 scales",
+        round_to_nearest,
+        lambda n, s: n * s.bits + (16 if s.symmetric else 16 + s.bits) * s.groups(n),
+    ),
+    "bnb-nf4": Baseline("bitsandbytes NF4, blocks of 64, float32 absmax", _bnb_nf4, lambda n, s: n * 4 + 32 * n / 64),
+    "bnb-int8": Baseline("bitsandbytes INT8 by rows, weights only", _bnb_int8, lambda n, s: n * 8 + 32),
+}
+
+
+def default_baselines(bits: int) -> tuple[str, ...]:
+    """rtn, and bitsandbytes at the nearest width it has."""
+    return ("rtn", "bnb-nf4") if bits <= 4 else ("rtn", "bnb-int8")
+
+
+def pick_baselines(recipe: Recipe) -> tuple[str, ...]:
+    """Names of the baseline lanes: `auto`, `none` or a comma-separated list."""
+    if recipe.baselines == "auto":
+        return default_baselines(recipe.bits)
+    names = () if recipe.baselines == "none" else tuple(name.strip() for name in recipe.baselines.split(","))
+    if unknown := [name for name in names if name not in BASELINES]:
+        raise RecipeError("--baselines", repr(unknown[0]), expected=f"auto, none or some of {', '.join(BASELINES)}")
+    return tuple(dict.fromkeys(names))

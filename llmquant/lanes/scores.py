@@ -1,0 +1,204 @@
+"""Perplexity and KL divergence of several lanes over the same windows.
+
+A lane is one version of the weights (original, llmquant, a baseline) with its own stream of hidden states.
+
+Shapes: N tokens, T time, D hidden, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from llmquant.errors import SolveError
+from llmquant.memory import SLACK, trim
+from llmquant.model.streams import Stream, Streams
+from llmquant.text.windows import Windows
+
+ORIGINAL, OURS = "original", "llmquant"  # names of the two lanes of every run
+Array = NDArray[np.float64]
+_LOGITS_AT_ONCE = 2**22  # numbers in one chunk of logits: 16 MB
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Scores of every predicted token, each [windows, T - 1].
+
+    nll and kl = KL(reference || lane) in nats; same_top: whether both have the same top token; dp: change of the
+    true token's probability; confidence: probability of the lane's own top token; finite: False where the lane or
+    the reference had NaN or Inf logits.
+    """
+
+    nll: Array
+    kl: Array
+    same_top: Array
+    dp: Array
+    confidence: Array
+    finite: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A lane's figures; standard errors and intervals are over windows. None where one window is too few."""
+
+    perplexity: float
+    perplexity_se: float | None
+    perplexity_ratio: float
+    perplexity_ratio_ci: tuple[float, float] | None
+    kl_mean: float
+    kl_se: float | None
+    kl_p50: float
+    kl_p90: float
+    kl_p99: float
+    kl_p999: float
+    kl_max: float
+    same_top: float
+    rms_dp: float
+    n_nonfinite: int
+
+    def as_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        values["perplexity_ratio_ci"] = None if self.perplexity_ratio_ci is None else list(self.perplexity_ratio_ci)
+        return values
+
+
+class Lanes:
+    """The evaluation streams of all lanes, advanced block by block and scored at the end."""
+
+    def __init__(self, names: Sequence[str], windows: Windows, streams: Streams) -> None:
+        self.windows = windows
+        self._chunk = 16  # tokens whose logits are computed at once; set by the vocabulary once that is seen
+        self.streams: dict[str, Stream] = {name: streams.new(name) for name in names}
+
+    def start(self, hidden_BTD: Tensor) -> None:
+        """The next batch's hidden states before the first block, the same for every lane."""
+        for stream in self.streams.values():
+            stream.append(hidden_BTD)
+
+    def advance(self, name: str, block: Callable[[Tensor], Tensor]) -> None:
+        self.streams[name].update(block)
+        trim(SLACK)
+
+    def relative_errors(self, tokens: int = 2**14) -> dict[str, float]:
+        """||h_lane - h|| / ||h|| of every lane but the first, over the first `tokens` tokens (files are slow)."""
+        names, seen = list(self.streams), 0
+        power, squares = 0.0, dict.fromkeys(names[1:], 0.0)
+        for reference, *others in zip(*self.streams.values(), strict=True):
+            power += float(torch.linalg.vector_norm(reference.float())) ** 2
+            for name, hidden in zip(names[1:], others, strict=True):
+                squares[name] += float(torch.linalg.vector_norm(hidden.float() - reference.float())) ** 2
+            seen += reference.shape[0] * reference.shape[1]
+            if seen >= tokens:
+                break
+        return {name: math.sqrt(value / power) if power else 0.0 for name, value in squares.items()}
+
+    def score(self, logits_of: Callable[[str, Tensor], Tensor]) -> dict[str, TokenScores]:
+        """Walk all windows once through `logits_of` (lane, [N, D]) -> [N, V]; only one chunk of logits is alive.
+
+        The first lane is the reference of all divergences.
+        """
+        count, seq_len = self.windows.ids.shape
+        # Made beforehand: small results kept between large temporaries would fragment the heap.
+        table = {name: torch.empty(6, count, seq_len - 1, dtype=torch.float64) for name in self.streams}
+        position = 0
+        for batches in zip(*self.streams.values(), strict=True):
+            for window in zip(*batches, strict=True):
+                hidden = dict(zip(self.streams, window, strict=True))
+                self._score_window(hidden, self.windows.ids[position], logits_of, table, position)
+                position += 1
+        scores = {}
+        for name, rows in table.items():
+            nll, kl, top, dp, confidence, finite = rows.numpy()
+            scores[name] = TokenScores(nll, kl, top, dp, confidence, finite.astype(np.bool_))
+        return scores
+
+    def _score_window(
+        self,
+        hidden: dict[str, Tensor],
+        ids_T: Tensor,
+        logits_of: Callable[[str, Tensor], Tensor],
+        table: dict[str, Tensor],
+        position: int,
+    ) -> None:
+        """Fill `table`[lane][:, position]: nll, kl, same_top, dp, confidence and finite of each token but the first."""
+        start, last = 0, ids_T.numel() - 1
+        first = next(iter(hidden))
+        while start < last:
+            stop = min(start + self._chunk, last)
+            reference = _log_probabilities(logits_of(first, hidden[first][start:stop]))
+            target = ids_T[start + 1 : stop + 1, None].to(reference.device)
+            p, best = reference.exp(), reference.max(1)
+            p_target, top, zeros = p.gather(1, target)[:, 0], best.indices, torch.zeros(stop - start)
+            for name, lane_hidden in hidden.items():
+                lane, kl = reference, zeros.to(p.device)
+                if name != first:
+                    lane = _log_probabilities(logits_of(name, lane_hidden[start:stop]))
+                    best, kl = lane.max(1), torch.sub(reference, lane).mul_(p).sum(1)
+                nll = -lane.gather(1, target)[:, 0]
+                finite = torch.isfinite(nll) & torch.isfinite(kl)
+                part = (nll, kl, best.indices == top, (-nll).exp() - p_target, best.values.exp(), finite)
+                for row, column in zip(table[name], part, strict=True):
+                    row[position, start:stop] = column
+            self._chunk = max(1, _LOGITS_AT_ONCE // reference.shape[1])
+            start = stop
+
+
+def _log_probabilities(logits_NV: Tensor) -> Tensor:
+    """log softmax, in place."""
+    return logits_NV.sub_(torch.logsumexp(logits_NV, dim=1, keepdim=True))
+
+
+def figures(scores: TokenScores, original: TokenScores, seed: int = 0) -> Figures:
+    """Figures of a lane; tokens that are not finite in it or in the original are counted and left out.
+
+    perplexity = exp(mean loss); its standard error is perplexity * se(mean loss) (delta method). The interval of
+    the ratio is the 95% percentile bootstrap of the paired difference of losses, resampling whole windows.
+    """
+    finite = scores.finite & original.finite
+    kept = [row.any() for row in finite]
+
+    def by_window(values: Array) -> Array:
+        return np.array([row[mask].mean() for row, mask in zip(values, finite, strict=True) if mask.any()])
+
+    if not any(kept):
+        raise SolveError("evaluation", "NaN or Inf logits at every token", remedy="try another --dtype")
+    kl = np.sort(scores.kl[finite])
+    nll = float(scores.nll[finite].mean())
+    nll_se, kl_se = standard_error(by_window(scores.nll)), standard_error(by_window(scores.kl))
+    difference = by_window(scores.nll - original.nll)
+    p50, p90, p99, p999 = np.quantile(kl, [0.5, 0.9, 0.99, 0.999])
+    return Figures(
+        perplexity=math.exp(nll),
+        perplexity_se=None if nll_se is None else math.exp(nll) * nll_se,
+        perplexity_ratio=math.exp(nll - float(original.nll[finite].mean())),
+        perplexity_ratio_ci=bootstrap_ratio(difference, seed),
+        kl_mean=float(kl.mean()),
+        kl_se=kl_se,
+        kl_p50=float(p50),
+        kl_p90=float(p90),
+        kl_p99=float(p99),
+        kl_p999=float(p999),
+        kl_max=float(kl[-1]),
+        same_top=float(scores.same_top[finite].mean()),
+        rms_dp=float(np.sqrt(np.square(scores.dp[finite]).mean())),
+        n_nonfinite=int((~finite).sum()),
+    )
+
+
+def standard_error(means: Array) -> float | None:
+    """Standard error of the mean of window means; None for a single window."""
+    return float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
+
+
+def bootstrap_ratio(differences: Array, seed: int, resamples: int = 2000) -> tuple[float, float] | None:
+    """95% interval of exp(mean difference) over resampled windows."""
+    if len(differences) < 2:
+        return None
+    picks = np.random.default_rng(seed).integers(0, len(differences), (resamples, len(differences)))
+    low, high = np.quantile(differences[picks].mean(1), [0.025, 0.975])
+    return math.exp(float(low)), math.exp(float(high))

@@ -1,0 +1,1 @@
+"""The finished checkpoint: its containers, and the independent readers that verify it."""

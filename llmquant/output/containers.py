@@ -1,0 +1,177 @@
+"""The two containers of a checkpoint: safetensors shards with a config, or one GGUF file. Runs and exports write both.
+
+An Output knows every tensor that it will hold before the first one is written, and keeps the digest of each.
+"""
+
+from collections import Counter
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llmquant.errors import FormatError
+from llmquant.formats import FORMATS, LinearSpec
+from llmquant.formats.gguf import kind_of
+from llmquant.formats.mlx import flat_rope
+from llmquant.gguf.file import FLOATS, Entry, build_gguf
+from llmquant.gguf.model import GGUFModel
+from llmquant.gguf.tokenizer import tokenizer_metadata
+from llmquant.model.skeleton import Skeleton
+from llmquant.output.verify import Record, verify_output
+from llmquant.output.verify_gguf import verify_gguf
+from llmquant.plan import Plan, Row
+from llmquant.quant.grid import QuantizedWeight
+from llmquant.run_dir import RunDir
+from llmquant.source.base import Source
+
+_FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7}  # llama.cpp's numbers for "mostly of this type"
+
+
+class Output(Protocol):
+    """`plan` has a row for every tensor that is written, `left_out` for those of the source that are not."""
+
+    plan: Plan
+    left_out: list[Row]
+    record: Record
+
+    def open(self, run: RunDir, max_shard_bytes: int, folder: str = "") -> None:
+        """Open the files in `folder` of the run ("" or a name with a slash)."""
+
+    def quantized(self, run: RunDir, spec: LinearSpec, weight: QuantizedWeight) -> None:
+        """Write a linear."""
+
+    def copied(self, run: RunDir, row: Row) -> None:
+        """Write a tensor that is not quantized."""
+
+    def read(self, run: RunDir, spec: LinearSpec) -> QuantizedWeight | Tensor:
+        """A linear that was written before; a dense weight_OI where the format holds no codes."""
+
+    def finish(self, run: RunDir, folder: str = "") -> None:
+        """Once the weights are closed: the other files, and everything re-read and compared (VerifyError)."""
+
+
+def open_output(
+    format_name: str, source: Source, skeleton: Skeleton, plan: Plan, gguf_pre: str | None = None
+) -> Output:
+    """The container of a format. FormatError where it cannot hold the model; nothing is written yet."""
+    if format_name in ("gguf", "mlx") and "AutoModelForCausalLM" in (source.safe_config.get("auto_map") or {}):
+        raise FormatError(
+            format_name, "a model of its own code (--trust-remote-code)", expected="a model that its runtimes know"
+        )
+    if format_name == "gguf":
+        return GGUFFile(source, skeleton, plan, gguf_pre)
+    return Shards(format_name, source, plan)
+
+
+class Shards:
+    """safetensors shards, config.json, and the source's tokenizer, generation config, template and licence."""
+
+    def __init__(self, format_name: str, source: Source, plan: Plan) -> None:
+        self.source, self.plan = source, plan
+        self.left_out: list[Row] = []
+        self.format, self.record = FORMATS[format_name], Record(format_name)
+        # Raises here, not after hours, where the format cannot say which linears are dense.
+        self.entries = self.format.config(plan.specs, plan.dense_linears)
+
+    def open(self, run: RunDir, max_shard_bytes: int, folder: str = "") -> None:
+        run.open_shards(self.plan.layout, max_shard_bytes, folder)
+
+    def quantized(self, run: RunDir, spec: LinearSpec, weight: QuantizedWeight) -> None:
+        self.record.quantized(spec, weight)
+        for name, tensor in self.format.tensors(spec, weight).items():
+            run.tensors.write(name, tensor)
+
+    def copied(self, run: RunDir, row: Row) -> None:
+        tensor = self.source.read_finite(row.name)
+        self.record.copied(row.name, tensor)
+        run.tensors.write(row.name, tensor)
+
+    def read(self, run: RunDir, spec: LinearSpec) -> QuantizedWeight | Tensor:
+        return self.format.read(spec, run.tensors.read)
+
+    def finish(self, run: RunDir, folder: str = "") -> None:
+        config = self.source.safe_config
+        if self.record.format_name == "mlx":
+            config = flat_rope(config)
+        run.write_json(f"{folder}config.json", config | self.entries)
+        for file in self.source.side_files():
+            run.write_bytes(folder + file, self.source.local(file).read_bytes())
+        verify_output(run.path / folder, self.plan, self.record)
+
+
+class GGUFFile:
+    """One .gguf file: names, order of rows, metadata and tokenizer as llama.cpp wants them; the licence beside it."""
+
+    def __init__(self, source: Source, skeleton: Skeleton, plan: Plan, pre: str | None = None) -> None:
+        self.source, self.skeleton = source, skeleton
+        self.format, self.record = FORMATS["gguf"], Record("gguf")
+        self.model = GGUFModel(skeleton.model.config.to_dict())
+        rows = [row for row in plan.rows if self._why_not(row) is None]
+        self.left_out = [
+            Row(row.name, "left out", why, row.dtype, row.shape, row.block)
+            for row in plan.rows
+            if (why := self._why_not(row)) is not None
+        ]
+        self.names = {row.name: self.model.name(row.name) for row in rows}
+        self.heads = {key: heads for key in self.names if (heads := self.model.heads_of(key)) is not None}
+        kinds = Counter(kind_of(row.spec.scheme) for row in rows if row.spec is not None)
+        self.kind = kinds.most_common(1)[0][0]
+        self.entries = [self._entry(row) for row in rows]
+        self.computed: dict[str, Tensor] = {}
+        if (factors := self.model.rope_factors()) is not None:
+            name, shape = "rope_freqs.weight", tuple(factors.shape)
+            self.computed[name], self.names[name] = factors, name
+            self.entries.append(Entry(name, "F32", shape, (torch.float32, shape)))
+            rows.append(Row(name, "copied", "computed from the config", "float32", shape, None))
+        layout = {row.name: entry.stored for row, entry in zip(rows, self.entries, strict=True)}
+        self.plan = Plan(tuple(rows), plan.dense_linears, layout)
+        vocab = source.tensors[next(key for key, name in self.names.items() if name == "token_embd.weight")].shape[0]
+        self.metadata = self.model.metadata(source.name, _FILE_TYPES[self.kind], vocab)
+        self.metadata |= tokenizer_metadata(source, vocab, pre)
+
+    @property
+    def file(self) -> str:
+        return f"model-{self.kind}.gguf"
+
+    def _why_not(self, row: Row) -> str | None:
+        """Why a tensor of the source is not written; None where it is."""
+        if row.name not in self.skeleton.param_of:
+            return "not a parameter of the model class"
+        tied = row.name == "lm_head.weight" and bool(self.model.config.get("tie_word_embeddings"))
+        return "tied to the embedding" if tied else None
+
+    def _entry(self, row: Row) -> Entry:
+        info = self.source.tensors[row.name]
+        name = self.names[row.name]
+        if row.spec is not None:
+            (stored,) = self.format.layout(row.spec).values()
+            return Entry(name, kind_of(row.spec.scheme), row.spec.shape, stored)
+        dtype = torch.float32 if len(info.shape) == 1 else info.dtype
+        if dtype not in FLOATS:
+            raise FormatError(row.name, f"{row.dtype} in gguf", expected="bfloat16, float16 or float32")
+        return Entry(name, FLOATS[dtype], info.shape, (dtype, info.shape))
+
+    def open(self, run: RunDir, max_shard_bytes: int, folder: str = "") -> None:
+        """One file, whatever the size of shards."""
+        run.open_file(folder + self.file, *build_gguf(folder + self.file, self.metadata, self.entries))
+
+    def quantized(self, run: RunDir, spec: LinearSpec, weight: QuantizedWeight) -> None:
+        self.record.quantized(spec, weight)
+        (blocks,) = self.format.tensors(spec, weight).values()
+        run.tensors.write(self.names[spec.key], self.model.rows(spec.key, blocks))
+
+    def copied(self, run: RunDir, row: Row) -> None:
+        key = row.name
+        tensor = self.computed[key] if key in self.computed else self.model.dense(key, self.source.read_finite(key))
+        self.record.copied(key, tensor)  # in the checkpoint's order of rows, into which the reader puts them
+        run.tensors.write(self.names[key], self.model.rows(key, tensor))
+
+    def read(self, run: RunDir, spec: LinearSpec) -> QuantizedWeight | Tensor:
+        order = self.model.rows(spec.key, torch.arange(spec.shape[0])).argsort()
+        return self.format.read(spec, lambda key: run.tensors.read(self.names[key])[order])
+
+    def finish(self, run: RunDir, folder: str = "") -> None:
+        verify_gguf(run.path / folder / self.file, self.plan, self.record, self.names, self.heads)
+        for side in self.source.side_files():
+            if side.upper().startswith(("LICEN", "NOTICE", "USE_POLICY", "COPYING")):
+                run.write_bytes(folder + side, self.source.local(side).read_bytes())

@@ -1,0 +1,321 @@
+"""What a run would do and cost, from headers alone: the ledger by kind, sizes, memory, disk, time and problems."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from llmquant.blocks.snapshots import snapshot_bytes
+from llmquant.checkpoint import as_original, stored_forms
+from llmquant.errors import CalibrationError, LLMQuantError, OutputError
+from llmquant.export import check_exports
+from llmquant.formats.runtimes import RUNTIMES, lint, opens, refuse_runtimes
+from llmquant.lanes.baselines import pick_baselines
+from llmquant.lanes.scores import ORIGINAL, OURS
+from llmquant.model.devices import pick_device, pick_dtype
+from llmquant.model.skeleton import Skeleton
+from llmquant.model.streams import spilled
+from llmquant.output.containers import open_output
+from llmquant.plan import Plan, Row, make_plan
+from llmquant.preflight.flops import Tokens, Work, matmul_rate, work_of
+from llmquant.preflight.trial import try_block
+from llmquant.quant.solvers import DATA_FREE
+from llmquant.recipe import Recipe, make_recipe, parse_size
+from llmquant.report.verdict import without_numbers
+from llmquant.run_dir import RunDir
+from llmquant.source.base import Source
+from llmquant.source.resolve import open_source
+from llmquant.text.mixture import parse_mixture
+from llmquant.text.tokenizer import has_tokenizer
+from llmquant.text.windows import windows_per_batch
+
+T = TypeVar("T")
+
+_BASE_BYTES = 600_000_000  # interpreter, torch, transformers, tokenizer
+_START_SECONDS = 4.0  # to import torch and transformers, open the model and cut the texts into windows
+_FULL_TOKENS = 300_000  # what --eval-tokens full is taken for: wikitext-2's test split has about that many
+_DISK_RATE = 300e6  # bytes per second, taken for reading the source twice and writing and re-reading the output
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Tensors that differ only in the numbers of their path; `bits` is None for copied ones."""
+
+    name: str
+    count: int
+    shape: tuple[int, ...]
+    dtype: str
+    action: str
+    reason: str
+    bits: int | None
+    group_size: int | None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`blocking`: the run would end with `exit_code` before any work."""
+
+    message: str
+    blocking: bool
+    exit_code: int = 0
+
+
+@dataclass
+class Estimate:
+    """All of it as plain data. Bytes and seconds by part; sums are properties."""
+
+    model: str
+    revision: str | None
+    source_bytes: int
+    recipe: dict[str, Any]
+    stored_as: dict[str, int] = field(default_factory=dict)  # forms that are not dense -> number of tensors
+    compute: dict[str, str] = field(default_factory=dict)
+    kinds: list[Kind] = field(default_factory=list)
+    output_bytes: int = 0
+    bits_per_weight: float | None = None
+    opens: dict[str, bool] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    disk: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    assumptions: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """Of the first blocking problem; 0 where the run could start."""
+        return next((problem.exit_code for problem in self.problems if problem.blocking), 0)
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {
+            "memory_bytes": sum(self.memory.values()),
+            "disk_bytes": sum(self.disk.values()),
+            "total_seconds": sum(self.seconds.values()),
+        }
+
+    def attempt(self, call: Callable[[], T]) -> T | None:
+        """`call()`; an error of ours becomes a blocking problem, and None is returned."""
+        try:
+            return call()
+        except LLMQuantError as error:
+            self.problems.append(Problem(str(error), True, error.exit_code))
+            return None
+
+    def warn(self, message: str) -> None:
+        self.problems.append(Problem(message, False))
+
+
+def estimate(
+    model: str | Path,
+    recipe: Recipe | None = None,
+    out: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    max_ram: str = "4GB",
+    overwrite: bool = False,
+    runtimes: Sequence[str] = (),
+    timed: bool = False,
+    trust_remote_code: bool = False,
+) -> Estimate:
+    """What `quantize` with the same arguments would do. Reads headers and side files only; nothing is written.
+
+    `timed` reads the first block, too, and quantizes it on a few random tokens to see how long that takes here.
+
+    `opens` says which runtimes would open the result; one of `runtimes` that does not is a problem.
+    Errors that the run would end with become `problems`; SourceError is raised where not even headers can be read.
+    """
+    recipe = recipe or make_recipe(str(model))
+    budget = parse_size("--max-ram", max_ram)
+    stored = open_source(model, revision, trust_remote_code=trust_remote_code)
+    found = Estimate(stored.name, stored.revision, stored.weight_bytes, recipe.as_dict())
+    source = found.attempt(lambda: as_original(stored))
+    if source is None:  # nothing else about it would make sense
+        return found
+    found.stored_as = stored_forms(source)
+    source.announce_code(found.warn)
+    device = found.attempt(lambda: pick_device(recipe.device)) or torch.device("cpu")
+    skeleton = found.attempt(lambda: Skeleton(source, device, pick_dtype(recipe.dtype, device, source)))
+    if skeleton is None:
+        return found
+    found.compute = {"device": device.type, "dtype": str(skeleton.dtype).removeprefix("torch.")}
+    output = found.attempt(lambda: open_output(recipe.format, source, skeleton, make_plan(source, skeleton, recipe)))
+    lanes = () if recipe.eval_data == "none" else found.attempt(lambda: (ORIGINAL, OURS, *pick_baselines(recipe)))
+    if output is None or lanes is None:
+        return found
+    plan = output.plan
+    found.attempt(lambda: check_exports(recipe.exports, source, skeleton, plan))
+    found.kinds = kinds_of([*plan.rows, *output.left_out])
+    found.output_bytes = plan.output_bytes
+    found.bits_per_weight = plan.bits_per_weight(recipe.format)
+    formats = (recipe.format, *recipe.exports)
+    by_format = [opens(plan.specs, name, plan.dense_linears) for name in formats]
+    found.opens = {runtime: any(answer[runtime] for answer in by_format) for runtime in RUNTIMES}
+    found.attempt(lambda: refuse_runtimes(runtimes, plan.specs, formats, plan.dense_linears))
+    for finding in (finding for name in formats for finding in lint(plan.specs, name, plan.dense_linears)):
+        if finding.runtime in runtimes and finding.severity == "warns":
+            found.warn(str(finding))
+    tokens = _tokens(found, source, skeleton, recipe, bool(lanes))
+    sizes = _stream_sizes(skeleton, recipe, tokens, lanes)
+    _memory(found, plan, skeleton, tokens, sizes, budget)
+    _disk(found, source, sum(spilled(sizes, budget).values()), snapshot_bytes(sizes))
+    target = Path(out) if out is not None else Path(f"{source.name.rpartition('/')[2]}-{recipe.scheme_name}")
+    needed = found.disk["output"] + found.disk["streams in files"]
+    if Path(f"{target}.partial").exists():  # not for us to touch, and RunDir would tidy up what is no run
+        found.warn(f"{target}.partial is there: a run may be going on, or `run` would go on with an interrupted one")
+    else:
+        found.attempt(lambda: _check_target(target, overwrite, needed))
+    _time(found, work_of(plan, skeleton, recipe, tokens, len(lanes)), skeleton)
+    if not timed or found.exit_code:
+        return found
+    trial = found.attempt(lambda: try_block(source, skeleton, plan, recipe, tokens, len(lanes)))
+    if trial is not None:
+        _replace_time(found, trial.seconds(len(skeleton.blocks), tokens, len(lanes)))
+    return found
+
+
+def kinds_of(rows: Sequence[Row]) -> list[Kind]:
+    """The ledger with its numbers taken out, in the order of the ledger."""
+
+    def kind(row: Row) -> Kind:
+        scheme = None if row.spec is None else row.spec.scheme
+        bits, group = (None, None) if scheme is None else (scheme.bits, scheme.group_size)
+        return Kind(without_numbers(row.name), 1, row.shape, row.dtype, row.action, row.reason, bits, group)
+
+    counts = Counter(kind(row) for row in rows)
+    return [Kind(**(asdict(one) | {"count": count, "shape": one.shape})) for one, count in counts.items()]
+
+
+def _tokens(found: Estimate, source: Source, skeleton: Skeleton, recipe: Recipe, evaluated: bool) -> Tokens:
+    """What will go through the model, with windows clipped as the run clips them; problems with the texts are noted."""
+    calibrated = recipe.method not in DATA_FREE
+    context = skeleton.context or max(recipe.seq_len, recipe.eval_seq_len)
+    for flag, length, wanted in (
+        ("--seq-len", recipe.seq_len, calibrated),
+        ("--eval-seq-len", recipe.eval_seq_len, evaluated),
+    ):
+        if wanted and length > context:
+            found.warn(f"{flag}: {length} is shortened to the model's context of {context}")
+    parts = (found.attempt(lambda: parse_mixture(recipe.calibration)) or []) if calibrated else []
+    for flag, spec in (*(("--calibration", name) for name, _ in parts), ("--eval-data", recipe.eval_data)):
+        if spec.endswith((".txt", ".jsonl")) and not Path(spec).expanduser().is_file():
+            error = CalibrationError(f"{flag} {spec}", "no such file")
+            found.problems.append(Problem(str(error), True, error.exit_code))
+    if (calibrated or evaluated) and not has_tokenizer(source):
+        error = CalibrationError(
+            source.name, "no tokenizer", remedy="add its files, or use --method rtn --eval-data none"
+        )
+        found.problems.append(Problem(str(error), True, error.exit_code))
+    n_calibration = recipe.samples * min(recipe.seq_len, context) if calibrated else 0
+    full = recipe.eval_tokens == "full"
+    n_evaluation = (_FULL_TOKENS if full else int(recipe.eval_tokens)) if evaluated else 0
+    if evaluated and full:
+        found.assumptions.append(f"--eval-tokens full is taken for {_FULL_TOKENS} tokens")
+    return Tokens(n_calibration, n_evaluation, min(recipe.seq_len, context), min(recipe.eval_seq_len, context))
+
+
+def _stream_sizes(skeleton: Skeleton, recipe: Recipe, tokens: Tokens, lanes: tuple[str, ...]) -> dict[str, int]:
+    """As Job.stream_sizes, before the texts are read."""
+    row = skeleton.hidden_size * skeleton.dtype.itemsize
+    sizes = {}
+    if tokens.calibration:
+        sizes["calibration"] = tokens.calibration * row
+        if recipe.propagation != 0:
+            sizes["calibration (original)"] = sizes["calibration"]
+    return sizes | dict.fromkeys(lanes, tokens.evaluation * row)
+
+
+def _memory(
+    found: Estimate, plan: Plan, skeleton: Skeleton, tokens: Tokens, sizes: dict[str, int], budget: int
+) -> None:
+    """A bound by parts: base + 2 blocks + 8 bytes x widest input squared + largest outer tensor + a batch's activations
+    + at most --max-ram for streams and paused forwards."""
+    numel = {name: skeleton.get(name).numel() for name in skeleton.params}
+    width = skeleton.dtype.itemsize
+    blocks = Counter[int]()
+    for name, count in numel.items():
+        if (block := skeleton.block_of(name)) is not None:
+            blocks[block] += count * width
+    outer = max((count * width for name, count in numel.items() if skeleton.block_of(name) is None), default=0)
+    inner = max(max(spec.shape) for spec in plan.specs)
+    lengths = [
+        n for n, total in ((tokens.seq_len, tokens.calibration), (tokens.eval_seq_len, tokens.evaluation)) if total
+    ]
+    batch = max((windows_per_batch(n) * n for n in lengths), default=0)
+    widest = max(spec.shape[1] for spec in plan.specs) if "calibration" in sizes else 0
+    in_memory = sum(sizes.values()) - sum(spilled(sizes, budget).values())
+    # What a forward holds when it pauses at its last step: residual stream and norm, gate, up and their product.
+    held = sizes.get("calibration", 0) // skeleton.hidden_size * 3 * (widest + skeleton.hidden_size)
+    found.memory = {
+        "base": _BASE_BYTES,
+        "two copies of the largest block": 2 * max(blocks.values()),
+        "Hessian and drift of the widest input": 8 * widest**2,
+        "largest embedding or head": outer,
+        # Residual stream, norm, attention's inputs and result; gate, up, activation and product.
+        "activations of a batch": batch * width * (8 * skeleton.hidden_size + 4 * inner),
+        "streams in memory": in_memory,
+        "paused forwards": min(budget - in_memory, 2 * held) if widest else 0,
+    }
+    total, physical = sum(found.memory.values()), _physical_memory()
+    if skeleton.device.type == "cpu" and physical is not None and total > physical:
+        found.warn(
+            f"memory: up to {total / 1e9:.1f} GB; expected at most the machine's {physical / 1e9:.1f} GB; "
+            "use a smaller --max-ram or --dtype bfloat16"
+        )
+    if widest and found.recipe["samples"] * found.recipe["seq_len"] < widest:
+        found.warn(f"--samples: fewer calibration tokens than the {widest} inputs of the widest layer; use more")
+
+
+def _physical_memory() -> int | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not every system says
+        return None
+
+
+def _disk(found: Estimate, source: Source, streams: int, snapshots: int) -> None:
+    copies = 1 + len(found.recipe["exports"])
+    found.disk = {
+        "output": found.output_bytes * copies + source.side_bytes,
+        "streams in files": streams,
+        "snapshots of streams, where there is room": snapshots,
+        "download into the Hub's cache": source.download_bytes(),
+    }
+
+
+def _check_target(target: Path, overwrite: bool, needed: int) -> None:
+    try:
+        RunDir(target, overwrite=overwrite, needed_bytes=needed)  # checks only: entering it would create the folder
+    except OSError as error:
+        raise OutputError(str(target), error.strerror or str(error), remedy="choose another --out") from None
+
+
+def _replace_time(found: Estimate, measured: dict[str, float]) -> None:
+    """The measured block in the place of what is counted for blocks."""
+    kept = {part: found.seconds[part] for part in ("starting", "packing and verifying", "reading and writing")}
+    found.seconds = kept | measured
+    found.assumptions = [line for line in found.assumptions if not line.startswith("time:")] + [
+        "time: the first block measured on a few random tokens, the others taken to be like it; the head's scores, "
+        "other programs and downloads not counted"
+    ]
+
+
+def _time(found: Estimate, work: Work, skeleton: Skeleton) -> None:
+    """FLOPs by the speed of this device, measured now on one product of matrices; the rest by stated rates."""
+    begin = time.perf_counter()
+    rate = matmul_rate(skeleton.device, torch.float32)
+    forward_rate = rate if skeleton.dtype == torch.float32 else matmul_rate(skeleton.device, skeleton.dtype)
+    found.seconds = {"starting": _START_SECONDS} | work.seconds(forward_rate, rate, skeleton.device.type)
+    found.seconds["reading and writing"] = (2 * found.source_bytes + 2 * found.output_bytes) / _DISK_RATE
+    if skeleton.device.type == "cpu" and (days := sum(found.seconds.values()) / 86400) > 1:
+        found.warn(f"time: about {days:.0f} days on this CPU; use a GPU, fewer --samples, or --method rtn")
+    found.assumptions += [
+        f"time: {work.forward_flops + work.solve_flops:.2e} FLOPs at {work.efficiency:.0%} of the {rate / 1e9:.0f} "
+        f"GFLOP/s that this machine showed in {time.perf_counter() - begin:.1f} s, elementwise work of the solver at a "
+        "fitted rate; "
+        f"files at {_DISK_RATE / 1e6:.0f} MB/s; downloads not counted; it can be wrong by a factor of two",
+        "memory is a bound by parts, not a forecast",
+    ]

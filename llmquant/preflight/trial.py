@@ -1,0 +1,97 @@
+"""`plan --time`: one real block, quantized with few windows of random tokens; what it took, by what it grows with."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmquant.blocks.quantize import CalibrationStreams, forward_of, quantize_block
+from llmquant.model.devices import pick_products
+from llmquant.model.skeleton import Skeleton
+from llmquant.model.streams import Stream
+from llmquant.plan import Plan
+from llmquant.preflight.flops import Tokens
+from llmquant.quant.solvers import DATA_FREE
+from llmquant.recipe import Recipe
+from llmquant.source.base import Source
+from llmquant.text.windows import Windows, windows_per_batch
+
+_BATCHES = 3  # the longer of two timings; what it takes longer than one batch is the cost of two
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Seconds of one block: whatever the calibration (solving, packing), and for a token of either text."""
+
+    solving: float
+    calibration_token: float
+    evaluation_token: float
+
+    def seconds(self, n_blocks: int, tokens: Tokens, n_lanes: int) -> dict[str, float]:
+        """Of all blocks, by part; the first block stands for the others."""
+        return {
+            "solving": n_blocks * self.solving,
+            "calibration": n_blocks * tokens.calibration * self.calibration_token,
+            "evaluation": n_blocks * n_lanes * tokens.evaluation * self.evaluation_token,
+        }
+
+
+def try_block(source: Source, skeleton: Skeleton, plan: Plan, recipe: Recipe, tokens: Tokens, n_lanes: int) -> Trial:
+    """Time block 0. Reads its weights and the embedding, which a Hub source downloads; writes nothing.
+
+    Which tokens does not matter to the clock, so no text and no tokenizer are needed.
+    """
+    key_of = {param: key for key, param in skeleton.param_of.items()}
+
+    def read(param: str) -> Tensor:
+        return source.read_finite(key_of[param])
+
+    specs = [row.spec for row in plan.block(0) if row.spec is not None]
+    calibrated = recipe.method not in DATA_FREE
+    products = pick_products(recipe.products, skeleton.device, skeleton.dtype, recipe.bits)
+    generator = torch.Generator().manual_seed(0)
+
+    def batches(seq_len: int, count: int) -> list[Tensor]:
+        shape = (count * windows_per_batch(seq_len), seq_len)
+        return Windows(torch.randint(skeleton.vocab_size, shape, generator=generator), "random", None, "none").batches()
+
+    def block_seconds(n_batches: int) -> float:
+        """`n_batches` calibration batches through the quantization of the block."""
+        streams = None
+        calls = {}
+        if calibrated:
+            original = Stream() if recipe.propagation != 0 else None
+            streams = CalibrationStreams(Stream(), original, 1 << 62, products)
+            calls = skeleton.record(batches(tokens.seq_len, n_batches), read, streams.append)
+        with skeleton.loaded(skeleton.block_params(0), read):
+            return seconds(lambda: quantize_block(skeleton, 0, specs, recipe, calls, streams))
+
+    def lane_seconds() -> float:
+        """One evaluation batch through the block."""
+        entered: list[Tensor] = []
+        calls = skeleton.record(batches(tokens.eval_seq_len, 1), read, lambda hidden: entered.append(hidden.clone()))
+        with skeleton.loaded(skeleton.block_params(0), read):
+            forward = forward_of(skeleton, 0, calls)
+            forward(entered[0])  # the first one finds its kernels
+            return seconds(lambda: forward(entered[0]))
+
+    per_batch = 0.0
+    solving = block_seconds(1)
+    if calibrated:
+        one, several = block_seconds(1), block_seconds(_BATCHES)  # the run before warmed up
+        per_batch = max(0.0, (several - one) / (_BATCHES - 1))
+        solving = max(0.0, one - per_batch)
+    lane = lane_seconds() if n_lanes else 0.0
+    in_batch, in_lane = (windows_per_batch(n) * n for n in (tokens.seq_len, tokens.eval_seq_len))
+    return Trial(solving, per_batch / in_batch, lane / in_lane)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Of one call."""
+    begin = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin

@@ -1,0 +1,160 @@
+"""report.html: one file, no network, everything in it from report.json.
+
+The template escapes all text: names of tensors, models and datasets are strangers' strings. The page's own script is
+the only one that its content security policy lets run.
+"""
+
+import base64
+import hashlib
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from llmquant.report import plots
+from llmquant.report.tables import compared, describe_evaluation, lanes_table
+from llmquant.report.verdict import command_of, health, place_of, verdict
+
+_FOLDER = Path(__file__).parent
+# Hides the rows of the ledger that do not hold the typed text and the chosen action.
+_SCRIPT = """
+const text = document.getElementById("filter"), action = document.getElementById("action");
+const rows = [...document.querySelectorAll("#ledger tbody tr")], count = document.getElementById("count");
+function update() {
+  const wanted = text.value.toLowerCase();
+  let shown = 0;
+  for (const row of rows) {
+    const fits = row.textContent.toLowerCase().includes(wanted)
+      && (!action.value || row.dataset.action === action.value);
+    row.hidden = !fits;
+    shown += fits;
+  }
+  count.textContent = shown + " of " + rows.length;
+}
+text.addEventListener("input", update);
+action.addEventListener("change", update);
+update();
+"""
+
+
+def make_html(name: str, report: dict[str, Any]) -> str:
+    """The page of the checkpoint `name`. The same report gives the same bytes."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+    return environment.get_template("report.html.jinja").render(
+        name=name,
+        report=report,
+        verdict=verdict(report),
+        health=health(report),
+        command=command_of(report),
+        depth=_depth(report["layers"]),
+        worst=_worst(report["layers"]),
+        ledger=_ledger(report),
+        script=_safe(_SCRIPT),
+        script_digest=digest,
+        **_evaluation(report["evaluation"]),
+    )
+
+
+def _safe(markup: str) -> Any:
+    """Text of our own making that is not to be escaped."""
+    from markupsafe import Markup
+
+    return Markup(markup)
+
+
+def _evaluation(evaluation: dict[str, Any] | None) -> dict[str, Any]:
+    if evaluation is None:
+        return {"lanes": None}
+    lanes = evaluation["lanes"]
+    spread = [["lane", *plots.PERCENTILES.values()]]
+    spread += [[name, *(f"{lane[key]:.2g}" for key in plots.PERCENTILES)] for name, lane in compared(lanes).items()]
+    return {
+        "lanes": lanes_table(lanes),
+        "conditions": describe_evaluation(evaluation),
+        "size_plot": _safe(plots.kl_against_size(lanes)),
+        "spread": spread,
+        "spread_plot": _safe(plots.kl_percentiles(lanes)),
+        "lane_legend": plots.legend(list(compared(lanes))),
+    }
+
+
+def _depth(layers: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Error by block and kind: of outputs where calibration measured them, else of weights. Experts are averaged."""
+    measured = all(layer["relative_error"] is not None for layer in layers)
+    key = "relative_error" if measured else "weight_error"
+    cells: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for layer in layers:
+        block, kind = place_of(layer["name"])
+        if block is not None:
+            cells[kind][block].append(layer[key])
+    if not cells:
+        return None
+    means = {k: {b: statistics.fmean(cells[k][b]) for b in sorted(cells[k])} for k in sorted(cells)}
+    label = "relative output error" if measured else "relative weight error"
+    rows = [
+        [
+            kind,
+            f"{statistics.median(errors.values()):.2e}",
+            f"{max(errors.values()):.2e}",
+            str(max(errors, key=errors.__getitem__)),
+        ]
+        for kind, errors in means.items()
+    ]
+    return {
+        "label": label,
+        "plot": _safe(plots.error_by_depth(means, label)),
+        "legend": plots.legend(list(means)),
+        "rows": [["kind", "median", "largest", "in block"], *rows],
+    }
+
+
+def _worst(layers: list[dict[str, Any]], count: int = 3) -> list[dict[str, Any]]:
+    """The layers of the largest error, with how their weights, codes and scales are spread."""
+    measured = all(layer["relative_error"] is not None for layer in layers)
+    key = "relative_error" if measured else "weight_error"
+    labels = {"weights": "weight before quantization", "codes": "code", "scales": "log2 of the scale"}
+    return [
+        {
+            "name": layer["name"],
+            "error": f"{layer[key]:.2e}",
+            "plots": [
+                _safe(plots.histogram(f"worst{i}-{what}", label, layer["histograms"][what]))
+                for what, label in labels.items()
+            ],
+        }
+        for i, layer in enumerate(sorted(layers, key=lambda layer: -layer[key])[:count])
+        if "histograms" in layer  # reports of earlier versions have none
+    ]
+
+
+def _ledger(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row per tensor of the source, with its layer's error where it was quantized."""
+    errors = {layer["name"]: layer["relative_error"] for layer in report["layers"]}
+    rows = []
+    for row in report["tensors"]:
+        error = errors.get(row["name"].removesuffix(".weight"))
+        what = row["action"]
+        if row["action"] == "quantized":
+            group = "rows" if row["group_size"] == -1 else f"groups of {row['group_size']}"
+            what = f"{row['bits']} bits, {group}"
+        rows.append(
+            {
+                "name": row["name"],
+                "action": row["action"],
+                "what": what,
+                "shape": " x ".join(map(str, row["shape"])) or "scalar",
+                "dtype": row["dtype"],
+                "error": "" if error is None else f"{error:.2e}",
+                "reason": row["reason"],
+            }
+        )
+    return rows

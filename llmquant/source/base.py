@@ -1,0 +1,272 @@
+"""Where a checkpoint comes from: the built-in demo, a local folder, or the Hub with its revision pinned.
+
+Headers are read and checked first; weights are read tensor by tensor, with plain reads. Only safetensors:
+there is no pickle path.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmquant.errors import SourceError
+from llmquant.log import Log
+from llmquant.source.header import MAX_HEADER_BYTES, TensorInfo, header_length, parse_header, parse_json
+from llmquant.source.remote_code import code_files, references
+
+NAME_THE_ORIGINAL = "name the checkpoint that it was made from; eval, compare and inspect read the file itself"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+# Copied into the output as they are: data of the tokenizer, never code, and nothing from other folders.
+_SIDE_FILES = re.compile(
+    r"(tokenizer[^/]*\.(json|model[^/]*)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
+    r"|[^/]*\.(model|tiktoken)|generation_config\.json|chat_template\.(jinja|json)"
+    r"|additional_chat_templates/[^/]*\.jinja"
+    r"|(preprocessor|processor)_config\.json|(LICENSE|LICENCE|NOTICE|USE_POLICY|COPYING)[^/]*)"
+)
+# Keys that would make a reader run foreign code or choose kernels for the user, at any depth of a config.
+_UNSAFE_KEYS = re.compile(
+    r"auto_map|trust_remote_code|_?attn_implementation.*|_?experts_implementation.*|.*kernel_config|use_kernels"
+)
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """By the ends of its range, thirty times faster than entry by entry: a NaN is both."""
+    return not tensor.numel() or all(math.isfinite(float(end)) for end in tensor.aminmax())
+
+
+class Source:
+    """A checked checkpoint: `config`, `tensors` by name, and `read`. Use `open_source` to make one.
+
+    `code` are the checkpoint's own Python files that may be run: none without `trust_remote_code`.
+    """
+
+    def __init__(
+        self, name: str, folder: Path, revision: str | None = None, *, trust_remote_code: bool = False
+    ) -> None:
+        self.name = name
+        self.revision = revision
+        self.folder = folder
+        self.trust_remote_code = trust_remote_code
+        self.code: tuple[str, ...] = ()
+        if ggufs := gguf_files(self.files()):
+            raise OnlyGGUFError(self, ggufs)
+        self.config = self._config()
+        self.tensors = self._tensors()
+        if trust_remote_code:
+            self.code = code_files(name, set(self.files()), self.json, self.local)
+        for file in self.side_files():  # others read them later: here, or not at all
+            self.local(file)
+
+    def tokenizer(self) -> Any:
+        """The tokenizer, where it comes with the weights; None where it lies in files of its own."""
+        return None
+
+    # -- what a Hub source overrides -------------------------------------------------------------------
+    def files(self) -> list[str]:
+        """Names of all files, relative to the checkpoint's root."""
+        return sorted(
+            str(path.relative_to(self.folder))
+            for path in self.folder.rglob("*")
+            if path.is_file() and ".cache" not in path.relative_to(self.folder).parts
+        )
+
+    def local(self, file: str) -> Path:
+        """A path at which `file` can be read now."""
+        path = self.folder / relative(file)
+        if not path.is_file():
+            raise SourceError(self.name, f"{file} is missing", remedy="download the checkpoint again")
+        root, target = self.folder.resolve(), path.resolve()
+        # The Hub's cache keeps the files of a snapshot in a folder of blobs beside all snapshots.
+        blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
+        if not target.is_relative_to(root) and not target.is_relative_to(blobs):
+            raise SourceError(
+                f"{self.name}: {file}",
+                "is a link that leads out of the checkpoint",
+                remedy="put the file itself there, or name the folder in which it lies",
+            )
+        return path
+
+    def is_local(self, name: str) -> bool:
+        """Whether the tensor can be read without a download."""
+        return True
+
+    def download_bytes(self) -> int:
+        """Bytes of the weights that are not on this machine yet."""
+        return 0
+
+    def stored_as(self, name: str) -> str | None:
+        """The packed form that the tensor is read from; None where it is stored as it is read."""
+        return None
+
+    def parts(self, name: str) -> list[TensorInfo]:
+        """The stored tensors that `name` is read from."""
+        return [self.tensors[name]]
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Say which tensors will be read next; a Hub source fetches their files meanwhile."""
+
+    def _header(self, file: str) -> tuple[bytes, int]:
+        path = self.local(file)
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            length = header_length(file, stream.read(8), size)
+            return stream.read(length), size
+
+    def json(self, file: str) -> dict[str, Any]:
+        """A JSON file of it, of bounded size."""
+        path = self.local(file)
+        if (size := path.stat().st_size) > MAX_HEADER_BYTES:
+            raise SourceError(f"{self.name}: {file}", f"{size} bytes of JSON", expected=f"at most {MAX_HEADER_BYTES}")
+        return parse_json(path.read_bytes(), file)
+
+    # -- common ----------------------------------------------------------------------------------------
+    @property
+    def weight_bytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, bit for bit, in its own dtype."""
+        return self._read_at(self.tensors[name])
+
+    def _read_at(self, info: TensorInfo) -> Tensor:
+        """Plain reads: a mapped file that shrinks kills us."""
+        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        view, done = buffer.numpy().data.cast("B"), 0
+        with self.local(info.file).open("rb", buffering=0) as stream:
+            stream.seek(info.start)
+            while done < info.nbytes:
+                count = stream.readinto(view[done:])
+                if not count:
+                    raise SourceError(
+                        f"{info.file}: {info.name}", "the file ended early", remedy="it changed during the run"
+                    )
+                done += count
+        return buffer.view(info.dtype).view(info.shape)
+
+    def read_finite(self, name: str) -> Tensor:
+        """`read`, refusing NaN and Inf by the tensor's name."""
+        tensor = self.read(name)
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not _all_finite(tensor):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise SourceError(
+                name, f"{count} NaN or Inf values", expected="finite weights", remedy="the checkpoint is damaged"
+            )
+        return tensor
+
+    @property
+    def side_bytes(self) -> int:
+        """Bytes of the side files, and a megabyte for our own."""
+        return 2**20 + sum(self.local(file).stat().st_size for file in self.side_files())
+
+    def side_files(self) -> list[str]:
+        """Files that go into the output as they are: tokenizer, chat template, generation config, licence, `code`."""
+        return [file for file in self.files() if _SIDE_FILES.fullmatch(file) or file in self.code]
+
+    @property
+    def safe_config(self) -> dict[str, Any]:
+        """`config` as transformers and the output may see it; auto_map stays where its code may be run."""
+        return safe_config(self.config, keep_code=bool(self.code))
+
+    def announce_code(self, log: Log) -> None:
+        """Say which Python code of the checkpoint is run, before it is."""
+        if self.code:
+            at = f"@{self.revision[:12]}" if self.revision else ""
+            log(f"--trust-remote-code: code of {self.name}{at} is run: {', '.join(self.code)}")
+        elif self.trust_remote_code:
+            log(f"--trust-remote-code: {self.name} brings no code of its own")
+
+    def code_remedy(self, file: str = "config.json") -> str:
+        """What an error says where the checkpoint's own code would be needed; empty where `file` names none."""
+        has_code = file in self.files() and any(references(self.json(file)))
+        return "remote code is not run without --trust-remote-code: read it first" if has_code and not self.code else ""
+
+    def _config(self) -> dict[str, Any]:
+        if "config.json" not in self.files():
+            raise SourceError(self.name, "no config.json", expected="a Hugging Face checkpoint")
+        return self.json("config.json")
+
+    def _tensors(self) -> dict[str, TensorInfo]:
+        files = set(self.files())
+        if INDEX in files:
+            weight_map = self.json(INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise SourceError(INDEX, "no weight_map", expected="tensor name -> file")
+            shards = sorted({self._shard(name, file, files) for name, file in weight_map.items()})
+        elif SINGLE in files:
+            weight_map, shards = None, [SINGLE]
+        else:
+            pickles = sorted(f for f in files if f.endswith((".bin", ".pt", ".pth", ".ckpt")))
+            got = f"only pickle weights ({pickles[0]!r})" if pickles else "no safetensors weights"
+            raise SourceError(
+                self.name,
+                got,
+                expected=f"{SINGLE} or {INDEX}",
+                remedy="use a revision with safetensors; pickles are never loaded",
+            )
+        tensors: dict[str, TensorInfo] = {}
+        for shard in shards:
+            for name, info in parse_header(shard, *self._header(shard)).items():
+                if name in tensors or (weight_map is not None and weight_map.get(name) != shard):
+                    raise SourceError(f"{shard}: {name}", "lies in a file that the index does not name for it")
+                tensors[name] = info
+        if weight_map is not None and (missing := sorted(set(weight_map) - set(tensors))):
+            raise SourceError(INDEX, f"names {missing[0]!r}, which {weight_map[missing[0]]} does not hold")
+        return tensors
+
+    def _shard(self, name: str, file: Any, files: set[str]) -> str:
+        if not isinstance(file, str) or not file.endswith(".safetensors"):
+            raise SourceError(INDEX, f"{name!r} lies in {str(file)[:80]!r}", expected="a .safetensors file")
+        relative(file)
+        if file not in files:
+            raise SourceError(
+                INDEX, f"{name!r} lies in {file!r}, which is missing", remedy="download the checkpoint again"
+            )
+        return file
+
+
+class OnlyGGUFError(SourceError):
+    """A folder or repository whose weights are GGUF files: `open_checkpoint` reads one, a run cannot start from it."""
+
+    def __init__(self, source: Source, files: list[str]) -> None:
+        self.source, self.files = source, files
+        super().__init__(
+            source.name,
+            f"holds {files[0]!r} and no safetensors weights",
+            expected="a Hugging Face checkpoint",
+            remedy=NAME_THE_ORIGINAL,
+        )
+
+
+def gguf_files(files: Iterable[str]) -> list[str]:
+    """The GGUF files at the root of a checkpoint; none where there are safetensors weights."""
+    names = list(files)
+    return (
+        [] if any(f.endswith(".safetensors") for f in names) else [f for f in names if re.fullmatch(r"[^/]+\.gguf", f)]
+    )
+
+
+def relative(file: str) -> str:
+    """`file`, refused where it would lead out of the checkpoint's folder."""
+    if file.startswith(("/", "~")) or ".." in Path(file).parts or "\0" in file or "\\" in file:
+        raise SourceError(repr(file)[:80], "a path that leads out of the checkpoint")
+    return file
+
+
+def safe_config(config: dict[str, Any], *, keep_code: bool = False) -> dict[str, Any]:
+    """`config` without keys that would run foreign code or pick kernels, at every nesting level.
+
+    keep_code   auto_map stays: the user trusts it
+    """
+    kept = ("auto_map",) if keep_code else ()
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: clean(v) for k, v in value.items() if k in kept or not _UNSAFE_KEYS.fullmatch(str(k))}
+        return [clean(item) for item in value] if isinstance(value, list) else value
+
+    cleaned: dict[str, Any] = clean(config)
+    return cleaned

@@ -1,0 +1,308 @@
+"""The quantized linears of a finished checkpoint, by the layouts that are met in the wild.
+
+Each function finds the packed linears of one layout among the stored tensors and says how to read them. Most are
+grids, w = (code - zero) * scale; bitsandbytes NF4 is a table of 16 numbers and has only a dense view.
+Shapes: O out_features, I in_features, G groups.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmquant.errors import SourceError
+from llmquant.formats.awq import unpack_awq
+from llmquant.formats.packing import unpack_rows
+from llmquant.source.header import TensorInfo
+
+Read = Callable[[str], Tensor]
+Tensors = dict[str, TensorInfo]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """w = (codes_OI - zeros_OG[g]) * scales_OG[g], g = group_I[i], or i // (I / G) where group_I is None.
+
+    Codes and zeros are signed (2^(bits-1) taken off) and exact in float32; zeros_OG None: 0.
+    """
+
+    codes_OI: Tensor
+    scales_OG: Tensor
+    zeros_OG: Tensor | None = None
+    group_I: Tensor | None = None
+
+    def dense(self) -> Tensor:
+        group_I, in_features = self.group_I, self.codes_OI.shape[1]
+        if group_I is None:
+            group_I = torch.arange(in_features) // (in_features // self.scales_OG.shape[1])
+        weight_OI = self.codes_OI.float()
+        if self.zeros_OG is not None:
+            weight_OI = weight_OI.sub_(self.zeros_OG.float()[:, group_I])
+        return weight_OI.mul_(self.scales_OG.float()[:, group_I])
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """One packed linear. `parts` are the stored tensors it is made of; `bits` 0 where its codes are no integer grid,
+    `form` then says what they are."""
+
+    prefix: str  # of the stored names, without a dot
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    bits: int
+    n_groups: int
+    symmetric: bool
+    parts: tuple[str, ...]
+    grid: Callable[[Read], Grid] | None
+    dense: Callable[[Read], Tensor]
+    form: str = ""
+
+
+def _linear(
+    prefix: str,
+    shape: tuple[int, int],
+    scales: TensorInfo,
+    bits: int,
+    n_groups: int,
+    parts: tuple[str, ...],
+    grid: Callable[[Read], Grid],
+    *,
+    symmetric: bool,
+) -> PackedLinear:
+    names = tuple(f"{prefix}.{part}" for part in parts)
+    return PackedLinear(
+        prefix, shape, scales.dtype, bits, n_groups, symmetric, names, grid, lambda read: grid(read).dense()
+    )
+
+
+def _with(tensors: Tensors, leaf: str, *parts: str) -> Iterator[tuple[str, list[TensorInfo]]]:
+    """Every module that has a tensor `leaf`, with that tensor and its `parts`; SourceError where one is missing."""
+    for name in tensors:
+        prefix, _, last = name.rpartition(".")
+        if last == leaf:
+            for part in parts:
+                if f"{prefix}.{part}" not in tensors:
+                    raise SourceError(prefix, f"no {part} beside {leaf}")
+            yield prefix, [tensors[f"{prefix}.{part}"] for part in (leaf, *parts)]
+
+
+def _require(fits: bool, prefix: str, shape: object, *infos: TensorInfo) -> None:
+    if not fits:
+        got = ", ".join(f"{info.name.rpartition('.')[2]} {info.shape}" for info in infos)
+        raise SourceError(prefix, got, expected=f"a packing of {shape}")
+
+
+def _signed(codes: Tensor, bits: int) -> Tensor:
+    shifted: Tensor = codes.short() - (1 << (bits - 1))
+    return shifted
+
+
+def compressed_tensors(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, PackedLinear]:
+    """pack-quantized; bits = 32 words / I, group = I / scales of a row, so any number of config groups can be read."""
+    if config.get("format") != "pack-quantized":
+        raise SourceError(
+            "quantization_config",
+            f"compressed-tensors format {config.get('format')!r}",
+            expected="pack-quantized, float-quantized or mxfp4-pack-quantized",
+        )
+    found = {}
+    for prefix, (packed, scale, shape_info) in _with(tensors, "weight_packed", "weight_scale", "weight_shape"):
+        shape = _stored_shape(read(shape_info.name), prefix)
+        rows, columns = shape
+        bits = 32 * packed.shape[-1] // columns
+        fits = 2 <= bits <= 8 and packed.shape == (rows, -(-columns * bits // 32))
+        fits = fits and len(scale.shape) == 2 and scale.shape[0] == rows and columns % max(1, scale.shape[1]) == 0
+        _require(fits, prefix, shape, packed, scale)
+        zero, order = (tensors.get(f"{prefix}.weight_{part}") for part in ("zero_point", "g_idx"))
+        if zero is not None:
+            words = (-(-rows * bits // 32), scale.shape[1])
+            _require(zero.shape in (words, scale.shape), prefix, shape, zero, scale)
+        parts: tuple[str, ...] = ("weight_packed", "weight_scale", "weight_shape")
+        parts += ("weight_zero_point",) * (zero is not None) + ("weight_g_idx",) * (order is not None)
+        grid = _compressed_grid(prefix, shape, bits, zero, order)
+        found[f"{prefix}.weight"] = _linear(
+            prefix, shape, scale, bits, scale.shape[1], parts, grid, symmetric=zero is None
+        )
+    return found
+
+
+def _stored_shape(shape: Tensor, prefix: str) -> tuple[int, int]:
+    if shape.shape != (2,) or int(shape.min()) < 1:
+        raise SourceError(prefix, f"weight_shape {shape.tolist()}", expected="[out_features, in_features]")
+    return int(shape[0]), int(shape[1])
+
+
+def _compressed_grid(
+    prefix: str, shape: tuple[int, int], bits: int, zero: TensorInfo | None, order: TensorInfo | None
+) -> Callable[[Read], Grid]:
+    def grid(read: Read) -> Grid:
+        zeros = None
+        if zero is not None:
+            zeros = read(zero.name)
+            if zero.dtype == torch.int32:  # packed along the rows
+                zeros = _signed(unpack_rows(zeros.T, bits, shape[0]).T, bits)
+        group_I = None if order is None else read(order.name).long()
+        codes = unpack_rows(read(f"{prefix}.weight_packed"), bits, shape[1])
+        return Grid(_signed(codes, bits), read(f"{prefix}.weight_scale"), zeros, group_I)
+
+    return grid
+
+
+def gptq(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, PackedLinear]:
+    """GPTQ v1, whose stored zeros are one too small, and v2; g_idx gives each input's group."""
+    bits, version = config.get("bits"), config.get("checkpoint_format", "gptq")
+    if bits not in (2, 3, 4, 8) or version not in ("gptq", "gptq_v2"):
+        raise SourceError(
+            "quantization_config",
+            f"gptq checkpoint_format {version!r}, {bits} bits",
+            expected="gptq or gptq_v2, 2, 3, 4 or 8 bits",
+        )
+    found = {}
+    for prefix, (qweight, qzeros, scales) in _with(tensors, "qweight", "qzeros", "scales"):
+        order = tensors.get(f"{prefix}.g_idx")
+        _require(len(qweight.shape) == len(scales.shape) == 2, prefix, "two dimensions", qweight, scales)
+        rows = qweight.shape[1]
+        columns = order.shape[0] if order is not None else qweight.shape[0] * 32 // bits
+        fits = qweight.shape[0] == -(-columns * bits // 32) and scales.shape[1] == rows
+        fits = fits and qzeros.shape == (scales.shape[0], -(-rows * bits // 32))
+        fits = fits and (order is not None or columns % max(1, scales.shape[0]) == 0)
+        _require(fits, prefix, (rows, columns), qweight, qzeros, scales)
+        grid = _gptq_grid(prefix, (rows, columns), bits, version == "gptq", order)
+        parts = ("qweight", "qzeros", "scales") + (("g_idx",) if order is not None else ())
+        found[f"{prefix}.weight"] = _linear(
+            prefix,
+            (rows, columns),
+            scales,
+            bits,
+            scales.shape[0],
+            parts,
+            grid,
+            symmetric=bool(config.get("sym", True)),
+        )
+    return found
+
+
+def _gptq_grid(
+    prefix: str, shape: tuple[int, int], bits: int, minus_one: bool, order: TensorInfo | None
+) -> Callable[[Read], Grid]:
+    def grid(read: Read) -> Grid:
+        codes = _signed(unpack_rows(read(f"{prefix}.qweight").T, bits, shape[1]), bits)
+        zeros = _signed(unpack_rows(read(f"{prefix}.qzeros"), bits, shape[0]), bits) + minus_one
+        group_I = None if order is None else read(order.name).long()
+        if group_I is not None and bool(((group_I < 0) | (group_I >= zeros.shape[0])).any()):
+            raise SourceError(f"{prefix}.g_idx", "a group that does not exist", expected=f"0 to {zeros.shape[0] - 1}")
+        return Grid(codes, read(f"{prefix}.scales").T, zeros.T, group_I)
+
+    return grid
+
+
+def awq(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, PackedLinear]:
+    """AWQ, version gemm."""
+    version, bits = str(config.get("version", "gemm")).lower(), config.get("bits")
+    if version != "gemm" or bits != 4:
+        raise SourceError("quantization_config", f"awq version {version!r}, {bits} bits", expected="gemm, 4 bits")
+    found = {}
+    for prefix, (qweight, qzeros, scales) in _with(tensors, "qweight", "qzeros", "scales"):
+        _require(len(qweight.shape) == len(scales.shape) == 2, prefix, "two dimensions", qweight, scales)
+        rows, columns = qweight.shape[1] * 8, qweight.shape[0]
+        fits = scales.shape[1] == rows and qzeros.shape == (scales.shape[0], rows // 8)
+        _require(fits and columns % max(1, scales.shape[0]) == 0, prefix, (rows, columns), qweight, qzeros, scales)
+
+        def grid(read: Read, prefix: str = prefix) -> Grid:
+            codes, zeros = (_signed(unpack_awq(read(f"{prefix}.{part}")), 4).T for part in ("qweight", "qzeros"))
+            return Grid(codes, read(f"{prefix}.scales").T, zeros)
+
+        found[f"{prefix}.weight"] = _linear(
+            prefix,
+            (rows, columns),
+            scales,
+            4,
+            scales.shape[0],
+            ("qweight", "qzeros", "scales"),
+            grid,
+            symmetric=False,
+        )
+    return found
+
+
+def mlx(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, PackedLinear]:
+    """MLX affine: w = u s + bias with u unsigned; widths by shapes, group sizes by the config."""
+    if config.get("mode", "affine") != "affine":
+        raise SourceError("quantization_config", f"mlx mode {config['mode']!r}", expected="affine")
+    found = {}
+    for prefix, (scales, biases, weight) in _with(tensors, "scales", "biases", "weight"):
+        own = config.get(prefix) if isinstance(config.get(prefix), dict) else config
+        group = (own or config).get("group_size", config.get("group_size"))
+        if not isinstance(group, int):
+            raise SourceError(prefix, f"group_size {group!r} in the config", expected="a number")
+        _require(len(weight.shape) == len(scales.shape) == 2, prefix, "a matrix", weight, scales)
+        shape = (scales.shape[0], scales.shape[1] * group)
+        bits = 32 * weight.shape[1] // max(1, shape[1])
+        fits = 2 <= bits <= 8 and weight.shape == (shape[0], shape[1] * bits // 32) and biases.shape == scales.shape
+        _require(fits, prefix, shape, weight, scales, biases)
+
+        def dense(read: Read, prefix: str = prefix, shape: tuple[int, int] = shape, bits: int = bits) -> Tensor:
+            codes = unpack_rows(read(f"{prefix}.weight").view(torch.int32), bits, shape[1]).float()
+            scales, biases = (read(f"{prefix}.{part}").float()[..., None] for part in ("scales", "biases"))
+            product: Tensor = codes.view(*scales.shape[:2], -1) * scales + biases
+            return product.view(shape)
+
+        parts = tuple(f"{prefix}.{part}" for part in ("weight", "scales", "biases"))
+        found[f"{prefix}.weight"] = PackedLinear(
+            prefix, shape, scales.dtype, bits, scales.shape[1], False, parts, None, dense
+        )
+    return found
+
+
+def from_table(octets: Tensor, table: Tensor, absmax: Tensor, blocksize: int) -> Tensor:
+    """table[code] * absmax of its block in float32, for all codes of packed bytes: the upper half of a byte first."""
+    octets = octets.reshape(-1).view(torch.uint8)
+    codes = torch.stack([octets >> 4, octets & 15], dim=-1).view(-1).long()
+    return table.float()[codes].mul_(absmax.float().repeat_interleave(blocksize)[: len(codes)])
+
+
+def bitsandbytes(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, PackedLinear]:
+    """NF4 and FP4: codes of 4 bits, the first in the upper half of a byte, point into a table; a scale per block.
+
+    With double quantization the scales are 8-bit codes themselves: table[code] * scale of the block + offset.
+    """
+    found = {}
+    for name in tensors:
+        stem, _, _ = name.rpartition(".quant_state.bitsandbytes__")
+        if not stem:
+            continue
+        state = json.loads(bytes(read(name).tolist()))
+        shape = tuple(state["shape"])
+        parts = tuple(part for part in tensors if part == stem or part.startswith(f"{stem}."))
+        nested = f"{stem}.nested_absmax" in tensors
+
+        def dense(read: Read, stem: str = stem, state: dict[str, Any] = state, nested: bool = nested) -> Tensor:
+            absmax = read(f"{stem}.absmax")
+            if nested:
+                table = read(f"{stem}.nested_quant_map").float()[absmax.long()]
+                outer = read(f"{stem}.nested_absmax").float()
+                absmax = table * outer.repeat_interleave(state["nested_blocksize"])[: len(table)]
+                absmax = absmax + state["nested_offset"]
+            table = read(f"{stem}.quant_map")
+            values = from_table(read(stem), table, absmax, state["blocksize"])
+            return values[: math.prod(state["shape"])].view(state["shape"])
+
+        dtype = getattr(torch, state.get("dtype", "float16"))
+        form = f"{state.get('quant_type', '4 bits')}, blocks of {state['blocksize']}"
+        found[stem] = PackedLinear(stem.rpartition(".")[0], shape, dtype, 0, 0, True, parts, None, dense, form)
+    if not found:
+        raise SourceError("quantization_config", "bitsandbytes without 4-bit tensors", expected="NF4 or FP4")
+    return found
+
+
+LAYOUTS: dict[str, Callable[[Tensors, dict[str, Any], Read], dict[str, PackedLinear]]] = {
+    "compressed-tensors": compressed_tensors,
+    "gptq": gptq,
+    "awq": awq,
+    "mlx": mlx,
+    "bitsandbytes": bitsandbytes,
+}

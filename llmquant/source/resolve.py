@@ -1,0 +1,28 @@
+"""What the user names -> a checked checkpoint: the built-in demo, a local folder, or a commit on the Hub."""
+
+from pathlib import Path
+
+from llmquant.demo import DEMO
+from llmquant.errors import SourceError
+from llmquant.source.base import NAME_THE_ORIGINAL, Source
+from llmquant.source.hub import open_hub
+
+_CHECKPOINT = "a checkpoint folder or a Hub id"
+
+
+def open_source(model: str | Path, revision: str | None = None, *, trust_remote_code: bool = False) -> Source:
+    """`demo`, a local folder, or a Hub id (its revision resolved to a commit once).
+
+    trust_remote_code   the user's word that Python code of the checkpoint may be run; opening runs none of it
+    Raises SourceError; nothing but headers and side files has been read on return.
+    """
+    if str(model) == "demo":
+        return Source("llmquant/demo", DEMO)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return Source(path.resolve().name, path, trust_remote_code=trust_remote_code)
+    if path.is_file() and path.suffix == ".gguf":
+        raise SourceError(str(model), "is a GGUF file", expected=_CHECKPOINT, remedy=NAME_THE_ORIGINAL)
+    if path.is_absolute() or str(model).startswith((".", "~")) or path.exists():
+        raise SourceError(str(model), "no such folder", expected=_CHECKPOINT)
+    return open_hub(str(model), revision, trust_remote_code)

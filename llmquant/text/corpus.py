@@ -1,0 +1,196 @@
+"""A name -> documents: built-in text, files, and datasets of the Hub."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from llmquant.demo import DEMO
+from llmquant.errors import CalibrationError
+from llmquant.source.hub import dataset_commit
+
+_WIKITEXT = "Salesforce/wikitext"
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents, and where they came from. `revision` is the dataset's commit, where it has one.
+
+    `chats`: each document is a JSON list of messages {"role", "content"}, for `as_text`.
+    """
+
+    name: str
+    documents: list[str]
+    revision: str | None = None
+    chats: bool = False
+
+
+def _builtin(split: str, limit: int) -> Text:
+    file = "calibration.txt" if split == "train" else "heldout.txt"
+    return Text("builtin", [(DEMO / file).read_text("utf-8")])
+
+
+def _wikitext2(split: str, limit: int) -> Text:
+    return _hub_dataset(
+        f"{_WIKITEXT}:wikitext-2-raw-v1:" + ("train" if split == "train" else "test"), limit, "wikitext2"
+    )
+
+
+def _c4(split: str, limit: int) -> Text:
+    return _hub_dataset("allenai/c4:en:" + ("train" if split == "train" else "validation"), limit, "c4")
+
+
+def _ultrachat(split: str, limit: int) -> Text:
+    """Conversations of an assistant; the model's own chat template makes text of them."""
+    spec = "HuggingFaceH4/ultrachat_200k:default:" + ("train_sft" if split == "train" else "test_sft") + ":messages"
+    text = _hub_dataset(spec, limit, "ultrachat", _chats)
+    return Text(text.name, text.documents, text.revision, chats=True)
+
+
+def _auto(split: str, limit: int) -> Text:
+    """wikitext2 where the Hub answers within five seconds, else the built-in text."""
+    return DATASETS["wikitext2" if _hub_answers() else "builtin"](split, limit)
+
+
+def _hub_answers(seconds: float = 4.0) -> bool:
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    answered = threading.Event()
+
+    def ask() -> None:
+        with suppress(Exception):  # any failure means no
+            HfApi().dataset_info(_WIKITEXT, timeout=seconds)
+            answered.set()
+
+    # A thread, because looking a name up has no timeout of its own.
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(seconds)
+    return answered.is_set()
+
+
+# name -> loader(split, limit): `split` is train or test, `limit` the number of characters that are enough.
+DATASETS: dict[str, Callable[[str, int], Text]] = {
+    "auto": _auto,
+    "builtin": _builtin,
+    "wikitext2": _wikitext2,
+    "c4": _c4,
+    "ultrachat": _ultrachat,
+}
+
+
+def load_text(spec: str, split: str, limit: int) -> Text:
+    """Text of `spec`: a name in DATASETS, FILE.txt, FILE.jsonl, or HUB_ID[:config[:split[:column]]]."""
+    if spec in DATASETS:
+        return DATASETS[spec](split, limit)
+    path = Path(spec).expanduser()
+    if path.suffix in (".txt", ".jsonl"):
+        if not path.is_file():
+            raise CalibrationError(spec, "no such file")
+        try:
+            is_text = path.suffix == ".txt"
+            documents = [path.read_text("utf-8")] if is_text else list(_column(spec, _jsonl(path), None, limit))
+        except UnicodeDecodeError as error:
+            raise CalibrationError(spec, f"not UTF-8 text ({error.reason} at byte {error.start})") from None
+        return Text(path.name, documents)
+    return _hub_dataset(spec, limit, spec)
+
+
+def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict):
+                raise CalibrationError(
+                    f"{path}: line {number}", "not a JSON object", expected="one with a text per line"
+                )
+            if row:
+                yield row
+
+
+def _hub_dataset(
+    spec: str, limit: int, name: str, pick: Callable[[str, Any, str | None, int], Iterator[str]] | None = None
+) -> Text:
+    """A dataset of the Hub, streamed: only as many rows are fetched as `pick` (a column's text) asks for."""
+    from datasets import load_dataset
+
+    repo, config, split, column = (spec.split(":") + [""] * 3)[:4]
+    if repo and Path(repo).is_dir():  # datasets would read it in place of the Hub's
+        raise CalibrationError(
+            spec,
+            f"{repo} is a local folder",
+            expected="FILE.txt, FILE.jsonl or HUB_ID",
+            remedy="name a file in it, or run from a folder without it",
+        )
+    try:
+        revision = dataset_commit(repo)
+        rows = load_dataset(repo, config or None, split=split or "train", streaming=True, revision=revision)
+        documents = list((pick or _column)(spec, rows, column or None, limit))
+    except CalibrationError:
+        raise
+    except StopIteration:  # what datasets lets escape for a JSON file without a row
+        raise CalibrationError(spec, "no rows in it", remedy="choose another dataset or split") from None
+    except Exception as error:  # datasets and its file systems raise dozens of unrelated classes
+        # all lines: the first alone often says nothing ("404 Client Error.", "Config name is missing.")
+        brief = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise CalibrationError(
+            spec,
+            f"cannot be loaded ({brief})",
+            expected="builtin, wikitext2, c4, ultrachat, FILE.txt, FILE.jsonl or HUB_ID[:config[:split[:column]]]",
+            remedy="check the name and the network, or use builtin",
+        ) from error
+    return Text(name, documents, revision)
+
+
+def _column(where: str, rows: Any, column: str | None, limit: int) -> Iterator[str]:
+    """The text column of `rows`, until `limit` characters are reached. Unnamed: `text`, `content`, or the only one."""
+    iterator = iter(rows)
+    first = next(iterator, None)
+    if first is None:
+        return
+    texts = [name for name, value in first.items() if isinstance(value, str)]
+    # Some rows of real datasets have no text, and the first may be one of them.
+    fitting = {name for name, value in first.items() if isinstance(value, str | None)}
+    if column is None:
+        column = next((name for name in ("text", "content") if name in fitting), texts[0] if len(texts) == 1 else None)
+    if column is None or column not in fitting:
+        raise CalibrationError(
+            where,
+            f"columns {list(first)}"[:200],
+            expected="a text column",
+            remedy="call it `text`, or name it: HUB_ID:config:split:column",
+        )
+    seen = 0
+    for row in chain([first], iterator):
+        if seen >= limit:
+            return
+        if isinstance(document := row.get(column), str):
+            seen += len(document)
+            yield document.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates; tokenizers refuse them
+
+
+def _chats(where: str, rows: Any, column: str | None, limit: int) -> Iterator[str]:
+    """The messages of `rows` as JSON, until their contents reach `limit` characters."""
+    seen = 0
+    for row in rows:
+        if seen >= limit:
+            return
+        messages = row.get(column or "messages")
+        if not isinstance(messages, list) or not all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        ):
+            raise CalibrationError(
+                where, f"columns {list(row)}"[:200], expected=f"a list of messages in {column or 'messages'}"
+            )
+        seen += sum(len(message["content"]) for message in messages)
+        yield json.dumps([{"role": m["role"], "content": m["content"]} for m in messages], ensure_ascii=False)

@@ -1,0 +1,99 @@
+"""The checkpoint's own tokenizer: documents -> one text -> token ids."""
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmquant.errors import CalibrationError
+from llmquant.source.base import Source
+from llmquant.text.corpus import Text
+
+
+def has_tokenizer(source: Source) -> bool:
+    return any(file.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for file in source.side_files())
+
+
+def load_tokenizer(source: Source) -> Any:
+    """The checkpoint's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    if (own := source.tokenizer()) is not None:
+        return own
+    if not has_tokenizer(source):
+        raise CalibrationError(
+            source.name,
+            "no tokenizer",
+            expected="tokenizer files beside the weights",
+            remedy="add them, or use --method rtn --eval-data none",
+        )
+    try:
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=bool(source.code))
+    except Exception as error:  # tokenizers raise bare Exception
+        brief = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+        if "trust_remote_code" in str(error) and not source.code:
+            raise CalibrationError(
+                source.name,
+                "its tokenizer is code of its own, which is not run",
+                expected="a tokenizer that transformers knows",
+                remedy=f"{source.code_remedy('tokenizer_config.json')}; else convert it to tokenizer.json, or use "
+                "--method rtn --eval-data none",
+            ) from None
+        raise CalibrationError(
+            source.name,
+            f"its tokenizer cannot be loaded ({brief})",
+            remedy="its files are incomplete or damaged, or need a newer transformers",
+        ) from error
+
+
+def as_text(tokenizer: Any, text: Text) -> str:
+    """All documents joined by blank lines; conversations through the tokenizer's own chat template.
+
+    The template is a stranger's program: transformers runs it in jinja2's ImmutableSandboxedEnvironment, and what the
+    sandbox forbids, or the template gets wrong, is a CalibrationError.
+    """
+    if not text.chats:
+        return "\n\n".join(text.documents)
+    if not getattr(tokenizer, "chat_template", None):
+        raise CalibrationError(
+            text.name, "the tokenizer has no chat template", remedy="use a text such as wikitext2, or an instruct model"
+        )
+    from jinja2 import TemplateError
+
+    try:
+        chats = [tokenizer.apply_chat_template(json.loads(chat), tokenize=False) for chat in text.documents]
+    except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
+        brief = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise CalibrationError(
+            text.name, f"the model's chat template fails ({brief})", remedy="use a text such as wikitext2"
+        ) from error
+    return "\n\n".join(chats)
+
+
+def tokenize_pieces(tokenizer: Any, text: str, size: int = 2**16) -> Tensor:
+    """Token ids [N] of a long text without special tokens, line by line in pieces of about `size` characters.
+
+    A tokenizer keeps hundreds of bytes per token of one call; pieces keep that small.
+    """
+    ids, piece, length = [], [], 0
+    for line in text.splitlines(keepends=True):
+        piece.append(line)
+        length += len(line)
+        if length >= size:
+            ids.append(tokenize(tokenizer, "".join(piece), special=False))
+            piece, length = [], 0
+    return torch.cat([*ids, tokenize(tokenizer, "".join(piece), special=False)])
+
+
+def tokenize(tokenizer: Any, text: str, *, special: bool) -> Tensor:
+    """Token ids [N] of one text in one tokenizer call."""
+    ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def leading_bos(tokenizer: Any) -> int | None:
+    """The BOS id, if this tokenizer starts every text with it."""
+    first = tokenizer("a")["input_ids"][:1]
+    bos: int | None = tokenizer.bos_token_id
+    return bos if bos is not None and first == [bos] else None

@@ -1,0 +1,213 @@
+"""`llmquant verify` on a finished folder: right ones pass, every kind of change is found."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from broken import repaired
+from gguf_files import ARCHITECTURES, LLAMA3
+from safetensors.torch import load_file, save_file
+
+import llmquant
+from llmquant.cli import app as cli
+from llmquant.errors import VerifyError
+from llmquant.export import export
+from llmquant.gguf.header import read_header
+from llmquant.output.check import verify_folder
+
+TINY: dict[str, Any] = {"group_size": 32, "samples": 4, "seq_len": 32, "eval_data": "none"}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "out"
+    llmquant.quantize(tiny_model("llama"), llmquant.make_recipe("x", flags=TINY), out)
+    return out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"format": "fake"}, {"format": "awq", "symmetric": False}, {"format": "gptq"}, {"format": "mlx"}],
+    ids=str,
+)
+def test_what_a_run_wrote_is_right(flags: dict[str, Any], tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    source = tiny_model("qwen2")
+    llmquant.quantize(source, llmquant.make_recipe("x", flags=TINY | flags), tmp_path / "out")
+    found = verify_folder(tmp_path / "out", source)
+    assert found.quantized > 0
+    assert found.copied > 0
+    assert found.against is not None
+
+
+@pytest.mark.parametrize(("name", "extra"), [("llama", {"rope_parameters": LLAMA3}), ("gemma2", {}), ("phi3", {})])
+def test_a_gguf_folder_is_right_and_damage_is_found(name: str, extra: dict[str, Any], tmp_path: Path) -> None:
+    """Written by a run and by an export; then a row is copied over another one, and a norm changed."""
+    source = tiny.build(tmp_path / "m", tiny.ARCHITECTURES[name], **extra | ARCHITECTURES[name])
+    out = tmp_path / "out"
+    llmquant.quantize(source, llmquant.make_recipe("x", flags=TINY | {"format": "gguf"}), out)
+    llmquant.quantize(source, llmquant.make_recipe("x", flags=TINY), tmp_path / "ct")
+    exported = export(tmp_path / "ct", "gguf", tmp_path / "exported")
+    for folder in (out, exported):
+        found = verify_folder(folder, source)
+        assert (found.quantized, found.against) == (3 * (4 if name == "phi3" else 7), "m")
+    with pytest.raises(VerifyError, match=r"weight: "):
+        verify_folder(out, tiny.build(tmp_path / "n", tiny.ARCHITECTURES[name], **extra | {"initializer_range": 0.03}))
+    (file,) = out.glob("*.gguf")
+    whole = file.read_bytes()
+    with file.open("rb") as stream:
+        tensors = read_header(stream, file.name, len(whole)).tensors
+    swapped = "attn_qkv" if name == "phi3" else "attn_k"
+    for key, damage in (
+        (f"blk.0.{swapped}.weight", swap_rows),
+        ("output_norm.weight", lambda part: bytes(4) + part[4:]),
+    ):
+        place = tensors[key]
+        part = damage(whole[place.start : place.end])
+        file.write_bytes(whole[: place.start] + part + whole[place.end :])
+        repaired(out)
+        with pytest.raises(VerifyError, match=r"weight: does not decode to what was computed"):
+            verify_folder(out)
+
+
+def swap_rows(part: bytes) -> bytes:
+    """Of 64 weights in Q4_0."""
+    return part[36:72] + part[:36] + part[72:]
+
+
+def changed(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    repaired(folder)
+
+
+Q, K = "model.layers.1.self_attn.q_proj.", "model.layers.0.self_attn.q_proj."
+NORM = "model.layers.0.input_layernorm.weight"
+BUGS: dict[str, Callable[[dict[str, torch.Tensor]], Any]] = {
+    "one bit of a code": lambda t: t[Q + "weight_packed"].view(torch.uint8)[0, :1].bitwise_xor_(1),
+    "nibbles swapped": lambda t: t[Q + "weight_packed"].copy_((t[Q + "weight_packed"] & 0x0F0F0F0F) << 4),
+    "words in another order": lambda t: t[Q + "weight_packed"].copy_(t[Q + "weight_packed"].flip(1)),
+    "rows in another order": lambda t: t[Q + "weight_packed"].copy_(t[Q + "weight_packed"].flip(0)),
+    "an offset of one": lambda t: t[Q + "weight_packed"].bitwise_xor_(0x11111111),
+    "a scale doubled": lambda t: t[Q + "weight_scale"][3:4].mul_(2),
+    "a scale's sign": lambda t: t[Q + "weight_scale"][0, :1].neg_(),
+    "scales in another order": lambda t: t[Q + "weight_scale"].copy_(t[Q + "weight_scale"].flip(1)),
+    "a scale of zero": lambda t: t[Q + "weight_scale"][0, :1].zero_(),
+    "a scale of NaN": lambda t: t[Q + "weight_scale"][0, :1].fill_(torch.nan),
+    "two layers exchanged": lambda t: t.update({Q + "weight_packed": t[Q.replace("1", "0") + "weight_packed"].clone()}),
+    "a wrong shape noted": lambda t: t[Q + "weight_shape"].copy_(t[Q + "weight_shape"].flip(0) + 1),
+    "a norm changed": lambda t: t["model.norm.weight"][:1].add_(0.5),
+    "a norm of NaN": lambda t: t["model.norm.weight"][:1].fill_(torch.nan),
+    "an embedding row lost": lambda t: t["model.embed_tokens.weight"][5].zero_(),
+    "a tensor missing": lambda t: t.pop("model.norm.weight"),
+    "a packed part missing": lambda t: t.pop(Q + "weight_scale"),
+    "a tensor too many": lambda t: t.update(extra=torch.zeros(3)),
+    "a scale of Inf": lambda t: t[Q + "weight_scale"][0, :1].fill_(torch.inf),
+    "a scale off by its last bit": lambda t: t[Q + "weight_scale"].view(torch.int16)[0, :1].add_(1),
+    "codes a column further": lambda t: t[Q + "weight_packed"].copy_(t[Q + "weight_packed"].roll(1, 1)),
+    "another layer's scales": lambda t: t.update({Q + "weight_scale": t[K + "weight_scale"].clone()}),
+    "the head as a copy of the embedding": lambda t: t["lm_head.weight"].copy_(t["model.embed_tokens.weight"]),
+    "a norm in another dtype": lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float()}),
+    "an embedding of fewer rows": lambda t: t.update(
+        {"model.embed_tokens.weight": t["model.embed_tokens.weight"][:-1].clone()}
+    ),
+    "two norms exchanged": lambda t: t.update(
+        {NORM: t[NORM.replace("input", "post_attention")], NORM.replace("input", "post_attention"): t[NORM]}
+    ),
+}
+WEIGHTS = ("quantization_config", "config_groups", "group_0", "weights")
+TOLD: dict[str, tuple[tuple[str, ...], Any]] = {  # what config.json tells loaders
+    "another group size": ((*WEIGHTS, "group_size"), 64),
+    "other bits": ((*WEIGHTS, "num_bits"), 8),
+    "a dense head not named": (("quantization_config", "ignore"), []),
+    "a quantized layer named as dense": (("quantization_config", "ignore"), ["lm_head", Q.rstrip(".")]),
+    "nothing of the quantization": (("quantization_config",), None),
+}
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_wrong_packer_is_caught_though_the_manifest_fits(name: str, finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "out")
+    verify_folder(folder)
+    changed(folder, BUGS[name])
+    with pytest.raises(VerifyError):
+        verify_folder(folder)
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_a_config_that_tells_loaders_otherwise_is_caught(name: str, finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "out")
+    path, value = TOLD[name]
+    config = table = json.loads((folder / "config.json").read_text())
+    for key in path[:-1]:
+        table = table[key]
+    assert table[path[-1]] != value
+    table[path[-1]] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    repaired(folder)
+    with pytest.raises(VerifyError, match=r"config\.json"):
+        verify_folder(folder)
+
+
+def test_side_files_and_config_are_those_of_the_original(
+    finished: Path, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for name, change in {
+        "tokenizer.json": lambda path: path.write_bytes(path.read_bytes() + b" "),
+        "generation_config.json": lambda path: path.unlink(),
+        "config.json": lambda path: path.write_text(
+            path.read_text().replace('"hidden_act": "silu"', '"hidden_act": "gelu"')
+        ),
+    }.items():
+        folder = shutil.copytree(finished, tmp_path / name)
+        change(folder / name)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        if not (folder / name).exists():
+            del manifest["files"][name]
+            (folder / "manifest.json").write_text(json.dumps(manifest))
+        repaired(folder)
+        verify_folder(folder)
+        with pytest.raises(VerifyError, match=name):
+            verify_folder(folder, tiny_model("llama"))
+
+
+def test_changed_missing_and_added_files_are_named(finished: Path, tmp_path: Path) -> None:
+    for name, change in {
+        "tokenizer.json": lambda path: path.write_bytes(path.read_bytes()[:-1] + b" "),
+        "config.json": lambda path: path.unlink(),
+        "notes.txt": lambda path: path.write_text("x"),
+    }.items():
+        folder = shutil.copytree(finished, tmp_path / name)
+        change(folder / name)
+        with pytest.raises(VerifyError, match=name):
+            verify_folder(folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(VerifyError, match=r"manifest\.json: cannot be read"):
+        verify_folder(tmp_path / "empty")
+
+
+def test_another_original_is_noticed(finished: Path, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    source = shutil.copytree(tiny_model("llama"), tmp_path / "source")
+    verify_folder(finished, source)
+    file = next(source.glob("*.safetensors"))
+    tensors = load_file(file)
+    weight = "model.layers.2.mlp.up_proj.weight"
+    tensors[weight] = tensors[weight].flip(0).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(VerifyError, match=r"layers\.2\.mlp\.up_proj\.weight: relative error"):
+        verify_folder(finished, source)
+
+
+def test_the_command_says_what_it_compared(
+    finished: Path, tiny_model: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["verify", str(finished), "--source", str(tiny_model("llama"))]) == 0
+    said = capsys.readouterr().out
+    assert "21 quantized" in said
+    assert "compared with" in said
+    assert cli.main(["verify", str(finished.parent)]) == 8

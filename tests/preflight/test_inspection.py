@@ -1,0 +1,91 @@
+"""inspect and doctor: what they say is what is in the files, and never a token."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llmquant
+from llmquant.cli.app import main
+from llmquant.errors import SourceError
+from llmquant.preflight.doctor import diagnose
+from llmquant.preflight.inspection import code_statistics, inspect_checkpoint, inspect_layer
+from llmquant.quant.grid import QuantScheme
+
+FLAGS = {"method": "rtn", "eval_data": "none", "group_size": 32, "ignore": ["layers.0"]}
+LAYER = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("inspect") / "packed"
+    llmquant.quantize(tiny_model("llama"), llmquant.make_recipe("x", flags=FLAGS), out)
+    return out
+
+
+def test_kinds_and_sizes_are_those_of_the_files(packed: Path) -> None:
+    found = inspect_checkpoint(packed)
+    report = json.loads((packed / "report.json").read_text())
+    kinds = {(kind["name"], kind["scheme"] is not None): kind for kind in found["kinds"]}
+    down = kinds["model.layers.*.mlp.down_proj.weight", True]
+    assert (down["count"], down["shape"]) == (2, [64, 96])
+    assert down["scheme"] == {"bits": 4, "group_size": 32, "symmetric": True}
+    assert kinds["model.layers.*.mlp.down_proj.weight", False]["count"] == 1  # layer 0 was ignored
+    assert sum(kind["count"] for kind in found["kinds"]) == len(report["tensors"])
+    assert sum(kind["bytes"] for kind in found["kinds"]) == found["bytes"]
+    assert found["bits_per_weight"] == report["bits_per_weight"]
+    assert found["quantized"]
+
+
+def test_a_dense_checkpoint_is_described_too(tiny_model: Callable[[str], Path]) -> None:
+    found = inspect_checkpoint(tiny_model("llama"))
+    assert not found["quantized"]
+    assert found["bits_per_weight"] == 16
+    assert all(kind["scheme"] is None for kind in found["kinds"])
+    assert "codes" not in inspect_layer(tiny_model("llama"), "model.norm")
+
+
+def test_layer_statistics_are_those_of_its_codes(packed: Path) -> None:
+    found = inspect_layer(packed, LAYER)
+    assert sum(found["codes"]["histogram"].values()) == 64 * 96 == found["values"]["count"]
+    assert found["scales"]["count"] == 64 * 3
+    assert found["scales"]["min"] > 0
+    assert {part["name"].rpartition("_")[2] for part in found["stored"]} == {"packed", "scale", "shape"}
+    assert inspect_layer(packed, f"{LAYER}.weight") == found
+
+
+def test_code_statistics_of_known_codes() -> None:
+    scheme = QuantScheme(2, -1)
+    even = code_statistics(torch.tensor([[-2, -1, 0, 1]]), scheme)
+    assert even == {"histogram": {"-2": 1, "-1": 1, "0": 1, "1": 1}, "at_ends": 0.5, "zero": 0.25, "entropy_bits": 2.0}
+    assert code_statistics(torch.zeros(3, 3, dtype=torch.int16), scheme)["entropy_bits"] == 0
+
+
+def test_unknown_layer_is_named_with_its_neighbour(packed: Path) -> None:
+    with pytest.raises(SourceError, match=rf"did you mean {LAYER}.weight\?"):
+        inspect_layer(packed, f"{LAYER}x")
+
+
+def test_commands_print_tables_or_json(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["inspect", str(packed)], ["inspect", str(packed), "--layer", LAYER], ["doctor"]):
+        assert main(words) == 0
+        shown = capsys.readouterr().out
+        assert main([*words, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert isinstance(found, dict)
+        assert ("down_proj" in shown) is (words[0] == "inspect")
+
+
+def test_doctor_never_says_the_token(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    assert main(["doctor"]) == 0
+    assert main(["doctor", "--json"]) == 0
+    shown = capsys.readouterr().out
+    assert "verysecret" not in shown
+    assert "token set" in shown
+    found: dict[str, Any] = diagnose()
+    assert found["hub"]["token"] is True
+    assert found["formats"]["compressed-tensors"] == {"opened_by": "compressed-tensors", "installed": True}

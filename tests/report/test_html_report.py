@@ -1,0 +1,177 @@
+"""report.html: whole, self-contained, escaped, with the report's own figures; and the words beside them."""
+
+import copy
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import llmquant
+from llmquant.cli import app as cli
+from llmquant.cli import look
+from llmquant.report.html import make_html
+from llmquant.report.tables import lanes_table
+from llmquant.report.verdict import command_of, health, verdict
+
+FLAGS = {"group_size": 32, "samples": 4, "seq_len": 32, "eval_tokens": 640, "eval_seq_len": 64}
+VOID = {"meta", "input", "br", "use", "link"}
+EVIL = "x.<script>alert(1)</script>.\"'&$\\alpha$_"
+
+
+class Page(HTMLParser):
+    """Text by the id of the section around it, and all tags; fails where tags do not nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[tuple[str, str | None]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: dict[str | None, str] = {}
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append((tag, dict(attrs).get("id") if tag in ("section", "table") else None))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop()[0] == tag
+
+    def handle_data(self, data: str) -> None:
+        section = next((name for _, name in reversed(self.open) if name), None)
+        self.text[section] = self.text.get(section, "") + data
+
+
+@pytest.fixture(scope="module")
+def report(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("html") / "out"
+    data = llmquant.quantize(tiny_model("llama"), llmquant.make_recipe("x", flags=FLAGS), out).data
+    assert (out / "report.html").read_text() == make_html("out", data)
+    return data
+
+
+def test_the_page_shows_the_reports_figures(report: dict[str, Any]) -> None:
+    page = Page(make_html("name", report))
+    assert page.text["verdict"] == verdict(report)
+    for row in lanes_table(report["evaluation"]["lanes"]):
+        assert all(cell in page.text["lanes"] for cell in row)
+    for row in report["tensors"]:
+        assert row["name"] in page.text["ledger"]
+    for layer in report["layers"]:
+        assert f"{layer['relative_error']:.2e}" in page.text["ledger"]
+    assert command_of(report) in page.text["provenance"]
+    assert report["evaluation"]["ids_sha256"] in page.text["provenance"]
+    assert sum(tag == "svg" for tag, _ in page.tags) == 3 + 3 * 3  # and the histograms of three layers
+
+
+def test_the_page_needs_nothing_beside_itself(report: dict[str, Any]) -> None:
+    text = make_html("name", report)
+    page = Page(text)
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "img", "iframe", "object", "image")
+        for name in ("src", "href", "xlink:href"):
+            assert (attributes.get(name) or "#").startswith("#"), (tag, attributes)
+    assert "url(" not in re.sub(r"url\(#[\w-]+\)", "", text)
+    assert "@import" not in text
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r"(?:url\(|xlink:href=\")#([\w-]+)", text))
+    assert used <= set(ids)
+
+
+def test_nothing_has_a_fixed_width_and_tables_scroll_by_themselves(report: dict[str, Any]) -> None:
+    text = make_html("name", report)
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert not re.search(r"(?<![-\w])width:\s*[\d.]+(px|rem|em|vw)", style)
+    assert text.count("<table") == text.count('<div class="scroll"><table') + text.count('<div class="scroll tall"')
+    assert not any("width" in attributes for tag, attributes in Page(text).tags if tag == "svg")
+
+
+def test_the_same_report_gives_the_same_bytes(report: dict[str, Any]) -> None:
+    assert make_html("name", report) == make_html("name", copy.deepcopy(report))
+    assert not re.search(r"20\d\d-\d\d-\d\d", make_html("name", report))
+
+
+def test_strangers_strings_stay_text(report: dict[str, Any]) -> None:
+    evil = copy.deepcopy(report)
+    evil["model"]["id"] = evil["evaluation"]["dataset"] = evil["tensors"][0]["name"] = EVIL
+    evil["layers"][0] |= {"name": f"model.layers.0.{EVIL}", "notes": [EVIL]}
+    plain, page = Page(make_html("name", report)), Page(make_html(EVIL, evil))
+    assert [tag for tag, _ in page.tags].count("script") == [tag for tag, _ in plain.tags].count("script") == 1
+    assert EVIL in page.text["ledger"]
+    assert EVIL in page.text["health"]
+
+
+def test_a_report_without_evaluation_or_calibration_has_a_page(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = llmquant.make_recipe("x", flags=FLAGS | {"method": "rtn", "eval_data": "none"})
+    data = llmquant.quantize(tiny_model("llama"), recipe, tmp_path / "out").data
+    page = Page(make_html("name", data))
+    assert "quality was not measured" in page.text["verdict"]
+    assert "relative weight error" in make_html("name", data)
+    assert "lanes" not in page.text
+
+
+def test_the_verdict_compares_by_divergence() -> None:
+    lane = {"perplexity": 8.40, "perplexity_ratio": 1.0108, "perplexity_ratio_ci": [1.0088, 1.0128]}
+    lanes = {
+        "original": lane | {"perplexity": 8.31, "kl_mean": 0.0, "kl_se": 0.0, "bits_per_weight": 16.0},
+        "llmquant": lane | {"kl_mean": 0.012, "kl_se": 0.0002, "bits_per_weight": 4.125},
+        "rtn": lane | {"kl_mean": 0.0122, "kl_se": 0.0002, "bits_per_weight": 4.125},
+        "bnb-nf4": lane | {"kl_mean": 0.02, "kl_se": None, "bits_per_weight": 4.5},
+    }
+    report = {"bits_per_weight": 4.125, "evaluation": {"lanes": lanes}}
+    assert verdict(report) == (
+        "4.13 bits: perplexity 8.31 → 8.40 (+1.1% ± 0.1), KL 0.012, better than bitsandbytes NF4 at 4.50 bits, "
+        "as good as plain rounding at 4.13 bits."
+    )
+
+
+def test_health_names_what_stands_out(report: dict[str, Any]) -> None:
+    sick = copy.deepcopy(report)
+    sick["layers"][1] |= {"loss": 2.0, "rtn_loss": 1.0, "relative_error": 1e3, "notes": ["3 inputs are zero"]}
+    sick["evaluation"]["lanes"]["llmquant"]["n_nonfinite"] = 7
+    sick["evaluation"]["n_tokens"] = 128
+    notes, name = "\n".join(health(sick)), sick["layers"][1]["name"]
+    assert f"Worse than plain rounding on calibration text: {name}" in notes
+    assert f"More than ten times the median relative error: {name}" in notes
+    assert f"{name}: 3 inputs are zero" in notes
+    assert "llmquant: 7 tokens with NaN or Inf" in notes
+    assert "Only 2 evaluation windows" in notes
+
+
+@pytest.mark.parametrize(
+    ("model", "flags"),
+    [
+        ("demo", {"bits": 8}),
+        ("demo", {"seq_len": 2048, "eval_data": "wikitext2"}),
+        ("owner/name", {"symmetric": False, "format": "fake", "refit": False, "ignore": ["a b$", "--x"]}),
+        ("owner/name", {"format": "compressed-tensors,gguf", "group_size": 32, "sweeps": 3}),
+        ("owner/name", {"damp": 0.02, "propagation": 0.5, "eval_tokens": "full", "baselines": "rtn"}),
+    ],
+)
+def test_the_command_gives_the_same_recipe(model: str, flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import shlex
+
+    recipe = llmquant.make_recipe(model, flags=flags)
+    name = "llmquant/demo" if model == "demo" else model
+    command = command_of({"model": {"id": name, "revision": "abc"}, "recipe": recipe.as_dict(), "compute": {}})
+    seen: list[Any] = []
+
+    def show_plan(model: str, recipe: Any, out: Any, revision: Any, *rest: Any) -> None:
+        seen.append((model, recipe, revision))
+        raise typer.Exit(0)
+
+    monkeypatch.setattr(look, "show_plan", show_plan)
+    assert cli.main([*shlex.split(command)[1:], "--dry-run"]) == 0
+    assert seen == [(model, recipe, "abc")]

@@ -1,0 +1,315 @@
+"""Checkpoints in local folders: what is opened, read bit for bit, and refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmquant.demo import DEMO
+from llmquant.errors import SourceError
+from llmquant.source.base import INDEX, SINGLE, safe_config
+from llmquant.source.names import natural_key
+from llmquant.source.resolve import open_source
+
+TENSORS: dict[str, Tensor] = {
+    "bf16": torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16),
+    "f16": torch.tensor([1e-7, -65504.0, float("nan"), float("inf")], dtype=torch.float16),
+    "f32": torch.tensor([[1.1], [-0.0]]),
+    "i32": torch.tensor([-(2**31), 2**31 - 1], dtype=torch.int32),
+    "i64": torch.tensor(-(2**63)),
+    "u8": torch.arange(3, dtype=torch.uint8),
+    "bool": torch.tensor([True, False]),
+    "empty": torch.zeros(0, 5),
+}
+
+
+def write(folder: Path, shards: dict[str, dict[str, Tensor]], weight_map: Any = None) -> Path:
+    """A checkpoint of `shards`; with an index where there are several or a `weight_map` is given."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    for file, tensors in shards.items():
+        save_file(tensors, folder / file)
+    if weight_map is None and len(shards) > 1:
+        weight_map = {name: file for file, tensors in shards.items() for name in tensors}
+    if weight_map is not None:
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def bits(tensor: Tensor) -> bytes:
+    return bytes(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def refusal(call: Callable[[], object]) -> str:
+    with pytest.raises(SourceError) as caught:
+        call()
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1
+    assert message.isprintable()
+    return message
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Path:
+    return write(tmp_path / "one", {SINGLE: {"w": torch.ones(2, 2), "b": torch.zeros(2)}})
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    shards = {"model-1.safetensors": {"w": torch.ones(2, 2)}, "model-2.safetensors": {"b": torch.zeros(2)}}
+    return write(tmp_path / "two", shards)
+
+
+def test_single_file_opens_with_its_config_and_all_tensors(one: Path) -> None:
+    source = open_source(one)
+    assert (source.name, source.revision, source.config) == ("one", None, {"model_type": "llama"})
+    assert {name: (i.file, i.dtype, i.shape) for name, i in source.tensors.items()} == {
+        "w": (SINGLE, torch.float32, (2, 2)),
+        "b": (SINGLE, torch.float32, (2,)),
+    }
+    assert source.weight_bytes == 24
+    assert source.is_local("w")
+
+
+@pytest.mark.parametrize("n_shards", [1, 3])
+def test_tensors_are_read_bit_for_bit_in_their_own_dtype(tmp_path: Path, n_shards: int) -> None:
+    names = list(TENSORS)
+    shards = {f"model-{i}.safetensors": {n: TENSORS[n] for n in names[i::n_shards]} for i in range(n_shards)}
+    if n_shards == 1:
+        shards = {SINGLE: TENSORS}
+    source = open_source(write(tmp_path / "m", shards))
+    assert set(source.tensors) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        read = source.read(name)
+        assert (read.dtype, read.shape) == (tensor.dtype, tensor.shape)
+        assert bits(read) == bits(tensor)
+
+
+def test_demo_opens_by_its_name() -> None:
+    source = open_source("demo")
+    assert (source.name, source.folder) == ("llmquant/demo", DEMO)
+    assert source.tensors
+
+
+def test_folder_below_a_cache_folder_opens_like_any_other(tmp_path: Path, one: Path) -> None:
+    snapshot = tmp_path / ".cache" / "huggingface" / "hub" / "models--user--m" / "snapshots" / ("0" * 40)
+    shutil.copytree(one, snapshot)
+    assert set(open_source(snapshot).tensors) == {"w", "b"}
+
+
+def test_files_below_the_folders_own_cache_are_not_its_files(one: Path) -> None:
+    (one / ".cache").mkdir()
+    (one / ".cache" / "tokenizer.json").write_text("{}")
+    assert open_source(one).files() == ["config.json", SINGLE]
+
+
+def test_symlinked_files_open_as_in_the_hubs_cache(tmp_path: Path, one: Path) -> None:
+    blobs, linked = tmp_path / "repo" / "blobs", tmp_path / "repo" / "snapshots" / ("0" * 40)
+    shutil.copytree(one, blobs)
+    linked.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (linked / file.name).symlink_to(file)
+    assert torch.equal(open_source(linked).read("w"), torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all"])
+def test_missing_folder_is_refused(model: str) -> None:
+    assert "no such folder" in refusal(lambda: open_source(model))
+
+
+def test_file_in_place_of_a_folder_is_refused(one: Path) -> None:
+    assert "no such folder" in refusal(lambda: open_source(one / SINGLE))
+
+
+def test_missing_config_is_refused(one: Path) -> None:
+    (one / "config.json").unlink()
+    assert "no config.json" in refusal(lambda: open_source(one))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"a": 1, "a": 2}', "\udcff"])
+def test_broken_config_is_refused(one: Path, content: str) -> None:
+    (one / "config.json").write_bytes(content.encode(errors="surrogateescape"))
+    assert "config.json" in refusal(lambda: open_source(one))
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [("pytorch_model.bin", "only pickle weights ('pytorch_model.bin')"), ("model.gguf", "no safetensors weights")],
+)
+def test_folder_without_safetensors_is_refused_and_pickles_named(one: Path, file: str, said: str) -> None:
+    (one / SINGLE).rename(one / file)
+    assert said in refusal(lambda: open_source(one))
+
+
+def test_index_that_names_a_missing_file_is_refused(two: Path) -> None:
+    (two / "model-2.safetensors").unlink()
+    message = refusal(lambda: open_source(two))
+    assert "model-2.safetensors" in message
+    assert "missing" in message
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../one/model.safetensors",
+        "a/../../model.safetensors",
+        "/etc/model.safetensors",
+        "~/model.safetensors",
+        "..\\one\\model.safetensors",
+        "C:\\model.safetensors",
+        "a\0.safetensors",
+    ],
+)
+def test_index_that_leads_outside_is_refused(one: Path, tmp_path: Path, file: str) -> None:
+    folder = write(tmp_path / "m", {"model-1.safetensors": {"w": torch.ones(1)}}, {"w": file})
+    assert "leads out of the checkpoint" in refusal(lambda: open_source(folder))
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "config.json", "", 7, None, ["model-1.safetensors"]])
+def test_index_that_names_no_safetensors_file_is_refused(tmp_path: Path, file: Any) -> None:
+    folder = write(tmp_path / "m", {"model-1.safetensors": {"w": torch.ones(1)}}, {"w": file})
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x05")
+    assert "expected a .safetensors file" in refusal(lambda: open_source(folder))
+
+
+@pytest.mark.parametrize("index", ["{}", '{"weight_map": {}}', '{"weight_map": []}', "[", "[]"])
+def test_index_without_a_weight_map_is_refused(one: Path, index: str) -> None:
+    (one / INDEX).write_text(index)
+    assert INDEX in refusal(lambda: open_source(one))
+
+
+def test_control_characters_in_an_index_do_not_reach_the_message(tmp_path: Path) -> None:
+    folder = write(
+        tmp_path / "m", {"a.safetensors": {"w": torch.ones(1)}}, {"w\x1b[2J\r": "x\r\x1b[2J\u2028.safetensors"}
+    )
+    assert "missing" in refusal(lambda: open_source(folder))
+
+
+def test_tensor_that_the_index_does_not_name_is_refused(two: Path) -> None:
+    (two / INDEX).write_text(json.dumps({"weight_map": {"w": "model-1.safetensors"}}))
+    assert set(open_source(two).tensors) == {"w"}, "a shard that the index does not name is no part of it"
+    save_file({"w": torch.ones(2, 2), "extra": torch.ones(1)}, two / "model-1.safetensors")
+    assert "model-1.safetensors: extra" in refusal(lambda: open_source(two))
+
+
+def test_tensor_in_another_shard_than_the_index_says_is_refused(two: Path) -> None:
+    swapped = {"w": "model-2.safetensors", "b": "model-1.safetensors"}
+    (two / INDEX).write_text(json.dumps({"weight_map": swapped}))
+    assert "does not name" in refusal(lambda: open_source(two))
+
+
+def test_tensor_that_its_shard_does_not_hold_is_refused(two: Path) -> None:
+    weight_map = {"w": "model-1.safetensors", "b": "model-2.safetensors", "lost": "model-2.safetensors"}
+    (two / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert "'lost'" in refusal(lambda: open_source(two))
+
+
+@pytest.mark.parametrize("kept", [0, 5, 8, 30, -1])
+def test_truncated_shard_is_refused_when_opened(two: Path, kept: int) -> None:
+    shard = two / "model-2.safetensors"
+    shard.write_bytes(shard.read_bytes()[:kept])
+    assert "model-2.safetensors" in refusal(lambda: open_source(two))
+
+
+def test_shard_that_shrinks_after_opening_is_refused_when_read(two: Path) -> None:
+    source = open_source(two)
+    shard = two / "model-2.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert "ended early" in refusal(lambda: source.read("b"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_nan_and_inf_are_refused_by_the_tensors_name(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
+    bad = torch.ones(3, 4, dtype=dtype)
+    bad[1, 2] = value
+    source = open_source(write(tmp_path / "m", {SINGLE: {"good": torch.ones(1), "layers.0.bad": bad}}))
+    assert "layers.0.bad: 1 NaN or Inf values" in refusal(lambda: source.read_finite("layers.0.bad"))
+    assert torch.equal(source.read_finite("good"), torch.ones(1))
+
+
+def test_integers_are_always_finite(tmp_path: Path) -> None:
+    source = open_source(write(tmp_path / "m", {SINGLE: {"i": torch.tensor([2**31 - 1], dtype=torch.int32)}}))
+    assert source.read_finite("i").tolist() == [2**31 - 1]
+
+
+def test_safe_config_strips_foreign_code_and_kernels_at_every_depth() -> None:
+    unsafe = {
+        "auto_map": {"AutoModel": "evil.Model"},
+        "trust_remote_code": True,
+        "_attn_implementation": "kernels-community/evil",
+        "_attn_implementation_internal": "evil",
+        "_experts_implementation": "evil",
+    }
+    config = unsafe | {
+        "hidden_size": 64,
+        "text_config": unsafe | {"rope": {"type": "linear"} | unsafe},
+        "layers": [unsafe | {"kind": "full"}, 3, [unsafe]],
+    }
+    before = json.dumps(config)
+    assert safe_config(config) == {
+        "hidden_size": 64,
+        "text_config": {"rope": {"type": "linear"}},
+        "layers": [{"kind": "full"}, 3, [{}]],
+    }
+    assert json.dumps(config) == before
+
+
+def test_side_files_are_the_tokenizer_template_generation_config_and_licence_only(one: Path) -> None:
+    wanted = [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "spiece.model",
+        "qwen.tiktoken",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "generation_config.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "additional_chat_templates/tool_use.jinja",
+        "preprocessor_config.json",
+        "LICENSE",
+        "LICENSE.txt",
+        "NOTICE",
+        "USE_POLICY.md",
+    ]
+    unwanted = [
+        "README.md",
+        "pytorch_model.bin",
+        "tokenizer.bin",
+        "tokenizer.py",
+        "tokenization_evil.py",
+        "modeling_evil.py",
+        "model-Q4.gguf",
+        "training_args.bin",
+        "original/tokenizer.model",
+        "original/params.json",
+        "original/consolidated.00.pth",
+        "original/LICENSE",
+        "onnx/tokenizer.json",
+        "tokenizer_old/tokenizer.json",
+        "additional_chat_templates/deep/x.jinja",
+        "some.jinja",
+        ".gitattributes",
+    ]
+    for file in wanted + unwanted:
+        (one / file).parent.mkdir(parents=True, exist_ok=True)
+        (one / file).write_text("{}")
+    source = open_source(one)
+    assert source.side_files() == sorted(wanted)
+    assert source.side_bytes == 2**20 + 2 * len(wanted)
+
+
+def test_natural_key_sorts_layers_by_number() -> None:
+    names = ["layers.10.w", "layers.2.w", "embed", "layers.2.b"]
+    assert sorted(names, key=natural_key) == ["embed", "layers.2.b", "layers.2.w", "layers.10.w"]
