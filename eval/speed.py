@@ -34,22 +34,27 @@ SHAPES = {
 }
 # Functions timed by name, outermost first; what one of them spends in another counts for the inner one only.
 STAGES = {
-    "read": ["source:Source.read_finite"],
-    "forward": ["paused:Paused._go_on", "blocks:_Runs._advance", "skeleton:Skeleton.record", "skeleton:Skeleton.steps"],
-    "gram": ["hessian:Hessian.add", "hessian:Hessian.mean", "hessian:Hessian.take_drift"],
-    "factor": ["solvers.gptq:factor"],
-    "propagate": ["solvers.gptq:_target"],
-    "grid": ["solvers.gptq:search_grid"],
-    "solve": ["solvers.gptq:ldlq"],
-    "refine": ["solvers.gptq:refine"],
-    "report": ["blocks:_report"],
+    "read": ["source.base:Source.read_finite"],
+    "forward": [
+        "model.paused:Paused._go_on",
+        "blocks.forwards:BlockForwards._advance",
+        "model.skeleton:Skeleton.record",
+        "model.block:Block.steps",
+    ],
+    "gram": ["quant.hessian:Hessian.add", "quant.hessian:Hessian.mean", "quant.hessian:Hessian.take_drift"],
+    "factor": ["quant.solvers.gptq:factor"],
+    "propagate": ["quant.solvers.gptq:_target"],
+    "grid": ["quant.solvers.gptq:search_grid"],
+    "solve": ["quant.solvers.gptq:ldlq"],
+    "refine": ["quant.solvers.gptq:refine"],
+    "report": ["blocks.solve:measure"],
     "pack": ["formats.compressed_tensors:CompressedTensors.tensors"],
     "write": [
         "run_dir.tensor_files:TensorFiles.write",
         "run_dir.folder:RunDir.open_shards",
         "run_dir.tensor_files:TensorFiles.finish",
     ],
-    "verify": ["output:verify_output", "output:verify_gguf"],
+    "verify": ["output.containers:verify_output", "output.containers:verify_gguf"],
 }
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from llmquant.checkpoint import open_checkpoint
-from llmquant.comparison import Lane
 from llmquant.model.devices import pick_device, pick_dtype
 from llmquant.model.skeleton import Skeleton
 from llmquant.text.tokenizer import load_tokenizer
@@ -58,7 +57,7 @@ def answers(model: str, arguments: argparse.Namespace) -> Values:
     source = open_checkpoint(model)
     device = pick_device(arguments.device)
     skeleton = Skeleton(source, device, pick_dtype(arguments.dtype, device, source))
-    skeleton.load(skeleton.params, Lane(source, skeleton, {}).read)
+    skeleton.weights.load(skeleton.weights.names)
     found: Any = simple_evaluate(
         HFLM(pretrained=skeleton.model, tokenizer=load_tokenizer(source), batch_size=arguments.batch_size),
         tasks=arguments.tasks.split(","),

@@ -11,9 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from llmquant.blocks.quantize import forward_of
 from llmquant.checkpoint import bits_per_weight, open_checkpoint
 from llmquant.errors import SourceError
 from llmquant.job import prepare_evaluation
@@ -23,7 +21,6 @@ from llmquant.memory import trim
 from llmquant.model.devices import pick_device, pick_dtype
 from llmquant.model.skeleton import Skeleton
 from llmquant.model.streams import Streams
-from llmquant.model.tape import Calls
 from llmquant.recipe import Recipe, make_recipe, parse_size
 from llmquant.report.data import SCHEMA_VERSION, LaneReport, Report, evaluation_report
 from llmquant.source.base import Source
@@ -32,19 +29,12 @@ from llmquant.text.windows import Windows
 from llmquant.versions import versions
 
 
-@dataclass
+@dataclass(frozen=True)
 class Lane:
-    """A checkpoint, its skeleton, and the arguments of its blocks."""
+    """A checkpoint and its skeleton."""
 
     source: Source
     skeleton: Skeleton
-    calls: Calls
-
-    def __post_init__(self) -> None:
-        self._key_of = {param: key for key, param in self.skeleton.param_of.items()}
-
-    def read(self, param: str) -> Tensor:
-        return self.source.read_finite(self._key_of[param])
 
 
 def evaluate(model: str | Path, *, reference: str | Path | None = None, **options: Any) -> Report:
@@ -128,7 +118,7 @@ def noise_floor(source: Source, skeleton: Skeleton, windows: Windows, watch: Sto
         return None
     few = replace(windows, ids=windows.ids[:8])
     exact = Skeleton(source, skeleton.device, torch.float32)
-    lanes = {"float32": Lane(source, exact, {}), "compute": Lane(source, skeleton, {})}
+    lanes = {"float32": Lane(source, exact), "compute": Lane(source, skeleton)}
     with Streams({}, 0, _unnamed_file) as streams:
         scores = _stream(lanes, Lanes(tuple(lanes), few, streams), watch, silent)
     return figures(scores["compute"], scores["float32"])
@@ -144,7 +134,7 @@ def _open(sources: Sequence[Source], recipe: Recipe, *, named_reference: bool) -
     lanes: dict[str, Lane] = {}
     for position, source in enumerate(sources):
         name = ORIGINAL if position == 0 and named_reference else _fresh(source.name, lanes)
-        lanes[name] = Lane(source, Skeleton(source, device, pick_dtype(recipe.dtype, device, source)), {})
+        lanes[name] = Lane(source, Skeleton(source, device, pick_dtype(recipe.dtype, device, source)))
     first = next(iter(lanes.values())).skeleton
     for lane in lanes.values():
         for what in ("vocab_size", "hidden_size"):
@@ -176,7 +166,7 @@ def _stream(lanes: dict[str, Lane], streams: Lanes, watch: Stopwatch, log: Log) 
     batches = streams.windows.batches()
     with watch.stage("embed"):
         for name, lane in lanes.items():
-            lane.calls = lane.skeleton.record(batches, lane.read, streams.streams[name].append)
+            lane.skeleton.record(batches, streams.streams[name].append)
     n_blocks = [len(lane.skeleton.blocks) for lane in lanes.values()]
     for index in range(max(n_blocks)):
         begin = time.perf_counter()
@@ -188,7 +178,7 @@ def _stream(lanes: dict[str, Lane], streams: Lanes, watch: Stopwatch, log: Log) 
         line, seconds = f"block {index + 1}/{max(n_blocks)}", time.perf_counter() - begin
         log(Event(line, done=index + 1, total=max(n_blocks), seconds=seconds))
     with watch.stage("head"), ExitStack() as heads:
-        logits_of = {name: heads.enter_context(lane.skeleton.head(lane.read)) for name, lane in lanes.items()}
+        logits_of = {name: heads.enter_context(lane.skeleton.head()) for name, lane in lanes.items()}
         return streams.score(lambda name, hidden: logits_of[name](hidden))
 
 
@@ -197,8 +187,8 @@ def _advance(name: str, lane: Lane, index: int, streams: Lanes) -> None:
     lane.source.prefetch(
         key for key, param in lane.skeleton.param_of.items() if lane.skeleton.block_of(param) in blocks
     )
-    with lane.skeleton.loaded(lane.skeleton.block_params(index), lane.read):
-        streams.advance(name, forward_of(lane.skeleton, index, lane.calls))
+    with lane.skeleton.blocks[index].loaded() as block:
+        streams.advance(name, block.forward)
 
 
 def _differences(scores: dict[str, TokenScores]) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llmquant.checkpoint import open_original
 from llmquant.lanes.baselines import pick_baselines
@@ -40,12 +39,7 @@ class Job:
     evaluation: Windows | None
     lanes: tuple[str, ...]
     products: torch.dtype  # of calibration forwards and Hessians
-    key_of: dict[str, str] = field(repr=False)  # parameter of the model -> tensor of the checkpoint
     card: dict[str, Any] = field(default_factory=dict)  # what the original's own card says, by `read_card`
-
-    def read(self, param: str) -> Tensor:
-        """A parameter's weights as they are in the checkpoint; NaN and Inf are refused by name."""
-        return self.source.read_finite(self.key_of[param])
 
     def stream_sizes(self) -> dict[str, int]:
         """Bytes of every stream of hidden states, calibration first: it is read most often."""
@@ -117,9 +111,8 @@ def prepare(
         share = refuse_overlap(calibration.ids, evaluation.ids, (recipe.calibration, recipe.eval_data))
         if share:
             log(f"evaluation: {share:.2%} of its tokens are in runs that the calibration text holds too")
-    key_of = {param: key for key, param in skeleton.param_of.items()}
     card = read_card(source, log)
-    return Job(source, recipe, skeleton, output.plan, output, calibration, evaluation, lanes, products, key_of, card)
+    return Job(source, recipe, skeleton, output.plan, output, calibration, evaluation, lanes, products, card)
 
 
 def prepare_evaluation(

@@ -2,17 +2,20 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmquant.blocks.forwards import CalibrationStreams
 from llmquant.blocks.measure import LayerReport
-from llmquant.blocks.quantize import CalibrationStreams, Solved, forward_of, get_weight, quantize_block, set_weight
+from llmquant.blocks.quantize import quantize_block
 from llmquant.blocks.snapshots import Snapshots, snapshot_bytes
+from llmquant.blocks.solve import Solved
 from llmquant.checkpoint import stored_forms
 from llmquant.comparison import noise_floor
 from llmquant.errors import ResumeError
@@ -20,12 +23,12 @@ from llmquant.export import check_exports, export_beside
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.formats.runtimes import refuse_runtimes, verdicts
 from llmquant.job import Job, fingerprint, prepare, refuse_damaged_weights
-from llmquant.lanes.baselines import BASELINES
+from llmquant.lanes.baselines import BASELINES, dequantized
 from llmquant.lanes.scores import ORIGINAL, OURS, Figures, Lanes, figures
 from llmquant.log import Event, Log, Scored, Stopwatch, silent, stages_of
 from llmquant.memory import trim
+from llmquant.model.block import Block
 from llmquant.model.streams import Stream, Streams, spilled
-from llmquant.model.tape import Calls
 from llmquant.output.check import check_config
 from llmquant.plan import Row
 from llmquant.recipe import Recipe, make_recipe, parse_size
@@ -34,8 +37,6 @@ from llmquant.report.data import SCHEMA_VERSION, LaneReport, Report, evaluation_
 from llmquant.report.html import make_html
 from llmquant.run_dir import RunDir
 from llmquant.versions import versions
-
-Forward = Callable[[Tensor], Tensor]
 
 
 def quantize(
@@ -144,7 +145,7 @@ class _Pass:
     def go(self) -> tuple[list[LayerReport], dict[str, LaneReport]]:
         job, n_blocks = self.job, len(self.skeleton.blocks)
         trim()
-        calls = self._embed()
+        self._embed()
         trim()
         layers: list[LayerReport] = []
         committed = list(self.run.records)
@@ -159,15 +160,15 @@ class _Pass:
         for index, body in enumerate(committed):
             self.record.restore(body["digests"])
             if index >= behind and self._all_streams():
-                self._replay(index, calls)
+                self._replay(self.skeleton.blocks[index])
                 self._check_streams(index, body)
             self.log(f"block {index + 1}: finished before")
             layers += [LayerReport.from_dict(layer) for layer in body["layers"]]
         for index in range(len(committed), n_blocks):
             begin = time.perf_counter()
             job.source.prefetch(row.name for i in (index, index + 1) for row in job.plan.block(i))
-            with self.skeleton.loaded(self.skeleton.block_params(index), job.read):
-                solved = self._block(index, calls)
+            with self.skeleton.blocks[index].loaded() as block:
+                solved = self._block(block)
             self._copy(index)
             trim()
             layers += [item.report for item in solved]
@@ -180,27 +181,22 @@ class _Pass:
                     self.snapshots.save()
         return layers, self._score()
 
-    def _embed(self) -> Calls:
+    def _embed(self) -> None:
         """Hidden states before the first block for all windows, and every block's arguments."""
         with self.watch.stage("embed"):
-            calls: Calls = {}
             if self.job.calibration is not None and self.streams is not None:
-                calls |= self.skeleton.record(self.job.calibration.batches(), self.job.read, self.streams.append)
+                self.skeleton.record(self.job.calibration.batches(), self.streams.append)
             if self.job.evaluation is not None and self.lanes is not None:
-                calls |= self.skeleton.record(self.job.evaluation.batches(), self.job.read, self.lanes.start)
-        return calls
+                self.skeleton.record(self.job.evaluation.batches(), self.lanes.start)
 
-    def _block(self, index: int, calls: Calls) -> list[Solved]:
-        specs = [row.spec for row in self.job.plan.block(index) if row.spec is not None]
-        forward = forward_of(self.skeleton, index, calls)
+    def _block(self, block: Block) -> list[Solved]:
+        specs = self._specs(block)
         with self.watch.stage("evaluate"):
-            self._advance(ORIGINAL, forward)
-            self._advance_baselines(specs, forward)
+            self._advance_others(block, specs)
         with self.watch.stage("quantize"):
-            more = index + 1 < len(self.skeleton.blocks)
-            solved = quantize_block(self.skeleton, index, specs, self.job.recipe, calls, self.streams, advance=more)
+            solved = quantize_block(block, specs, self.job.recipe, self.streams, advance=self._more(block))
         with self.watch.stage("evaluate"):
-            self._advance(OURS, forward)
+            self._advance_ours(block)
         with self.watch.stage("write"):
             for item in solved:
                 self.output.quantized(self.run, item.spec, item.weight)
@@ -222,24 +218,22 @@ class _Pass:
                 streams["calibration (original)"] = self.streams.original
         return streams
 
-    def _replay(self, index: int, calls: Calls) -> None:
+    def _replay(self, block: Block) -> None:
         """A finished block again, without Hessians and solve: all streams through it, with the codes on disk."""
-        specs = [row.spec for row in self.job.plan.block(index) if row.spec is not None]
-        forward, more = forward_of(self.skeleton, index, calls), index + 1 < len(self.skeleton.blocks)
-        calibrate = forward_of(self.skeleton, index, calls, self.job.products)
-        with self.watch.stage("resume"), self.skeleton.loaded(self.skeleton.block_params(index), self.job.read):
-            self._advance(ORIGINAL, forward)
-            self._advance_baselines(specs, forward)
-            if self.streams is not None and self.streams.original is not None and more:
+        specs = self._specs(block)
+        calibrate = partial(block.forward, products=self.job.products)
+        with self.watch.stage("resume"), block.loaded():
+            self._advance_others(block, specs)
+            if self.streams is not None and self.streams.original is not None and self._more(block):
                 self.streams.original.update(calibrate)
             for spec in specs:
                 stored = self.output.read(self.run, spec)
                 if not isinstance(stored, Tensor):
                     stored = FORMATS[self.job.recipe.format].loaded(spec, stored)
-                set_weight(self.skeleton, spec, stored.float())
-            if self.streams is not None and more:
+                block.set_weight(spec, stored.float())
+            if self.streams is not None and self._more(block):
                 self.streams.quantized.update(calibrate)
-            self._advance(OURS, forward)
+            self._advance_ours(block)
 
     def _check_streams(self, index: int, body: dict[str, Any]) -> None:
         for name, stream in self._all_streams().items():
@@ -250,19 +244,24 @@ class _Pass:
                     remedy="start again with --resume never",
                 )
 
-    def _advance(self, lane: str, forward: Forward) -> None:
-        if self.lanes is not None:
-            self.lanes.advance(lane, forward)
+    def _specs(self, block: Block) -> list[LinearSpec]:
+        return [row.spec for row in self.job.plan.block(block.index) if row.spec is not None]
 
-    def _advance_baselines(self, specs: Sequence[LinearSpec], forward: Forward) -> None:
-        """Each baseline in turn replaces the block's weights, one dense working copy at a time."""
-        originals = {spec.module: get_weight(self.skeleton, spec) for spec in specs}
-        for lane in self.job.lanes[2:]:
-            for spec in specs:
-                set_weight(self.skeleton, spec, BASELINES[lane].apply(originals[spec.module], spec.scheme))
-            self._advance(lane, forward)
-        for spec in specs:
-            set_weight(self.skeleton, spec, originals[spec.module])
+    def _more(self, block: Block) -> bool:
+        """Whether another block follows: behind the last one nobody reads the calibration streams."""
+        return block.index + 1 < len(self.skeleton.blocks)
+
+    def _advance_others(self, block: Block, specs: Sequence[LinearSpec]) -> None:
+        """Every lane but ours, while the block holds its original weights."""
+        if self.lanes is not None:
+            self.lanes.advance(ORIGINAL, block.forward)
+            for name in self.job.lanes[2:]:
+                with block.holding(dequantized(name, block, specs)):
+                    self.lanes.advance(name, block.forward)
+
+    def _advance_ours(self, block: Block) -> None:
+        if self.lanes is not None:
+            self.lanes.advance(OURS, block.forward)
 
     def _copy(self, block: int | None) -> None:
         """Write the tensors of a block (None: outside the blocks) that stay as they are."""
@@ -274,7 +273,7 @@ class _Pass:
     def _score(self) -> dict[str, LaneReport]:
         if self.lanes is None:
             return {}
-        with self.watch.stage("evaluate"), self.skeleton.head(self.job.read) as logits_of:
+        with self.watch.stage("evaluate"), self.skeleton.head() as logits_of:
             scores = self.lanes.score(lambda lane, hidden: logits_of(hidden))
         reports = {
             lane: LaneReport(figures(score, scores[ORIGINAL]), *_size(self.job, lane)) for lane, score in scores.items()

@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.formats import FORMATS, LinearSpec
-from llmquant.quant.grid import QuantizedWeight
+from llmquant.formats import LinearSpec
 from llmquant.quant.hessian import quadratic
 from llmquant.quant.histograms import histograms
-from llmquant.quant.solvers.base import pieces
+from llmquant.quant.solvers.base import Solution, pieces
 from llmquant.quant.solvers.rtn import round_to_nearest
-from llmquant.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -43,35 +41,34 @@ class LayerReport:
         return cls(**values | {"notes": tuple(values["notes"])})
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What calibration says of the inputs that linears share: H_II = E[x x^T] over `n_tokens`; None: data-free."""
+
+    H_II: Tensor | None
+    n_tokens: int
+    notes: tuple[str, ...] = ()
+
+
 def measure(
-    spec: LinearSpec,
-    weight_OI: Tensor,
-    quantized: QuantizedWeight,
-    dense_OI: Tensor,
-    target_OI: Tensor,
-    loss: float,
-    H_II: Tensor | None,
-    n_tokens: int,
-    recipe: Recipe,
-    notes: tuple[str, ...],
+    spec: LinearSpec, weight_OI: Tensor, dense_OI: Tensor, part: Solution, inputs: Inputs, bits: float
 ) -> LayerReport:
-    power = _square(weight_OI)
+    """The report of one linear: `weight_OI` as it was, `dense_OI` as the format's loader will see it, `bits` stored per
+    weight. Differences are taken in pieces of rows: of all rows at once they would be the peak of a run's memory."""
+    power, loss = _square(weight_OI), float(part.loss_O.sum())
     weight_error = rtn_loss = energy = 0.0
-    for part in pieces(weight_OI):  # differences of all rows at once would be the peak of a run's memory
-        weight_error += _square(weight_OI[part] - dense_OI[part]) / power if power else 0.0
-        if H_II is not None:
-            plain_OI = round_to_nearest(weight_OI[part], spec.scheme)
-            rtn_loss += float(quadratic(target_OI[part] - plain_OI, H_II).sum())
-            energy += float(quadratic(weight_OI[part], H_II).sum())
-    rows, columns = spec.shape
-    bits = FORMATS[recipe.format].weight_bits(spec) / (rows * columns)
-    spread = histograms(weight_OI, quantized)
-    if H_II is None:
-        return LayerReport(spec.module, None, None, None, weight_error, bits, 0, notes, spread)
+    for rows in pieces(weight_OI):
+        weight_error += _square(weight_OI[rows] - dense_OI[rows]) / power if power else 0.0
+        if inputs.H_II is not None:
+            plain_OI = round_to_nearest(weight_OI[rows], spec.scheme)
+            rtn_loss += float(quadratic(part.target_OI[rows] - plain_OI, inputs.H_II).sum())
+            energy += float(quadratic(weight_OI[rows], inputs.H_II).sum())
+    notes, spread = inputs.notes + part.notes, histograms(weight_OI, part.weight)
     relative = loss / energy if energy else 0.0
-    if not all(map(math.isfinite, (loss, rtn_loss, relative))):  # a Hessian that overflowed measures nothing
-        return LayerReport(spec.module, None, None, None, weight_error, bits, n_tokens, notes, spread)
-    return LayerReport(spec.module, loss, rtn_loss, relative, weight_error, bits, n_tokens, notes, spread)
+    if inputs.H_II is None or not all(map(math.isfinite, (loss, rtn_loss, relative))):
+        # No Hessian, or one that overflowed and measures nothing.
+        return LayerReport(spec.module, None, None, None, weight_error, bits, inputs.n_tokens, notes, spread)
+    return LayerReport(spec.module, loss, rtn_loss, relative, weight_error, bits, inputs.n_tokens, notes, spread)
 
 
 def _square(weight_OI: Tensor) -> float:

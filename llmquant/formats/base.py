@@ -38,6 +38,11 @@ class LinearSpec:
         return self.kind == "Conv1D"
 
     @property
+    def param(self) -> str:
+        """The weight's name in the model."""
+        return f"{self.module}.weight"
+
+    @property
     def prefix(self) -> str:
         return self.key.removesuffix("weight")
 

@@ -3,13 +3,15 @@
 A new baseline is one function and one line in BASELINES.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llmquant.errors import RecipeError
+from llmquant.formats import LinearSpec
+from llmquant.model.block import Block
 from llmquant.quant.grid import QuantScheme
 from llmquant.quant.solvers.rtn import round_to_nearest
 from llmquant.recipe import Recipe
@@ -57,6 +59,11 @@ BASELINES: dict[str, Baseline] = {
     "bnb-nf4": Baseline("bitsandbytes NF4, blocks of 64, float32 absmax", _bnb_nf4, lambda n, s: n * 4 + 32 * n / 64),
     "bnb-int8": Baseline("bitsandbytes INT8 by rows, weights only", _bnb_int8, lambda n, s: n * 8 + 32),
 }
+
+
+def dequantized(name: str, block: Block, specs: Sequence[LinearSpec]) -> dict[str, Tensor]:
+    """What the baseline `name` makes of a loaded block's linears, for `Block.holding`."""
+    return {spec.param: block.laid_out(spec, BASELINES[name].apply(block.weight(spec), spec.scheme)) for spec in specs}
 
 
 def default_baselines(bits: int) -> tuple[str, ...]:

@@ -1,52 +1,66 @@
 """A causal LM with one decoder block in memory at a time, by the model's own transformers code.
 
-No table of architectures: blocks, the arguments of each, and which linears share an input are found by running
-the model's own forward (`model/tape.py`). Its arguments are recorded once; later, stored hidden states are given out by
-the first block's stand-in and the rest of the model's forward (final norm, head, soft-cap, ...) runs on them.
+No table of architectures: blocks, the arguments of each, and which linears share an input are found by running the
+model's own forward (`model/tape.py`). Arguments are recorded once. Later the first block's stand-in hands out stored
+hidden states, and the rest of the model's forward (final norm, head, soft-cap) runs on them.
 """
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from llmquant.errors import SourceError
-from llmquant.model.meta import build_model, dtype_plan, find_blocks, find_ties, is_linear, names_of_tensors
-from llmquant.model.tape import Calls, Stop, Tape, answer, forward_replaced, stand_ins, stop, take_hidden
+from llmquant.model.block import Block
+from llmquant.model.meta import build_model, find_blocks
+from llmquant.model.tape import Stop, Tape, answer, forward_replaced, stand_ins, stop, take_hidden
+from llmquant.model.weights import Weights
 from llmquant.source.base import Source
 
-Read = Callable[[str], Tensor]  # name of a parameter in the model -> its dense weight
+CPU = torch.device("cpu")
 
 
 class Skeleton:
     """A causal LM without weights, whose blocks are loaded and freed one by one.
 
-    blocks        (name, module) of the decoder blocks, in order
-    params        names of all parameters and persistent buffers
-    param_of      tensor name in the checkpoint -> name in the model, for those the model knows
-    tied          parameters that the checkpoint holds only under another parameter's name -> that name
+    where     the checkpoint's name, for errors
+    weights   its parameters, in and out of memory
+    blocks    its decoder blocks, in order
     """
 
-    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
+    def __init__(self, source: Source, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> None:
         self.where = source.name
         self.model = build_model(source, dtype)
         for module in self.model.modules():  # computed buffers (rope tables) are real and stay on the device
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(device)
-        self.params: list[str] = list(self.model.state_dict())
-        self.param_of = names_of_tensors(self.model, source)
-        self.tied = find_ties(self.model, set(self.param_of.values()), source)
-        self.blocks = find_blocks(self.model, source)
-        self._stack = self.blocks[0][0].rpartition(".")[0] + "."
-        self._dtype_plan = dtype_plan(self.model, dtype)
+        self.weights = Weights(self.model, source, device, dtype)
+        stack = find_blocks(self.model, source)
+        self._stack = stack[0][0].rpartition(".")[0] + "."
+        params: list[list[str]] = [[] for _ in stack]
+        for param in self.weights.names:
+            if (index := self.block_of(param)) is not None:
+                params[index].append(param)
+        self.blocks = [Block(i, name, module, params[i], self.weights) for i, (name, module) in enumerate(stack)]
         self._refuse_fused_experts()
-        self._width = 0  # of the blocks' answer; the tape learns it
+        self._width: int | None = None  # of a block's answer; the tape learns it
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.weights.dtype
+
+    @property
+    def param_of(self) -> dict[str, str]:
+        """Tensor name in the checkpoint -> name in the model, for those the model knows."""
+        return self.weights.param_of
 
     @property
     def _config(self) -> Any:
@@ -68,102 +82,59 @@ class Skeleton:
         length = getattr(self._config, "max_position_embeddings", None)
         return length if isinstance(length, int) else None
 
-    # -- structure -------------------------------------------------------------------------------------
     def block_of(self, param: str) -> int | None:
         """Index of the block that holds the parameter, None outside the blocks."""
         if not param.startswith(self._stack):
             return None
         return int(param[len(self._stack) :].split(".", 1)[0])
 
-    def linears(self, index: int) -> dict[str, nn.Module]:
-        """nn.Linear and Conv1D modules of a block by their full names."""
-        prefix, block = self.blocks[index]
-        return {f"{prefix}.{name}": m for name, m in block.named_modules() if is_linear(m)}
-
     def _refuse_fused_experts(self) -> None:
-        for name, block in self.blocks:
-            for path, module in block.named_modules():
+        for block in self.blocks:
+            for path, module in block.module.named_modules():
                 for leaf, parameter in module.named_parameters(recurse=False):
                     if parameter.ndim >= 3 and not isinstance(module, nn.Conv1d):
                         raise SourceError(
-                            f"{self.where}: {name}.{path}.{leaf}",
+                            f"{self.where}: {block.name}.{path}.{leaf}",
                             f"all experts in one tensor {tuple(parameter.shape)} ({type(module).__name__})",
                             expected="nn.Linear or Conv1D weights",
                             remedy="fused MoE experts are not supported yet",
                         )
 
-    # -- weights in and out ----------------------------------------------------------------------------
-    def load(self, params: Iterable[str], read: Read) -> None:
-        """Fill `params` with `read(name)`, cast to the compute dtype (or the dtype the model insists on)."""
-        for name in params:
-            tensor = read(self.tied.get(name, name))
-            wanted = self._compute_dtype(name) if tensor.is_floating_point() else tensor.dtype
-            self.set(name, tensor.to(self.device, wanted))
-
-    def free(self, params: Iterable[str]) -> None:
-        """Give the memory of `params` back; computed buffers (rope tables) are not among them and stay."""
-        for name in params:
-            self.set(name, torch.empty_like(self.get(name), device="meta"))
-
-    def block_params(self, index: int) -> list[str]:
-        return [name for name in self.params if self.block_of(name) == index]
-
-    @contextmanager
-    def loaded(self, params: Sequence[str], read: Read) -> Iterator[None]:
-        """`params` in memory for the length of a `with`."""
-        try:
-            self.load(params, read)
-            yield
-        finally:
-            self.free(params)
-
-    def get(self, name: str) -> Tensor:
-        path, _, leaf = name.rpartition(".")
-        value: Tensor = getattr(self.model.get_submodule(path), leaf)
-        return value
-
-    def set(self, name: str, value: Tensor) -> None:
-        """Replace one parameter or buffer by a tensor of the same shape."""
-        path, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(path)
-        if leaf in module._parameters:
-            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-        else:
-            module._buffers[leaf] = value
-
-    def _compute_dtype(self, name: str) -> torch.dtype:
-        return next((dtype for pattern, dtype in self._dtype_plan.items() if re.search(pattern, name)), self.dtype)
-
     def _outer(self, without: nn.Module | None) -> list[str]:
         """Parameters outside the blocks, except those of one module."""
         skip = {name for name, module in self.model.named_modules() if module is without}
-        return [n for n in self.params if self.block_of(n) is None and n.rpartition(".")[0] not in skip]
+        return [n for n in self.weights.names if self.block_of(n) is None and n.rpartition(".")[0] not in skip]
 
-    # -- the tape --------------------------------------------------------------------------------------
-    def record(self, batches: Iterable[Tensor], read: Read, entry: Callable[[Tensor], None]) -> Calls:
+    # -- into the blocks, and out of them ------------------------------------------------------------------
+    def record(self, batches: Iterable[Tensor], entry: Callable[[Tensor], None]) -> None:
         """Give the hidden states [B, T, D] that enter the first block to `entry`, batch by batch of ids [B, T].
 
-        Returns every block's arguments by the shape of the batch. SourceError where blocks share more than
-        hidden states, or where an argument depends on the tokens.
+        Every block knows its arguments for batches of these shapes afterwards (`Block.calls`). SourceError where blocks
+        share more than hidden states, or where an argument depends on the tokens.
         """
-        head, blocks = self.model.get_output_embeddings(), [block for _, block in self.blocks]
-        calls: Calls = {}
-        needed = self._outer(without=head) + self.block_params(0)
+        head, modules = self.model.get_output_embeddings(), [block.module for block in self.blocks]
+        needed = self._outer(without=head) + self.blocks[0].params
         ended = nullcontext() if head is None else forward_replaced(head, stop)
-        with ended, self.loaded(needed, read), torch.no_grad():
+        with ended, self.weights.loaded(needed), torch.no_grad():
             for ids in batches:
-                width = self._width if calls else None
-                tape = Tape(self.where, type(self.model).__name__, len(blocks), width)
-                with stand_ins(blocks, tape.stand_in), suppress(Stop):
+                shape = tuple(ids.shape)
+                tape = Tape(self.where, type(self.model).__name__, len(modules), self._width)
+                with stand_ins(modules, tape.stand_in), suppress(Stop):
                     self.model(input_ids=ids.to(self.device), use_cache=False)
-                tape.check(calls.get(tuple(ids.shape)))
+                tape.check([block.calls[shape] for block in self.blocks if shape in block.calls])
                 self._width = tape.width or 0
-                calls.setdefault(tuple(ids.shape), tape.calls)
+                for block, call in zip(self.blocks, tape.calls, strict=True):
+                    block.calls.setdefault(shape, call)
                 entry(tape.first)
-        return calls
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """The hidden states [B, T, D] that enter the first block; `record` of one batch."""
+        entered: list[Tensor] = []
+        self.record([ids_BT], entered.append)
+        return entered[0]
 
     @contextmanager
-    def head(self, read: Read) -> Iterator[Callable[[Tensor], Tensor]]:
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         """A function from the last block's hidden states [N, D] to float32 logits [N, V]: final norm, head, soft-cap.
 
         The input embedding itself is not loaded; where the head is tied to it, the head is.
@@ -172,7 +143,7 @@ class Skeleton:
         hidden_now: list[Tensor] = []
 
         def stand_in(index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            return answer(hidden_now[0] if index == 0 else take_hidden(args, kwargs)[0], self._width)
+            return answer(hidden_now[0] if index == 0 else take_hidden(args, kwargs)[0], self._width or 0)
 
         def logits(hidden_ND: Tensor) -> Tensor:
             hidden_now[:] = [hidden_ND[None].to(self.device, self.dtype)]
@@ -183,36 +154,11 @@ class Skeleton:
         def no_embedding(ids: Tensor) -> Tensor:
             return torch.zeros(*ids.shape, embedding.embedding_dim, device=self.device, dtype=self.dtype)
 
-        outer, blocks = self._outer(without=embedding), [block for _, block in self.blocks]
+        outer, modules = self._outer(without=embedding), [block.module for block in self.blocks]
         with (
             forward_replaced(embedding, no_embedding),
-            self.loaded(outer, read),
-            stand_ins(blocks, stand_in),
+            self.weights.loaded(outer),
+            stand_ins(modules, stand_in),
             torch.no_grad(),
         ):
             yield logits
-
-    # -- steps -----------------------------------------------------------------------------------------
-    def steps(self, index: int, forward: Callable[[Tensor], Tensor], hidden: Tensor) -> list[list[str]]:
-        """Linears of the loaded block by the input they share, in the order in which its `forward` reaches them."""
-        seen: dict[tuple[Any, ...], list[str]] = {}
-        alive: list[Tensor] = []  # inputs stay referenced, or another one could be born at the same address
-
-        def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0]
-            alive.append(x)
-            seen.setdefault((x.data_ptr(), x.numel(), x.shape[-1], x.stride()), []).append(name)
-
-        hooks = [m.register_forward_pre_hook(partial(note, name)) for name, m in self.linears(index).items()]
-        try:
-            forward(hidden)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        names = [name for step in seen.values() for name in step]
-        if len(names) != len(set(names)):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise SourceError(
-                f"{self.where}: {twice}", "runs more than once in a block", remedy="keep it in 16 bit with --ignore"
-            )
-        return list(seen.values())

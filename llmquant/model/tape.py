@@ -35,9 +35,6 @@ class Call:
         return _hidden(forward(*self.args, **{**self.kwargs, self.at: hidden}))
 
 
-Calls = dict[tuple[int, ...], list[Call]]  # arguments of every block, by the shape of the token batch
-
-
 def _hidden(output: Any) -> Tensor:
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
@@ -127,11 +124,11 @@ class Tape:
         self._others = list(_tensors(output[1:]))
         return (hidden, *output[1:])
 
-    def check(self, known: list[Call] | None) -> None:
-        """All blocks were called, and with the arguments that an earlier batch of this shape saw."""
+    def check(self, known: Sequence[Call]) -> None:
+        """All blocks were called, and with the arguments that an earlier batch of this shape saw (none: the first)."""
         if len(self.calls) != self.n_blocks:
             self._refuse(f"{len(self.calls)} of {self.n_blocks} blocks run in one forward")
-        for index, (mine, other) in enumerate(zip(self.calls, known or [], strict=False)):
+        for index, (mine, other) in enumerate(zip(self.calls, known, strict=False)):
             pairs = zip(_tensors((mine.args, mine.kwargs)), _tensors((other.args, other.kwargs)), strict=True)
             if any(a is not b and not torch.equal(a, b) for a, b in pairs):
                 self._refuse(f"an argument of block {index} depends on the tokens")

@@ -171,7 +171,7 @@ def estimate(
     _time(found, work_of(plan, skeleton, recipe, tokens, len(lanes)), skeleton)
     if not timed or found.exit_code:
         return found
-    trial = found.attempt(lambda: try_block(source, skeleton, plan, recipe, tokens, len(lanes)))
+    trial = found.attempt(lambda: try_block(skeleton, plan, recipe, tokens, len(lanes)))
     if trial is not None:
         _replace_time(found, trial.seconds(len(skeleton.blocks), tokens, len(lanes)))
     return found
@@ -233,7 +233,7 @@ def _memory(
 ) -> None:
     """A bound by parts: base + 2 blocks + 8 bytes x widest input squared + largest outer tensor + a batch's activations
     + at most --max-ram for streams and paused forwards."""
-    numel = {name: skeleton.get(name).numel() for name in skeleton.params}
+    numel = {name: skeleton.weights.get(name).numel() for name in skeleton.weights.names}
     width = skeleton.dtype.itemsize
     blocks = Counter[int]()
     for name, count in numel.items():

@@ -60,7 +60,7 @@ class Work:
 
 def work_of(plan: Plan, skeleton: Skeleton, recipe: Recipe, tokens: Tokens, n_lanes: int) -> Work:
     """The work of a run with `n_lanes` evaluation lanes."""
-    block_weights = sum(skeleton.get(n).numel() for n in skeleton.params if skeleton.block_of(n) is not None)
+    block_weights = sum(skeleton.weights.get(param).numel() for block in skeleton.blocks for param in block.params)
     attention = 2 * len(skeleton.blocks) * skeleton.hidden_size  # multiply-adds per token and position
     drift = recipe.propagation != 0
     order = {name: i for i, (name, _) in enumerate(skeleton.model.named_modules())}

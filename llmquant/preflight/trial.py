@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmquant.blocks.quantize import CalibrationStreams, forward_of, quantize_block
+from llmquant.blocks.forwards import CalibrationStreams
+from llmquant.blocks.quantize import quantize_block
 from llmquant.model.devices import pick_products
 from llmquant.model.skeleton import Skeleton
 from llmquant.model.streams import Stream
@@ -15,7 +16,6 @@ from llmquant.plan import Plan
 from llmquant.preflight.flops import Tokens
 from llmquant.quant.solvers import DATA_FREE
 from llmquant.recipe import Recipe
-from llmquant.source.base import Source
 from llmquant.text.windows import Windows, windows_per_batch
 
 _BATCHES = 3  # the longer of two timings; what it takes longer than one batch is the cost of two
@@ -38,16 +38,11 @@ class Trial:
         }
 
 
-def try_block(source: Source, skeleton: Skeleton, plan: Plan, recipe: Recipe, tokens: Tokens, n_lanes: int) -> Trial:
+def try_block(skeleton: Skeleton, plan: Plan, recipe: Recipe, tokens: Tokens, n_lanes: int) -> Trial:
     """Time block 0. Reads its weights and the embedding, which a Hub source downloads; writes nothing.
 
     Which tokens does not matter to the clock, so no text and no tokenizer are needed.
     """
-    key_of = {param: key for key, param in skeleton.param_of.items()}
-
-    def read(param: str) -> Tensor:
-        return source.read_finite(key_of[param])
-
     specs = [row.spec for row in plan.block(0) if row.spec is not None]
     calibrated = recipe.method not in DATA_FREE
     products = pick_products(recipe.products, skeleton.device, skeleton.dtype, recipe.bits)
@@ -60,22 +55,20 @@ def try_block(source: Source, skeleton: Skeleton, plan: Plan, recipe: Recipe, to
     def block_seconds(n_batches: int) -> float:
         """`n_batches` calibration batches through the quantization of the block."""
         streams = None
-        calls = {}
         if calibrated:
             original = Stream() if recipe.propagation != 0 else None
             streams = CalibrationStreams(Stream(), original, 1 << 62, products)
-            calls = skeleton.record(batches(tokens.seq_len, n_batches), read, streams.append)
-        with skeleton.loaded(skeleton.block_params(0), read):
-            return seconds(lambda: quantize_block(skeleton, 0, specs, recipe, calls, streams))
+            skeleton.record(batches(tokens.seq_len, n_batches), streams.append)
+        with skeleton.blocks[0].loaded() as block:
+            return seconds(lambda: quantize_block(block, specs, recipe, streams))
 
     def lane_seconds() -> float:
         """One evaluation batch through the block."""
         entered: list[Tensor] = []
-        calls = skeleton.record(batches(tokens.eval_seq_len, 1), read, lambda hidden: entered.append(hidden.clone()))
-        with skeleton.loaded(skeleton.block_params(0), read):
-            forward = forward_of(skeleton, 0, calls)
-            forward(entered[0])  # the first one finds its kernels
-            return seconds(lambda: forward(entered[0]))
+        skeleton.record(batches(tokens.eval_seq_len, 1), lambda hidden: entered.append(hidden.clone()))
+        with skeleton.blocks[0].loaded() as block:
+            block.forward(entered[0])  # the first one finds its kernels
+            return seconds(lambda: block.forward(entered[0]))
 
     per_batch = 0.0
     solving = block_seconds(1)

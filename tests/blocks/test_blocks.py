@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import llmquant
 from llmquant.blocks import measure
-from llmquant.blocks import quantize as blocks
+from llmquant.blocks import solve as solve_module
 from llmquant.job import prepare
 from llmquant.quant.hessian import default_propagation
 from llmquant.quant.solvers import SOLVERS, LayerTask, Solution, SolveOptions
@@ -33,7 +33,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         tasks.append((replace(task, H_II=H), options))
         return GPTQ(task, options)
 
-    monkeypatch.setitem(blocks.SOLVERS, "gptq", solve)
+    monkeypatch.setitem(solve_module.SOLVERS, "gptq", solve)
     return tasks
 
 

@@ -47,9 +47,9 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     real = pipeline._Pass._replay
 
-    def replay(self: Any, index: int, *rest: Any) -> None:
-        seen.append(index + 1)
-        real(self, index, *rest)
+    def replay(self: Any, block: Any) -> None:
+        seen.append(block.index + 1)
+        real(self, block)
 
     monkeypatch.setattr(pipeline._Pass, "_replay", replay)
     return seen

@@ -16,23 +16,19 @@ from llmquant.quant import matmul as products
 from llmquant.source.resolve import open_source
 
 
-def open_skeleton(folder: Path | str) -> tuple[Skeleton, Callable[[str], torch.Tensor]]:
-    source = open_source(folder)
-    skeleton = Skeleton(source, torch.device("cpu"), torch.float32)
-    key_of = {param: key for key, param in skeleton.param_of.items()}
-    return skeleton, lambda param: source.read(key_of[param])
+def open_skeleton(folder: Path | str) -> Skeleton:
+    return Skeleton(open_source(folder))
 
 
 def streamed_logits(folder: Path, batches: torch.Tensor) -> torch.Tensor:
-    skeleton, read = open_skeleton(folder)
+    skeleton = open_skeleton(folder)
     hidden: list[torch.Tensor] = []
-    calls = skeleton.record(list(batches), read, hidden.append)
-    shape = tuple(batches.shape[1:])
-    for index, (_, block) in enumerate(skeleton.blocks):
-        with skeleton.loaded(skeleton.block_params(index), read), torch.no_grad():
-            hidden = [calls[shape][index](block, h) for h in hidden]
+    skeleton.record(list(batches), hidden.append)
+    for block in skeleton.blocks:
+        with block.loaded():
+            hidden = [block.forward(h) for h in hidden]
     assert all(tensor.is_meta for _, tensor in skeleton.model.named_parameters()), "a block was not freed"
-    with skeleton.head(read) as logits_of:
+    with skeleton.head() as logits_of:
         return torch.stack([logits_of(h.flatten(0, 1)) for h in hidden])
 
 
@@ -51,9 +47,9 @@ def test_streamed_blocks_equal_the_whole_model(
 
 
 def test_head_by_chunks_equals_head_at_once(tiny_model: Callable[[str], Path]) -> None:
-    skeleton, read = open_skeleton(tiny_model("gemma2"))
+    skeleton = open_skeleton(tiny_model("gemma2"))
     hidden = torch.randn(24, 64, generator=torch.Generator().manual_seed(2))
-    with skeleton.head(read) as logits_of:
+    with skeleton.head() as logits_of:
         chunks = torch.cat([logits_of(part) for part in hidden.split(5)])
         torch.testing.assert_close(chunks, logits_of(hidden), rtol=0, atol=1e-6)
 
@@ -66,11 +62,10 @@ def test_linears_that_share_an_input_are_one_step(tiny_model: Callable[[str], Pa
         "cohere": [["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], ["o_proj"], ["down_proj"]],
     }
     for name, steps in expected.items():
-        skeleton, read = open_skeleton(tiny_model(name))
-        hidden: list[torch.Tensor] = []
-        calls = skeleton.record([torch.zeros(1, 8, dtype=torch.long)], read, hidden.append)
-        with skeleton.loaded(skeleton.block_params(1), read), torch.no_grad():
-            found = skeleton.steps(1, partial(calls[1, 8][1], skeleton.blocks[1][1]), hidden[0])
+        skeleton = open_skeleton(tiny_model(name))
+        hidden = skeleton.embed(torch.zeros(1, 8, dtype=torch.long))
+        with skeleton.blocks[1].loaded() as block:
+            found = block.steps(partial(block.forward, hidden))
         assert [[module.rpartition(".")[2] for module in step] for step in found] == steps
 
 
@@ -78,8 +73,8 @@ def refused(tmp_path: Path, architecture: tuple[str, dict[str, object]]) -> str:
     folder = tiny.build(tmp_path / "model", architecture)
 
     def record() -> None:
-        skeleton, read = open_skeleton(folder)
-        skeleton.record([torch.full((1, 8), token) for token in (3, 4)], read, lambda hidden: None)
+        skeleton = open_skeleton(folder)
+        skeleton.record([torch.full((1, 8), token) for token in (3, 4)], lambda hidden: None)
 
     with pytest.raises(SourceError) as error:
         record()
@@ -124,11 +119,11 @@ def test_blocks_that_share_more_than_hidden_states_are_refused() -> None:
     with pytest.raises(SourceError, match="block 2 runs as number 1"):
         tape().stand_in(2, block, (hidden,), {})
     with pytest.raises(SourceError, match="1 of 3 blocks run"):
-        tape().check(None)
+        tape().check([])
     with pytest.raises(SourceError, match="write into an argument"):
         Tape("model", "Model", 3, None).stand_in(0, block, (hidden,), {"shared_kv": {0: attention}})
 
 
 def test_tied_embeddings_need_no_second_tensor(tiny_model: Callable[[str], Path]) -> None:
-    skeleton, _ = open_skeleton("demo")
-    assert skeleton.tied == {"lm_head.weight": "model.embed_tokens.weight"}
+    skeleton = open_skeleton("demo")
+    assert skeleton.weights.tied == {"lm_head.weight": "model.embed_tokens.weight"}

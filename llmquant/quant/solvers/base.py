@@ -72,3 +72,7 @@ class Solution:
     loss_O: Tensor
     target_OI: Tensor
     notes: tuple[str, ...] = ()
+
+    def rows(self, rows: slice) -> "Solution":
+        """The solution of some rows: one linear of a stack."""
+        return Solution(self.weight.rows(rows), self.loss_O[rows], self.target_OI[rows], self.notes)

@@ -1,0 +1,138 @@
+"""The calibration text's forwards through one block, paused where its linears read their inputs.
+
+Two streams go through: the quantized one, whose hidden states come from the blocks as they were written, and the
+original one, which error propagation compares it with. At each step the quantized forwards see the block with the
+steps before it quantized, the original forwards see the block's own weights.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from llmquant.formats import LinearSpec
+from llmquant.model.block import Block
+from llmquant.model.paused import Paused
+from llmquant.model.streams import Stream
+from llmquant.quant.hessian import Hessian
+from llmquant.quant.matmul import forwards_in
+
+
+@dataclass(frozen=True)
+class CalibrationStreams:
+    """Hidden states before the block: of the quantized blocks, and of the original ones (for error propagation).
+
+    `spare_bytes` is what forwards may hold while they are paused between the steps of a block; `products` is the
+    precision of their products and of the Hessians.
+    """
+
+    quantized: Stream
+    original: Stream | None = None
+    spare_bytes: int = 0
+    products: torch.dtype = torch.float32
+
+    def append(self, hidden: Tensor) -> None:
+        """Before the first block both are the same."""
+        self.quantized.append(hidden)
+        if self.original is not None:
+            self.original.append(hidden)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Linears that share an input, and the strength of error propagation into them."""
+
+    specs: list[LinearSpec]
+    propagation: float
+
+    @property
+    def in_features(self) -> int:
+        return self.specs[0].shape[1]
+
+
+class BlockForwards:
+    """The forwards of both calibration streams through one block, paused at the same step batch by batch.
+
+    Forwards stay paused between the steps as long as what they hold fits `spare_bytes`; the others run anew up to each
+    step. Weights are rounded once to the precision of the products, instead of in each forward.
+    """
+
+    def __init__(self, block: Block, specs: Sequence[LinearSpec], streams: CalibrationStreams) -> None:
+        self._block, self._streams = block, streams
+        self._originals = {spec.param: block.get(spec.param).to(streams.products) for spec in specs}
+        self._current = dict(self._originals)
+        self._kept: dict[tuple[int, str], tuple[Paused, int]] = {}  # with the bytes it holds
+
+    def weights_changed(self, step: Step) -> None:
+        """The linears of `step` have other weights in the block now."""
+        for spec in step.specs:
+            self._current[spec.param] = self._block.get(spec.param).to(self._streams.products)
+
+    def hessian(self, position: int, step: Step) -> Hessian:
+        """Over all batches, of the inputs of the step at `position`; steps must come in order."""
+        hessian, original = self._empty(step), self._streams.original
+        others = iter(original) if original is not None else None
+        for batch, hidden in enumerate(self._streams.quantized):
+            reference = None
+            if others is not None:
+                reference = self._input(self._originals, position, (batch, "original"), next(others))
+            hessian.add(self._input(self._current, position, (batch, "quantized"), hidden), reference)
+        return hessian
+
+    def hessians_of_all(self, steps: Sequence[Step]) -> list[Hessian]:
+        """The Hessians of all steps in one pass, before any of them is quantized."""
+        hessians = [self._empty(step) for step in steps]
+        original = self._streams.original
+        for hidden, other in zip(self._streams.quantized, original or self._streams.quantized, strict=True):
+            run, reference = self._paused(hidden), self._paused(other)
+            for position, hessian in enumerate(hessians):
+                hessian.add(run.input_of(position), reference.input_of(position) if original is not None else None)
+            run.close()
+            reference.close()
+        return hessians
+
+    def _empty(self, step: Step) -> Hessian:
+        drift = step.propagation > 0
+        return Hessian(step.in_features, self._block.device, drift=drift, products=self._streams.products)
+
+    def _paused(self, hidden: Tensor) -> Paused:
+        return Paused(
+            partial(self._block.forward, hidden), partial(forwards_in, self._streams.products, self._block.dtype)
+        )
+
+    def _input(self, weights: Mapping[str, Tensor], position: int, key: tuple[int, str], hidden: Tensor) -> Tensor:
+        """What the step at `position` reads with `weights` in the block, by the forward of `key` (batch, stream)."""
+        run, _ = self._kept.pop(key, (None, 0))
+        run = run or self._paused(hidden)
+        with self._block.holding(weights):
+            x = run.input_of(position)
+        held, spare = run.held_bytes(), self._streams.spare_bytes - sum(held for _, held in self._kept.values())
+        if held <= spare:
+            self._kept[key] = run, held
+        else:
+            run.close()
+        return x
+
+    def finish(self) -> None:
+        """Both streams through the whole block."""
+        if self._streams.original is not None:
+            self._advance(self._originals, self._streams.original, "original")
+        self._advance(self._current, self._streams.quantized, "quantized")
+
+    def _advance(self, weights: Mapping[str, Tensor], stream: Stream, name: str) -> None:
+        batches = count()
+
+        def advanced(hidden: Tensor) -> Tensor:
+            run, _ = self._kept.pop((next(batches), name), (None, 0))
+            return self._block.forward(hidden, self._streams.products) if run is None else run.finish()
+
+        with self._block.holding(weights):
+            stream.update(advanced)
+
+    def close(self) -> None:
+        for run, _ in self._kept.values():
+            run.close()
+        self._kept.clear()

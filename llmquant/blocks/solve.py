@@ -1,0 +1,85 @@
+"""Linears that share an input: one task for the solver, and its solution set back into the block linear by linear."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmquant.blocks.forwards import Step
+from llmquant.blocks.measure import Inputs, LayerReport, measure
+from llmquant.errors import SolveError
+from llmquant.formats import FORMATS, LinearSpec
+from llmquant.model.block import Block
+from llmquant.quant.grid import QuantizedWeight
+from llmquant.quant.hessian import Hessian
+from llmquant.quant.matmul import matmul
+from llmquant.quant.solvers import SOLVERS, LayerTask, Solution, SolveOptions
+from llmquant.quant.solvers.refine import default_sweeps
+from llmquant.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One quantized linear."""
+
+    spec: LinearSpec
+    weight: QuantizedWeight
+    report: LayerReport
+
+
+def solve_step(block: Block, step: Step, hessian: Hessian | None, recipe: Recipe) -> list[Solved]:
+    """Quantize the linears of `step` and leave their dequantized weights in the block.
+
+    They are one task of stacked rows: every row is a problem of its own. SolveError where the policy is to fail.
+    """
+    specs, weights = step.specs, [block.weight(spec) for spec in step.specs]
+    name = " + ".join(spec.module for spec in specs)
+    inputs = _inputs(name, hessian, recipe)
+    # All rows stacked are a copy: the solver's, freed before the parts are reported.
+    weight_OI = torch.cat(weights) if len(weights) > 1 else weights[0]
+    drift_OI, drift_II = None, None if hessian is None else hessian.take_drift()
+    if drift_II is not None and len(weight_OI) <= len(drift_II):
+        drift_OI, drift_II = matmul(weight_OI, drift_II), None
+    task = LayerTask(name, weight_OI, inputs.H_II, inputs.n_tokens, specs[0].scheme, drift_OI, drift_II)
+    solution = SOLVERS[recipe.method](task, _options(step, recipe))
+    del task, weight_OI, drift_OI, drift_II
+    done, start = [], 0
+    for spec, weight_OI in zip(specs, weights, strict=True):
+        part = solution.rows(slice(start, start + len(weight_OI)))
+        start += len(weight_OI)
+        done.append(_set_back(block, spec, weight_OI, part, inputs, recipe.format))
+    return done
+
+
+def _inputs(name: str, hessian: Hessian | None, recipe: Recipe) -> Inputs:
+    if hessian is None:
+        return Inputs(None, 0)
+    if not hessian.n_excluded:
+        return Inputs(hessian.mean(), hessian.n_tokens)
+    note = f"{hessian.n_excluded} tokens with non-finite activations left out"
+    if recipe.on_bad_layer == "fail":
+        raise SolveError(name, f"its input has {note}", remedy="another --dtype, or accept it with --on-bad-layer rtn")
+    return Inputs(hessian.mean(), hessian.n_tokens, (note,))
+
+
+def _options(step: Step, recipe: Recipe) -> SolveOptions:
+    scheme = step.specs[0].scheme
+    return SolveOptions(
+        recipe.grid,
+        recipe.order,
+        recipe.damp,
+        step.propagation,
+        recipe.refit,
+        default_sweeps(scheme.bits, scheme.group_size) if recipe.sweeps is None else recipe.sweeps,
+        on_bad_layer=recipe.on_bad_layer,
+    )
+
+
+def _set_back(
+    block: Block, spec: LinearSpec, weight_OI: Tensor, part: Solution, inputs: Inputs, format_name: str
+) -> Solved:
+    dense_OI = FORMATS[format_name].loaded(spec, part.weight)
+    bits = FORMATS[format_name].weight_bits(spec) / (spec.shape[0] * spec.shape[1])
+    report = measure(spec, weight_OI, dense_OI, part, inputs, bits)
+    block.set_weight(spec, dense_OI)
+    return Solved(spec, part.weight, report)
