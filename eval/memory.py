@@ -18,9 +18,10 @@ CHILD = """
 import json, sys
 import llmquant
 from llmquant.preflight.estimate import estimate
+from llmquant.recipe import RunOptions
 recipe = llmquant.make_recipe("x", flags=json.loads(sys.argv[3]))
 report = llmquant.quantize(sys.argv[1], recipe, sys.argv[2], max_ram="64MB")
-plan = estimate(sys.argv[1], recipe, sys.argv[2] + "-2", max_ram="64MB")
+plan = estimate(sys.argv[1], recipe, RunOptions(sys.argv[2] + "-2", max_ram="64MB"))
 print(json.dumps(report.cost | {"bound": sum(plan.memory.values())}))
 """
 

@@ -14,11 +14,10 @@ import torch
 
 from llmquant.checkpoint import bits_per_weight, open_checkpoint
 from llmquant.errors import SourceError
-from llmquant.job import prepare_evaluation
+from llmquant.job import draft_model, evaluation_text
 from llmquant.lanes.scores import ORIGINAL, Figures, Lanes, TokenScores, bootstrap_ratio, figures, standard_error
 from llmquant.log import Event, Log, Stopwatch, silent, stages_of
 from llmquant.memory import trim
-from llmquant.model.devices import pick_device, pick_dtype
 from llmquant.model.skeleton import Skeleton
 from llmquant.model.streams import Streams
 from llmquant.recipe import Recipe, make_recipe, parse_size
@@ -96,14 +95,10 @@ def score_tokens(
     recipe = recipe or make_recipe(str(paths[0]))
     with watch.stage("prepare"):
         sources = [open_checkpoint(path, trust_remote_code=trust_remote_code) for path in paths]
-        for source in sources:
-            source.announce_code(log)
-        lanes = _open(sources, recipe, named_reference=reference is not None)
+        lanes = _open(sources, recipe, log, named_reference=reference is not None)
         first = next(iter(lanes.values()))
         tokenizer = load_tokenizer(first.source)
-        windows = prepare_evaluation(
-            first.skeleton, tokenizer, recipe.eval_data, recipe.eval_tokens, recipe.eval_seq_len, log
-        )
+        windows = evaluation_text(first.skeleton, tokenizer, recipe, log)
     size = windows.n_tokens * first.skeleton.hidden_size * first.skeleton.dtype.itemsize
     with Streams(dict.fromkeys(lanes, size), parse_size("--max-ram", max_ram), _unnamed_file) as streams:
         return windows, lanes, _stream(lanes, Lanes(tuple(lanes), windows, streams), watch, log)
@@ -129,12 +124,11 @@ def _unnamed_file(name: str) -> BinaryIO:
     return file
 
 
-def _open(sources: Sequence[Source], recipe: Recipe, *, named_reference: bool) -> dict[str, Lane]:
-    device = pick_device(recipe.device)
+def _open(sources: Sequence[Source], recipe: Recipe, log: Log, *, named_reference: bool) -> dict[str, Lane]:
     lanes: dict[str, Lane] = {}
     for position, source in enumerate(sources):
         name = ORIGINAL if position == 0 and named_reference else _fresh(source.name, lanes)
-        lanes[name] = Lane(source, Skeleton(source, device, pick_dtype(recipe.dtype, device, source)))
+        lanes[name] = Lane(source, draft_model(source, recipe, log))
     first = next(iter(lanes.values())).skeleton
     for lane in lanes.values():
         for what in ("vocab_size", "hidden_size"):

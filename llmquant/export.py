@@ -24,7 +24,6 @@ from llmquant.quant.grid import QuantizedWeight, QuantScheme
 from llmquant.recipe import parse_size
 from llmquant.report.card import make_card
 from llmquant.run_dir import RunDir
-from llmquant.source.base import Source
 from llmquant.source.layouts import PackedLinear
 from llmquant.source.names import natural_key
 
@@ -56,13 +55,6 @@ def export(
         run.write_bytes("README.md", make_card(run.out.name, report).encode())
         run.commit(exporter.output.record.digests)
     return run.out
-
-
-def check_exports(names: Sequence[str], source: Source, skeleton: Skeleton, plan: Plan) -> None:
-    """FormatError where a run with this plan could not be exported to these formats; before the work."""
-    for name in names:
-        FORMATS[name].check(plan.specs)
-        open_output(name, source, skeleton, plan)
 
 
 def export_beside(

@@ -1,57 +1,179 @@
-"""All that is decided before any weight is read: source, skeleton, plan and token windows of one run."""
+"""All that is decided before any weight is read. Every command begins here: run, plan, eval, compare and export.
+
+A `Draft` is what can be known without text and without weights: the source's headers, the model on the meta device,
+the plan, the containers of the output. `plan` shows one. A `Job` is a draft with its texts cut into windows; `run`
+does one.
+"""
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from llmquant.checkpoint import open_original
+from llmquant.checkpoint import as_original
+from llmquant.formats import FORMATS
+from llmquant.formats.runtimes import refuse_runtimes
 from llmquant.lanes.baselines import pick_baselines
 from llmquant.lanes.scores import ORIGINAL, OURS
 from llmquant.log import Log
 from llmquant.model.devices import pick_device, pick_dtype, pick_products
 from llmquant.model.skeleton import Skeleton
+from llmquant.model.streams import spilled
 from llmquant.output.containers import Output, open_output
 from llmquant.plan import Plan, make_plan
 from llmquant.quant.solvers import DATA_FREE
-from llmquant.recipe import Recipe
+from llmquant.recipe import Recipe, RunOptions
 from llmquant.source.base import Source
 from llmquant.source.card import read_card
+from llmquant.source.resolve import open_source
 from llmquant.text.overlap import refuse_overlap
 from llmquant.text.tokenizer import load_tokenizer
 from llmquant.text.windows import Windows, calibration_windows, check_ids, evaluation_windows
 from llmquant.versions import versions
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
-class Job:
-    """One quantization, ready to start. `lanes` is empty where evaluation is switched off."""
+class Draft:
+    """One quantization, as far as it is known without text and weights. `lanes` is empty without an evaluation."""
 
-    source: Source
     recipe: Recipe
+    options: RunOptions
+    source: Source
     skeleton: Skeleton
-    plan: Plan
     output: Output
-    calibration: Windows | None
-    evaluation: Windows | None
     lanes: tuple[str, ...]
     products: torch.dtype  # of calibration forwards and Hessians
-    card: dict[str, Any] = field(default_factory=dict)  # what the original's own card says, by `read_card`
 
-    def stream_sizes(self) -> dict[str, int]:
+    @property
+    def plan(self) -> Plan:
+        return self.output.plan
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method wants calibration text."""
+        return self.recipe.method not in DATA_FREE
+
+    @property
+    def target(self) -> Path:
+        """The folder to write."""
+        if self.options.out is not None:
+            return Path(self.options.out)
+        return Path(f"{self.source.name.rpartition('/')[2]}-{self.recipe.scheme_name}")
+
+    def stream_sizes(self, calibration_tokens: int, evaluation_tokens: int) -> dict[str, int]:
         """Bytes of every stream of hidden states, calibration first: it is read most often."""
-        hidden_bytes = self.skeleton.hidden_size * self.skeleton.dtype.itemsize
+        row = self.skeleton.hidden_size * self.skeleton.dtype.itemsize
         sizes = {}
-        if self.calibration is not None:
-            sizes["calibration"] = self.calibration.n_tokens * hidden_bytes
+        if self.calibrated:
+            sizes["calibration"] = calibration_tokens * row
             if self.recipe.propagation != 0:
                 sizes["calibration (original)"] = sizes["calibration"]
-        if self.evaluation is not None:
-            sizes |= dict.fromkeys(self.lanes, self.evaluation.n_tokens * hidden_bytes)
-        return sizes
+        return sizes | dict.fromkeys(self.lanes, evaluation_tokens * row)
+
+    def output_bytes(self) -> int:
+        """What the output takes on the disk, in all of its formats, with the files beside the weights."""
+        return self.plan.output_bytes * (1 + len(self.recipe.exports)) + self.source.side_bytes
+
+    def needed_bytes(self, sizes: Mapping[str, int]) -> int:
+        """Disk that a run needs: the output, and streams of these `sizes` that memory has no room for."""
+        return self.output_bytes() + sum(spilled(sizes, self.options.stream_budget).values())
+
+
+@dataclass(frozen=True)
+class Job(Draft):
+    """One quantization, ready to start."""
+
+    calibration: Windows | None
+    evaluation: Windows | None
+    card: dict[str, Any]  # what the original's own card says, by `read_card`
+
+
+def refuse(check: Callable[[], T]) -> T:
+    """The way a run takes a check: its error ends the run."""
+    return check()
+
+
+def draft(
+    stored: Source, recipe: Recipe, options: RunOptions, *, log: Log, attempt: Callable[..., Any] = refuse
+) -> Draft:
+    """Check and plan the quantization of an open checkpoint; nothing but headers and side files has been read.
+
+    Raises every LLMQuantError without which there is no plan. The other checks go through `attempt`, which `plan`
+    replaces to list all that is wrong at once.
+    """
+    source = as_original(stored)
+    skeleton = draft_model(source, recipe, log)
+    products = attempt(lambda: pick_products(recipe.products, skeleton.device, skeleton.dtype, recipe.bits))
+    output = open_output(recipe.format, source, skeleton, make_plan(source, skeleton, recipe))
+    lanes = (ORIGINAL, OURS, *pick_baselines(recipe)) if recipe.eval_data != "none" else ()
+    plan, formats = output.plan, (recipe.format, *recipe.exports)
+    attempt(lambda: check_exports(recipe.exports, source, skeleton, plan))
+    attempt(lambda: refuse_runtimes(options.runtimes, plan.specs, formats, plan.dense_linears))
+    return Draft(recipe, options, source, skeleton, output, lanes, products or skeleton.dtype)
+
+
+def draft_model(source: Source, recipe: Recipe, log: Log) -> Skeleton:
+    """The model of an open checkpoint, without weights, on the recipe's device and in its compute dtype."""
+    source.announce_code(log)
+    device = pick_device(recipe.device)
+    return Skeleton(source, device, pick_dtype(recipe.dtype, device, source))
+
+
+def check_exports(names: tuple[str, ...], source: Source, skeleton: Skeleton, plan: Plan) -> None:
+    """FormatError where a run with this plan could not be exported to these formats; before the work."""
+    for name in names:
+        FORMATS[name].check(plan.specs)
+        open_output(name, source, skeleton, plan)
+
+
+def prepare(model: str | Path, recipe: Recipe, options: RunOptions, log: Log) -> Job:
+    """Open, check, plan, and cut the texts; every error that can be known before hours of work is raised here."""
+    stored = open_source(model, options.revision, trust_remote_code=options.trust_remote_code)
+    drawn = draft(stored, recipe, options, log=log)
+    calibration, evaluation = windows(drawn, log)
+    return Job(**vars(drawn), calibration=calibration, evaluation=evaluation, card=read_card(drawn.source, log))
+
+
+def windows(draft: Draft, log: Log) -> tuple[Windows | None, Windows | None]:
+    """The texts of a draft as token windows (calibration, evaluation); None where it wants none."""
+    recipe, skeleton = draft.recipe, draft.skeleton
+    calibration = evaluation = None
+    if draft.calibrated or draft.lanes:
+        tokenizer = load_tokenizer(draft.source)
+    if draft.calibrated:
+        seq_len = clip_to_context(skeleton, "calibration", recipe.seq_len, log)
+        calibration = calibration_windows(tokenizer, recipe.calibration, recipe.samples, seq_len, recipe.seed)
+        check_ids(calibration.ids, skeleton.vocab_size, skeleton.where)
+    if draft.lanes:
+        evaluation = evaluation_text(skeleton, tokenizer, recipe, log)
+    if calibration is not None and evaluation is not None:
+        share = refuse_overlap(calibration.ids, evaluation.ids, (recipe.calibration, recipe.eval_data))
+        if share:
+            log(f"evaluation: {share:.2%} of its tokens are in runs that the calibration text holds too")
+    return calibration, evaluation
+
+
+def evaluation_text(skeleton: Skeleton, tokenizer: object, recipe: Recipe, log: Log) -> Windows:
+    """Evaluation windows, within the model's context and vocabulary."""
+    seq_len = clip_to_context(skeleton, "evaluation", recipe.eval_seq_len, log)
+    tokens = None if recipe.eval_tokens == "full" else int(recipe.eval_tokens)
+    found = evaluation_windows(tokenizer, recipe.eval_data, tokens, seq_len)
+    check_ids(found.ids, skeleton.vocab_size, skeleton.where)
+    return found
+
+
+def clip_to_context(skeleton: Skeleton, what: str, seq_len: int, log: Log) -> int:
+    """`seq_len`, or the model's context where that is shorter, and a line that says so."""
+    if skeleton.context is None or seq_len <= skeleton.context:
+        return seq_len
+    log(f"{what}: windows of {seq_len} tokens shortened to the model's context of {skeleton.context}")
+    return skeleton.context
 
 
 def fingerprint(job: Job, weights: str) -> dict[str, str]:
@@ -83,54 +205,6 @@ def fingerprint(job: Job, weights: str) -> dict[str, str]:
     }
     digests = {name: hashlib.sha256(json.dumps(value).encode()).hexdigest() for name, value in parts.items()}
     return recipe | digests
-
-
-def prepare(
-    model: str | Path, revision: str | None, recipe: Recipe, log: Log, *, trust_remote_code: bool = False
-) -> Job:
-    """Open, check and plan; every error that can be known before hours of work is raised here."""
-    source = open_original(model, revision, trust_remote_code=trust_remote_code)
-    source.announce_code(log)
-    device = pick_device(recipe.device)
-    skeleton = Skeleton(source, device, pick_dtype(recipe.dtype, device, source))
-    products = pick_products(recipe.products, device, skeleton.dtype, recipe.bits)
-    output = open_output(recipe.format, source, skeleton, make_plan(source, skeleton, recipe))
-    lanes = (ORIGINAL, OURS, *pick_baselines(recipe)) if recipe.eval_data != "none" else ()
-    calibration = evaluation = None
-    if recipe.method not in DATA_FREE or lanes:
-        tokenizer = load_tokenizer(source)
-        if recipe.method not in DATA_FREE:
-            seq_len = clip_to_context(skeleton, "calibration", recipe.seq_len, log)
-            calibration = calibration_windows(tokenizer, recipe.calibration, recipe.samples, seq_len, recipe.seed)
-            check_ids(calibration.ids, skeleton.vocab_size, source.name)
-        if lanes:
-            evaluation = prepare_evaluation(
-                skeleton, tokenizer, recipe.eval_data, recipe.eval_tokens, recipe.eval_seq_len, log
-            )
-    if calibration is not None and evaluation is not None:
-        share = refuse_overlap(calibration.ids, evaluation.ids, (recipe.calibration, recipe.eval_data))
-        if share:
-            log(f"evaluation: {share:.2%} of its tokens are in runs that the calibration text holds too")
-    card = read_card(source, log)
-    return Job(source, recipe, skeleton, output.plan, output, calibration, evaluation, lanes, products, card)
-
-
-def prepare_evaluation(
-    skeleton: Skeleton, tokenizer: object, data: str, tokens: int | str, seq_len: int, log: Log
-) -> Windows:
-    """Evaluation windows, within the model's context and vocabulary."""
-    seq_len = clip_to_context(skeleton, "evaluation", seq_len, log)
-    windows = evaluation_windows(tokenizer, data, None if tokens == "full" else int(tokens), seq_len)
-    check_ids(windows.ids, skeleton.vocab_size, skeleton.where)
-    return windows
-
-
-def clip_to_context(skeleton: Skeleton, what: str, seq_len: int, log: Log) -> int:
-    """`seq_len`, or the model's context where that is shorter, and a line that says so."""
-    if skeleton.context is None or seq_len <= skeleton.context:
-        return seq_len
-    log(f"{what}: windows of {seq_len} tokens shortened to the model's context of {skeleton.context}")
-    return skeleton.context
 
 
 def refuse_damaged_weights(source: Source) -> str:

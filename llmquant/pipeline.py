@@ -19,19 +19,19 @@ from llmquant.blocks.solve import Solved
 from llmquant.checkpoint import stored_forms
 from llmquant.comparison import noise_floor
 from llmquant.errors import ResumeError
-from llmquant.export import check_exports, export_beside
+from llmquant.export import export_beside
 from llmquant.formats import FORMATS, LinearSpec
-from llmquant.formats.runtimes import refuse_runtimes, verdicts
+from llmquant.formats.runtimes import verdicts
 from llmquant.job import Job, fingerprint, prepare, refuse_damaged_weights
 from llmquant.lanes.baselines import BASELINES, dequantized
 from llmquant.lanes.scores import ORIGINAL, OURS, Figures, Lanes, figures
 from llmquant.log import Event, Log, Scored, Stopwatch, silent, stages_of
 from llmquant.memory import trim
 from llmquant.model.block import Block
-from llmquant.model.streams import Stream, Streams, spilled
+from llmquant.model.streams import Stream, Streams
 from llmquant.output.check import check_config
 from llmquant.plan import Row
-from llmquant.recipe import Recipe, make_recipe, parse_size
+from llmquant.recipe import Recipe, RunOptions, make_recipe, parse_size
 from llmquant.report.card import make_card
 from llmquant.report.data import SCHEMA_VERSION, LaneReport, Report, evaluation_report
 from llmquant.report.html import make_html
@@ -55,34 +55,36 @@ def quantize(
     """Quantize `model` by `recipe` and write a verified checkpoint to `out` (default ./<name>-<scheme>).
 
     model     "demo", a local folder, or a Hub id (`revision` names a branch, tag or commit of it)
-    max_ram   what the streams of hidden states may hold before they go to files
-    resume    go on with an interrupted run of the same job: "auto", "required", or "never" (throw it away)
-    runtimes  that must open the result (names of `lint.RUNTIMES`), or FormatError before any work
-    trust_remote_code  Python code of the checkpoint may be run (`source/remote_code.py`)
+    The other arguments are those of `recipe.RunOptions`.
     Returns the report that is also written beside the weights. Raises an LLMQuantError; `out` is then as it was, and
     finished blocks are kept in `<out>.partial`.
     """
+    options = RunOptions(out, revision, max_ram, overwrite, resume, tuple(runtimes), trust_remote_code)
+    return quantize_with(model, recipe or make_recipe(str(model)), options, log)
+
+
+def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: Log = silent) -> Report:
+    """`quantize` with its options as one object."""
     watch = Stopwatch(stages_of(log))
-    recipe = recipe or make_recipe(str(model))
     with watch.stage("prepare"):
-        job = prepare(model, revision, recipe, log, trust_remote_code=trust_remote_code)
+        job = prepare(model, recipe, options, log)
         output = job.output
-        refuse_runtimes(runtimes, job.plan.specs, (recipe.format, *recipe.exports), job.plan.dense_linears)
-        check_exports(recipe.exports, job.source, job.skeleton, job.plan)
-        sizes, budget = job.stream_sizes(), parse_size("--max-ram", max_ram)
-        target = Path(out) if out is not None else Path(f"{job.source.name.rpartition('/')[2]}-{recipe.scheme_name}")
-        copies = 1 + len(recipe.exports)
-        needed = job.plan.output_bytes * copies + job.source.side_bytes + sum(spilled(sizes, budget).values())
+        n_tokens = [0 if text is None else text.n_tokens for text in (job.calibration, job.evaluation)]
+        sizes = job.stream_sizes(*n_tokens)
         run = RunDir(
-            target,
-            overwrite=overwrite,
-            needed_bytes=needed,
+            job.target,
+            overwrite=options.overwrite,
+            needed_bytes=job.needed_bytes(sizes),
             streams_bytes=snapshot_bytes(sizes),
-            resume=resume,
+            resume=options.resume,
             fingerprint=fingerprint(job, refuse_damaged_weights(job.source)),
             threads=torch.get_num_threads(),
         )
-    with kept_blocks_named(run, len(job.skeleton.blocks), log), run, Streams(sizes, budget, run.scratch) as streams:
+    with (
+        kept_blocks_named(run, len(job.skeleton.blocks), log),
+        run,
+        Streams(sizes, options.stream_budget, run.scratch) as streams,
+    ):
         if run.finished:
             log(f"{run.out}: was finished by the interrupted run")
             return load_report(run.out)
@@ -97,7 +99,7 @@ def quantize(
         log(f"verified: {len(job.plan.layout)} tensors re-read from disk, equal to what was computed")
         with watch.stage("export"):
             size = parse_size("--max-shard-size", recipe.max_shard_size)
-            export_beside(recipe.exports, run, size, log, trust_remote_code=trust_remote_code)
+            export_beside(recipe.exports, run, size, log, trust_remote_code=options.trust_remote_code)
         floor = None if job.evaluation is None else noise_floor(job.source, job.skeleton, job.evaluation, watch)
         report = Report(_report(job, layers, lanes, floor, run.weight_files()), watch.cost(), run.out)
         if recipe.format != "gguf":  # which has none beside it

@@ -113,6 +113,37 @@ class Recipe:
         return f"W{self.bits}A16-{group}" + ("" if self.symmetric else "-asym")
 
 
+@dataclass(frozen=True)
+class RunOptions:
+    """All that a run is told beside its recipe: where the output goes, what may be used, kept and run.
+
+    out       folder to write; None: ./<name>-<scheme>
+    revision  branch, tag or commit of a model on the Hub
+    max_ram   what the streams of hidden states may hold before they go to files
+    resume    continue an interrupted run of the same job: "auto", "required", or "never" (discard it)
+    runtimes  that must open the result (names of `formats.runtimes.RUNTIMES`), or FormatError before any work
+    trust_remote_code   Python code of the checkpoint may be run (`source/remote_code.py`)
+    """
+
+    out: str | Path | None = None
+    revision: str | None = None
+    max_ram: str = "4GB"
+    overwrite: bool = False
+    resume: str = "auto"
+    runtimes: tuple[str, ...] = ()
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        parse_size("--max-ram", self.max_ram)
+        if self.resume not in ("auto", "required", "never"):
+            raise RecipeError("--resume", repr(self.resume), expected="auto, required or never")
+
+    @property
+    def stream_budget(self) -> int:
+        """`max_ram` in bytes."""
+        return parse_size("--max-ram", self.max_ram)
+
+
 def make_recipe(model: str, file: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> Recipe:
     """The recipe for `model`: defaults, then the recipe `file` (a path or a name in pipelines/), then `flags`."""
     values: dict[str, Any] = dict(DEMO_DEFAULTS) if model == "demo" else {}

@@ -10,7 +10,7 @@ import typer
 from llmquant.cli.console import new_console, print_json, print_rows
 from llmquant.cli.options import JUDGE, LOOK, MAKE, Debug
 from llmquant.cli.progress import duration, size
-from llmquant.recipe import Recipe
+from llmquant.recipe import Recipe, RunOptions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -67,32 +67,11 @@ def options_of(app: typer.Typer) -> dict[str, list[str]]:
     }
 
 
-def show_plan(
-    model: str,
-    recipe: Recipe,
-    out: Path | None,
-    revision: str | None,
-    max_ram: str,
-    overwrite: bool,
-    as_json: bool,
-    runtimes: Sequence[str] = (),
-    timed: bool = False,
-    trust_remote_code: bool = False,
-) -> None:
+def show_plan(model: str, recipe: Recipe, options: RunOptions, *, as_json: bool, timed: bool) -> None:
     """Print the estimate; exit with the code of the first problem that would end the run."""
     from llmquant.preflight.estimate import estimate
 
-    found = estimate(
-        model,
-        recipe,
-        out,
-        revision=revision,
-        max_ram=max_ram,
-        overwrite=overwrite,
-        runtimes=runtimes,
-        trust_remote_code=trust_remote_code,
-        timed=timed,
-    )
+    found = estimate(model, recipe, options, timed=timed)
     if as_json:
         print_json(found.as_dict())
     else:

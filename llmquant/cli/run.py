@@ -13,7 +13,7 @@ from llmquant.cli.push import check_login, push_result
 from llmquant.cli.spellings import count, strength
 from llmquant.errors import RecipeError
 from llmquant.log import calm_libraries
-from llmquant.recipe import Recipe, make_recipe
+from llmquant.recipe import Recipe, RunOptions, make_recipe
 
 _JOB, _SOLVER, _CALIB, _EVAL, _RUN = "What", "How codes are chosen", "Calibration", "Evaluation", "Where and with what"
 
@@ -177,28 +177,16 @@ def run(
     calm_libraries()
     if push_to_hub is not None:
         check_login(push_to_hub)
-    targets = [name.strip() for name in runtimes.split(",")] if runtimes else []
+    targets = tuple(name.strip() for name in runtimes.split(",")) if runtimes else ()
+    options = RunOptions(out, revision, max_ram, overwrite, resume, targets, trust_remote_code)
     if timed and not dry_run:
         raise RecipeError("--time", "without a plan", remedy="llmquant plan --time, or --dry-run beside it")
     if dry_run:
-        return look.show_plan(
-            model, settings, out, revision, max_ram, overwrite, json, targets, timed, trust_remote_code
-        )
-    from llmquant.pipeline import quantize
+        return look.show_plan(model, settings, options, as_json=json, timed=timed)
+    from llmquant.pipeline import quantize_with
 
     with progress(quiet, json) as log, stoppable():
-        report = quantize(
-            model,
-            settings,
-            out,
-            revision=revision,
-            max_ram=max_ram,
-            overwrite=overwrite,
-            resume=resume,
-            runtimes=targets,
-            trust_remote_code=trust_remote_code,
-            log=log,
-        )
+        report = quantize_with(model, settings, options, log)
     show_report(report)
     if push_to_hub is not None and report.out is not None:
         push_result(report.out, push_to_hub, quiet or json)

@@ -10,26 +10,23 @@ from typing import Any, TypeVar
 
 import torch
 
+from llmquant import job
 from llmquant.blocks.snapshots import snapshot_bytes
-from llmquant.checkpoint import as_original, stored_forms
+from llmquant.checkpoint import stored_forms
 from llmquant.errors import CalibrationError, LLMQuantError, OutputError
-from llmquant.export import check_exports
-from llmquant.formats.runtimes import RUNTIMES, lint, opens, refuse_runtimes
-from llmquant.lanes.baselines import pick_baselines
-from llmquant.lanes.scores import ORIGINAL, OURS
-from llmquant.model.devices import pick_device, pick_dtype
+from llmquant.formats.runtimes import RUNTIMES, lint, opens
+from llmquant.job import Draft, windows
+from llmquant.log import silent
 from llmquant.model.skeleton import Skeleton
 from llmquant.model.streams import spilled
-from llmquant.output.containers import open_output
-from llmquant.plan import Plan, Row, make_plan
+from llmquant.plan import Row
 from llmquant.preflight.flops import Tokens, Work, matmul_rate, work_of
 from llmquant.preflight.trial import try_block
-from llmquant.quant.solvers import DATA_FREE
-from llmquant.recipe import Recipe, make_recipe, parse_size
+from llmquant.recipe import Recipe, RunOptions
 from llmquant.report.verdict import without_numbers
 from llmquant.run_dir import RunDir
-from llmquant.source.base import Source
 from llmquant.source.resolve import open_source
+from llmquant.text.corpus import is_file
 from llmquant.text.mixture import parse_mixture
 from llmquant.text.tokenizer import has_tokenizer
 from llmquant.text.windows import windows_per_batch
@@ -102,8 +99,12 @@ class Estimate:
         try:
             return call()
         except LLMQuantError as error:
-            self.problems.append(Problem(str(error), True, error.exit_code))
+            self.refuse(error)
             return None
+
+    def refuse(self, error: LLMQuantError) -> None:
+        """Note an error that would end the run."""
+        self.problems.append(Problem(str(error), True, error.exit_code))
 
     def warn(self, message: str) -> None:
         self.problems.append(Problem(message, False))
@@ -111,63 +112,49 @@ class Estimate:
 
 def estimate(
     model: str | Path,
-    recipe: Recipe | None = None,
-    out: str | Path | None = None,
+    recipe: Recipe,
+    options: RunOptions = RunOptions(),  # noqa: B008 (frozen)
     *,
-    revision: str | None = None,
-    max_ram: str = "4GB",
-    overwrite: bool = False,
-    runtimes: Sequence[str] = (),
     timed: bool = False,
-    trust_remote_code: bool = False,
 ) -> Estimate:
-    """What `quantize` with the same arguments would do. Reads headers and side files only; nothing is written.
+    """What a run with the same arguments would do. Reads headers, side files and texts; nothing is written.
 
-    `timed` reads the first block, too, and quantizes it on a few random tokens to see how long that takes here.
+    Texts that lie on this machine are cut into windows as a run does it; those on the Hub are not fetched. `timed`
+    reads the first block, too, and quantizes it on a few random tokens to see how long that takes here.
 
     `opens` says which runtimes would open the result; one of `runtimes` that does not is a problem.
     Errors that the run would end with become `problems`; SourceError is raised where not even headers can be read.
     """
-    recipe = recipe or make_recipe(str(model))
-    budget = parse_size("--max-ram", max_ram)
-    stored = open_source(model, revision, trust_remote_code=trust_remote_code)
+    stored = open_source(model, options.revision, trust_remote_code=options.trust_remote_code)
     found = Estimate(stored.name, stored.revision, stored.weight_bytes, recipe.as_dict())
-    source = found.attempt(lambda: as_original(stored))
-    if source is None:  # nothing else about it would make sense
+    draft = found.attempt(lambda: job.draft(stored, recipe, options, log=found.warn, attempt=found.attempt))
+    if draft is None:  # nothing else about it would make sense
         return found
+    source, skeleton, plan, lanes = draft.source, draft.skeleton, draft.plan, draft.lanes
     found.stored_as = stored_forms(source)
-    source.announce_code(found.warn)
-    device = found.attempt(lambda: pick_device(recipe.device)) or torch.device("cpu")
-    skeleton = found.attempt(lambda: Skeleton(source, device, pick_dtype(recipe.dtype, device, source)))
-    if skeleton is None:
-        return found
-    found.compute = {"device": device.type, "dtype": str(skeleton.dtype).removeprefix("torch.")}
-    output = found.attempt(lambda: open_output(recipe.format, source, skeleton, make_plan(source, skeleton, recipe)))
-    lanes = () if recipe.eval_data == "none" else found.attempt(lambda: (ORIGINAL, OURS, *pick_baselines(recipe)))
-    if output is None or lanes is None:
-        return found
-    plan = output.plan
-    found.attempt(lambda: check_exports(recipe.exports, source, skeleton, plan))
-    found.kinds = kinds_of([*plan.rows, *output.left_out])
+    found.compute = {"device": skeleton.device.type, "dtype": str(skeleton.dtype).removeprefix("torch.")}
+    found.kinds = kinds_of([*plan.rows, *draft.output.left_out])
     found.output_bytes = plan.output_bytes
     found.bits_per_weight = plan.bits_per_weight(recipe.format)
     formats = (recipe.format, *recipe.exports)
     by_format = [opens(plan.specs, name, plan.dense_linears) for name in formats]
     found.opens = {runtime: any(answer[runtime] for answer in by_format) for runtime in RUNTIMES}
-    found.attempt(lambda: refuse_runtimes(runtimes, plan.specs, formats, plan.dense_linears))
     for finding in (finding for name in formats for finding in lint(plan.specs, name, plan.dense_linears)):
-        if finding.runtime in runtimes and finding.severity == "warns":
+        if finding.runtime in options.runtimes and finding.severity == "warns":
             found.warn(str(finding))
-    tokens = _tokens(found, source, skeleton, recipe, bool(lanes))
-    sizes = _stream_sizes(skeleton, recipe, tokens, lanes)
-    _memory(found, plan, skeleton, tokens, sizes, budget)
-    _disk(found, source, sum(spilled(sizes, budget).values()), snapshot_bytes(sizes))
-    target = Path(out) if out is not None else Path(f"{source.name.rpartition('/')[2]}-{recipe.scheme_name}")
-    needed = found.disk["output"] + found.disk["streams in files"]
-    if Path(f"{target}.partial").exists():  # not for us to touch, and RunDir would tidy up what is no run
-        found.warn(f"{target}.partial is there: a run may be going on, or `run` would go on with an interrupted one")
+    tokens = _tokens(found, draft)
+    sizes = draft.stream_sizes(tokens.calibration, tokens.evaluation)
+    _memory(found, draft, tokens, sizes)
+    found.disk = {
+        "output": draft.output_bytes(),
+        "streams in files": draft.needed_bytes(sizes) - draft.output_bytes(),
+        "snapshots of streams, where there is room": snapshot_bytes(sizes),
+        "download into the Hub's cache": source.download_bytes(),
+    }
+    if Path(f"{draft.target}.partial").exists():  # not for us to touch, and RunDir would tidy up what is no run
+        found.warn(f"{draft.target}.partial exists: a run is working there, or `run` would continue an interrupted one")
     else:
-        found.attempt(lambda: _check_target(target, overwrite, needed))
+        found.attempt(lambda: _check_target(draft.target, options.overwrite, draft.needed_bytes(sizes)))
     _time(found, work_of(plan, skeleton, recipe, tokens, len(lanes)), skeleton)
     if not timed or found.exit_code:
         return found
@@ -189,50 +176,45 @@ def kinds_of(rows: Sequence[Row]) -> list[Kind]:
     return [Kind(**(asdict(one) | {"count": count, "shape": one.shape})) for one, count in counts.items()]
 
 
-def _tokens(found: Estimate, source: Source, skeleton: Skeleton, recipe: Recipe, evaluated: bool) -> Tokens:
-    """What will go through the model, with windows clipped as the run clips them; problems with the texts are noted."""
-    calibrated = recipe.method not in DATA_FREE
-    context = skeleton.context or max(recipe.seq_len, recipe.eval_seq_len)
+def _tokens(found: Estimate, draft: Draft) -> Tokens:
+    """What will go through the model: counted where the texts lie on this machine, else as many as the recipe asks
+    for. Problems with the texts are noted."""
+    recipe, evaluated = draft.recipe, bool(draft.lanes)
+    context = draft.skeleton.context or max(recipe.seq_len, recipe.eval_seq_len)
     for flag, length, wanted in (
-        ("--seq-len", recipe.seq_len, calibrated),
+        ("--seq-len", recipe.seq_len, draft.calibrated),
         ("--eval-seq-len", recipe.eval_seq_len, evaluated),
     ):
         if wanted and length > context:
             found.warn(f"{flag}: {length} is shortened to the model's context of {context}")
-    parts = (found.attempt(lambda: parse_mixture(recipe.calibration)) or []) if calibrated else []
-    for flag, spec in (*(("--calibration", name) for name, _ in parts), ("--eval-data", recipe.eval_data)):
-        if spec.endswith((".txt", ".jsonl")) and not Path(spec).expanduser().is_file():
-            error = CalibrationError(f"{flag} {spec}", "no such file")
-            found.problems.append(Problem(str(error), True, error.exit_code))
-    if (calibrated or evaluated) and not has_tokenizer(source):
-        error = CalibrationError(
-            source.name, "no tokenizer", remedy="add its files, or use --method rtn --eval-data none"
+    lengths = min(recipe.seq_len, context), min(recipe.eval_seq_len, context)
+    parts = (found.attempt(lambda: parse_mixture(recipe.calibration)) or []) if draft.calibrated else []
+    texts = [("--calibration", name) for name, _ in parts] + ([("--eval-data", recipe.eval_data)] if evaluated else [])
+    missing = [(flag, spec) for flag, spec in texts if is_file(spec) and not Path(spec).expanduser().is_file()]
+    for flag, spec in missing:
+        found.refuse(CalibrationError(f"{flag} {spec}", "no such file"))
+    if texts and not has_tokenizer(draft.source):
+        found.refuse(
+            CalibrationError(
+                draft.source.name, "no tokenizer", remedy="add its files, or use --method rtn --eval-data none"
+            )
         )
-        found.problems.append(Problem(str(error), True, error.exit_code))
-    n_calibration = recipe.samples * min(recipe.seq_len, context) if calibrated else 0
+    if not found.exit_code and all(spec == "builtin" or is_file(spec) for _, spec in texts):
+        cut = found.attempt(lambda: windows(draft, silent))
+        calibration, evaluation = (0 if text is None else text.n_tokens for text in cut or (None, None))
+        return Tokens(calibration, evaluation, *lengths)
+    n_calibration = recipe.samples * lengths[0] if draft.calibrated else 0
     full = recipe.eval_tokens == "full"
-    n_evaluation = (_FULL_TOKENS if full else int(recipe.eval_tokens)) if evaluated else 0
     if evaluated and full:
         found.assumptions.append(f"--eval-tokens full is taken for {_FULL_TOKENS} tokens")
-    return Tokens(n_calibration, n_evaluation, min(recipe.seq_len, context), min(recipe.eval_seq_len, context))
+    n_evaluation = (_FULL_TOKENS if full else int(recipe.eval_tokens)) if evaluated else 0
+    return Tokens(n_calibration, n_evaluation, *lengths)
 
 
-def _stream_sizes(skeleton: Skeleton, recipe: Recipe, tokens: Tokens, lanes: tuple[str, ...]) -> dict[str, int]:
-    """As Job.stream_sizes, before the texts are read."""
-    row = skeleton.hidden_size * skeleton.dtype.itemsize
-    sizes = {}
-    if tokens.calibration:
-        sizes["calibration"] = tokens.calibration * row
-        if recipe.propagation != 0:
-            sizes["calibration (original)"] = sizes["calibration"]
-    return sizes | dict.fromkeys(lanes, tokens.evaluation * row)
-
-
-def _memory(
-    found: Estimate, plan: Plan, skeleton: Skeleton, tokens: Tokens, sizes: dict[str, int], budget: int
-) -> None:
+def _memory(found: Estimate, draft: Draft, tokens: Tokens, sizes: dict[str, int]) -> None:
     """A bound by parts: base + 2 blocks + 8 bytes x widest input squared + largest outer tensor + a batch's activations
     + at most --max-ram for streams and paused forwards."""
+    plan, skeleton, budget = draft.plan, draft.skeleton, draft.options.stream_budget
     numel = {name: skeleton.weights.get(name).numel() for name in skeleton.weights.names}
     width = skeleton.dtype.itemsize
     blocks = Counter[int]()
@@ -274,16 +256,6 @@ def _physical_memory() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):  # not every system says
         return None
-
-
-def _disk(found: Estimate, source: Source, streams: int, snapshots: int) -> None:
-    copies = 1 + len(found.recipe["exports"])
-    found.disk = {
-        "output": found.output_bytes * copies + source.side_bytes,
-        "streams in files": streams,
-        "snapshots of streams, where there is room": snapshots,
-        "download into the Hub's cache": source.download_bytes(),
-    }
 
 
 def _check_target(target: Path, overwrite: bool, needed: int) -> None:

@@ -85,12 +85,17 @@ DATASETS: dict[str, Callable[[str, int], Text]] = {
 }
 
 
+def is_file(spec: str) -> bool:
+    """Whether `spec` names a file, here or missing, and not a dataset."""
+    return spec not in DATASETS and spec.endswith((".txt", ".jsonl"))
+
+
 def load_text(spec: str, split: str, limit: int) -> Text:
     """Text of `spec`: a name in DATASETS, FILE.txt, FILE.jsonl, or HUB_ID[:config[:split[:column]]]."""
     if spec in DATASETS:
         return DATASETS[spec](split, limit)
     path = Path(spec).expanduser()
-    if path.suffix in (".txt", ".jsonl"):
+    if is_file(spec):
         if not path.is_file():
             raise CalibrationError(spec, "no such file")
         try:

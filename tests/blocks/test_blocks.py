@@ -17,6 +17,7 @@ from llmquant.blocks import solve as solve_module
 from llmquant.job import prepare
 from llmquant.quant.hessian import default_propagation
 from llmquant.quant.solvers import SOLVERS, LayerTask, Solution, SolveOptions
+from llmquant.recipe import RunOptions
 
 TINY: dict[str, Any] = {"group_size": 32, "samples": 6, "seq_len": 32, "eval_data": "none", "method": "gptq"}
 Seen = list[tuple[LayerTask, SolveOptions]]
@@ -83,7 +84,7 @@ def test_hessian_and_drift_pair_the_original_with_the_quantized_prefix(
     flags = TINY | {"passes": passes, "propagation": 0.5, "products": products}
     recipe = llmquant.make_recipe(str(folder), flags=flags)
     llmquant.quantize(folder, recipe, tmp_path / "out", max_ram=max_ram)
-    job = prepare(folder, None, recipe, print)
+    job = prepare(folder, recipe, RunOptions(), print)
     assert job.calibration is not None
     ids = job.calibration.ids
     original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -142,7 +143,7 @@ def test_propagation_leaves_less_output_error_than_going_without(
     folder = tiny_model(name)
     errors = []
     recipe = llmquant.make_recipe(str(folder), flags=TINY | {"format": "fake", "samples": 64})
-    windows = prepare(folder, None, recipe, print).calibration
+    windows = prepare(folder, recipe, RunOptions(), print).calibration
     assert windows is not None
     original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for strength in (0, 1.0):

@@ -21,11 +21,11 @@ OPTIONS = commands.options_of(cli.app)
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The (model, recipe, out) of the next --dry-run."""
+    """The (model, recipe, options) of the next --dry-run."""
     seen: list[Any] = []
 
-    def show_plan(model: str, recipe: Any, out: Any, *rest: Any) -> None:
-        seen.append((model, recipe, out))
+    def show_plan(model: str, recipe: Any, options: Any, **rest: Any) -> None:
+        seen.append((model, recipe, options))
         raise typer.Exit(0)
 
     monkeypatch.setattr(commands, "show_plan", show_plan)

@@ -13,9 +13,13 @@ import torch
 
 import llmquant
 from llmquant.cli.app import main
+from llmquant.demo import DEMO
+from llmquant.model.block import Block
+from llmquant.preflight import trial
 from llmquant.preflight.estimate import estimate
 from llmquant.preflight.flops import Tokens
 from llmquant.preflight.trial import Trial
+from llmquant.recipe import RunOptions
 from llmquant.source.base import INDEX
 from llmquant.source.header import build_header
 
@@ -57,7 +61,8 @@ def sparse_70b(folder: Path) -> Path:
         weight_map |= dict.fromkeys(shard, name)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps(SEVENTY))
-    (folder / "tokenizer.json").write_text("{}")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO / name, folder / name)
     return folder
 
 
@@ -94,7 +99,7 @@ def test_70b_is_planned_from_its_headers_within_seconds(tmp_path: Path, monkeypa
 
 def test_sizes_are_those_of_the_run(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = llmquant.make_recipe("x", flags=FLAGS | {"ignore": ["layers.0"]})
-    found = estimate(tiny_model("llama"), recipe, tmp_path / "out")
+    found = estimate(tiny_model("llama"), recipe, RunOptions(tmp_path / "out"))
     assert found.problems == []
     report = llmquant.quantize(tiny_model("llama"), recipe, tmp_path / "out")
     assert report.lanes["llmquant"]["bytes"] == found.output_bytes
@@ -166,12 +171,27 @@ def test_dry_run_prints_what_plan_prints(
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
 def test_plan_time_measures_a_block_of_the_model(
-    method: str, tiny_model: Callable[[str], Path], tmp_path: Path
+    method: str, tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By a clock that counts the tokens that go through the block: the machine may be busy."""
+    tokens, forward = 1, Block.forward
+
+    def counting(self: Block, hidden: torch.Tensor, *products: Any) -> torch.Tensor:
+        nonlocal tokens
+        tokens += hidden.shape[0] * hidden.shape[1]
+        return forward(self, hidden, *products)
+
+    def seconds(work: Callable[[], object]) -> float:
+        begin = tokens
+        work()
+        return 1.0 + tokens - begin
+
+    monkeypatch.setattr(Block, "forward", counting)
+    monkeypatch.setattr(trial, "seconds", seconds)
     folder = tiny_model("llama")
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     recipe = llmquant.make_recipe(str(folder), flags=FLAGS | {"method": method})
-    counted, measured = (estimate(folder, recipe, tmp_path / "out", timed=timed) for timed in (False, True))
+    counted, measured = (estimate(folder, recipe, RunOptions(tmp_path / "out"), timed=timed) for timed in (False, True))
     assert not measured.problems
     assert measured.memory == counted.memory
     assert measured.seconds["solving"] > 0
@@ -183,8 +203,8 @@ def test_plan_time_measures_a_block_of_the_model(
 
 
 def test_a_trial_counts_blocks_tokens_and_lanes() -> None:
-    trial = Trial(solving=2.0, calibration_token=0.01, evaluation_token=0.001)
-    assert trial.seconds(3, Tokens(100, 1000, 10, 10), 4) == {"solving": 6.0, "calibration": 3.0, "evaluation": 12.0}
+    measured = Trial(solving=2.0, calibration_token=0.01, evaluation_token=0.001)
+    assert measured.seconds(3, Tokens(100, 1000, 10, 10), 4) == {"solving": 6.0, "calibration": 3.0, "evaluation": 12.0}
 
 
 def test_time_needs_a_plan(capsys: pytest.CaptureFixture[str]) -> None:

@@ -168,8 +168,8 @@ def test_the_command_gives_the_same_recipe(model: str, flags: dict[str, Any], mo
     command = command_of({"model": {"id": name, "revision": "abc"}, "recipe": recipe.as_dict(), "compute": {}})
     seen: list[Any] = []
 
-    def show_plan(model: str, recipe: Any, out: Any, revision: Any, *rest: Any) -> None:
-        seen.append((model, recipe, revision))
+    def show_plan(model: str, recipe: Any, options: Any, **rest: Any) -> None:
+        seen.append((model, recipe, options.revision))
         raise typer.Exit(0)
 
     monkeypatch.setattr(look, "show_plan", show_plan)

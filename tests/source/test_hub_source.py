@@ -25,6 +25,7 @@ from tiny import ARCHITECTURES, build
 from llmquant.checkpoint import open_checkpoint
 from llmquant.errors import SourceError
 from llmquant.preflight.estimate import estimate
+from llmquant.recipe import RunOptions
 from llmquant.source import hub as hub_module
 from llmquant.source.base import INDEX, SINGLE, Source
 from llmquant.source.header import build_header
@@ -70,7 +71,9 @@ def child_online(folder: Path) -> dict[str, Any]:
         time.sleep(0.02)
     flags = {"bits": 4, "group_size": 32, "samples": 4, "seq_len": 32, "eval_tokens": 64, "eval_seq_len": 32}
     report = llmquant.quantize("user/llama", llmquant.make_recipe("user/llama", flags=flags), folder / "out")
-    planned = estimate("user/planned", llmquant.make_recipe("user/planned", flags=flags), folder / "planned")
+    planned = estimate(
+        "user/planned", llmquant.make_recipe("user/planned", flags=flags), RunOptions(folder / "planned")
+    )
     rangeless = open_source("user/rangeless")
     errors = {f"user/{name}": message_of(f"user/{name}") for name in (*BAD, "unknown", "empty-shard")}
     errors |= {"revision": message_of("user/opened", "v9"), "id": message_of("not/a/hub/id")}

@@ -23,7 +23,7 @@ from llmquant.errors import FormatError, LLMQuantError, RecipeError, SourceError
 from llmquant.job import fingerprint, prepare
 from llmquant.model.skeleton import Skeleton
 from llmquant.output.check import verify_folder
-from llmquant.recipe import make_recipe
+from llmquant.recipe import RunOptions, make_recipe
 from llmquant.report.verdict import command_of
 from llmquant.source.resolve import open_source
 from llmquant.text.tokenizer import load_tokenizer
@@ -285,7 +285,7 @@ def test_another_flag_or_other_code_is_another_job(model: Path) -> None:
     edit(model / "config.json", model_type="llama")
 
     def prints(trust: bool) -> dict[str, str]:
-        job = prepare(model, None, make_recipe("x", flags=RTN), lambda line: None, trust_remote_code=trust)
+        job = prepare(model, make_recipe("x", flags=RTN), RunOptions(trust_remote_code=trust), lambda line: None)
         return fingerprint(job, "")
 
     without, trusted = prints(False), prints(True)

@@ -18,6 +18,7 @@ from llmquant.cli.app import main
 from llmquant.errors import SourceError
 from llmquant.preflight.estimate import estimate
 from llmquant.preflight.inspection import inspect_checkpoint, inspect_layer
+from llmquant.recipe import RunOptions
 
 FLAGS = {"group_size": 32, "samples": 4, "seq_len": 32, "eval_tokens": 128, "eval_seq_len": 64, "eval_data": "builtin"}
 BYTES = torch.arange(256, dtype=torch.uint8)
@@ -283,7 +284,7 @@ def test_plan_inspect_and_eval_say_what_the_source_is(
 ) -> None:
     form = "float8_e4m3fn, blocks of 32 x 32"
     recipe = llmquant.make_recipe("x", flags=FLAGS | {"method": "rtn"})
-    found = estimate(packed_model("fp8"), recipe, tmp_path / "out")
+    found = estimate(packed_model("fp8"), recipe, RunOptions(tmp_path / "out"))
     assert found.stored_as == {f"fp8 ({form})": 21}
     assert found.problems == []
     assert {kind.dtype for kind in found.kinds} == {"bfloat16"}
