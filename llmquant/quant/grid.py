@@ -1,6 +1,25 @@
-"""Which numbers exist: the uniform integer grid of a group, and the fit of its scale.
+"""Which numbers exist: the uniform integer grid of each group of weights, and how its scale is chosen.
 
-Shapes: O out_features, I in_features, G groups = I / group_size, g group_size.
+What. `group_size` neighbouring weights of a row are a group and share a scale s and a zero point z. A code q of b bits
+stands for the weight
+
+    s (q - z),   q in -2^(b-1) .. 2^(b-1) - 1
+
+so a group has 2^b evenly spaced levels. On a symmetric grid z is 0. On an asymmetric grid z is itself a code: the one
+that stands for 0. Both grids hold 0 exactly.
+
+Why groups. One large weight widens the steps of its own group only. The price is storage: b + 16 / group_size bits per
+weight (4.125 for 4 bits in groups of 128, 4.5 in groups of 32), and b / group_size more with zero points.
+
+How a scale is chosen. `plain_grid` covers the largest weight of the group: all that round-to-nearest needs.
+`search_grid` tries smaller and larger scales and keeps the one with the least error. Here lies the trade-off of the
+grid: a smaller scale clips the largest weights and resolves all others more finely. Weights of inputs that are often
+large count more (importance h, the diagonal of the Hessian).
+
+Scales are rounded to bf16 *before* codes are chosen: rounding them later, when a format stores them, would add an error
+that no code makes up for. This file picks the nearest code (`quantize_to_grid`); better codes are the solvers' work.
+
+Shapes: O out_features, I in_features, G groups in a row (I / g), g group_size.
 """
 
 from collections.abc import Sequence
@@ -9,16 +28,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# A bf16 number of this range is exact in fp16 too, so one canonical scale serves every format
-# (65280 is the largest bf16 number below fp16's 65504).
+# Every bf16 number in this range is exact in fp16 too, so one canonical scale serves every format: 65280 is the largest
+# bf16 number below fp16's 65504, and the last bit of a bf16 number near 2^-17 is 2^-24, fp16's smallest number.
 SCALE_MIN, SCALE_MAX = 2.0**-17, 65280.0
 
 
 @dataclass(frozen=True)
 class QuantScheme:
-    """All that a decoder needs: w = (code - zero) * scale, one scale for `group_size` inputs of a row.
+    """All that a decoder needs to know: w = (code - zero) * scale, one scale for `group_size` inputs of a row.
 
-    `group_size` -1 means one group for the whole row (per channel).
+    A `group_size` of -1 makes the whole row one group ("per channel").
     """
 
     bits: int
@@ -49,9 +68,9 @@ class QuantizedWeight:
     """The canonical form, all that a format needs: weight_OI = (codes_OI - zero of the group) * scale of the group.
 
     codes_OI   int8, within [code_min, code_max]
-    scales_OG  float32, bf16-representable, 2^-17 <= |s| <= 65280 (a symmetric grid's scale may be negative:
-               the range of codes has one number more below zero than above)
-    zeros_OG   int8, the code that stands for 0, within the same range; None for a symmetric grid: 0
+    scales_OG  float32, each a bf16 number with 2^-17 <= |s| <= 65280. Symmetric grids may have negative scales: there
+               is one code more below zero than above, and a negative scale puts it on the other side.
+    zeros_OG   int8, the code that stands for 0, within the same range; None for a symmetric grid, whose zero is 0
     """
 
     codes_OI: Tensor
@@ -89,14 +108,14 @@ class QuantizedWeight:
             raise ValueError(f"{what} {low}..{high} outside {self.scheme.code_min}..{self.scheme.code_max}")
 
     def rows(self, rows: slice) -> "QuantizedWeight":
-        """Some of the rows, in memory of their own."""
+        """The given rows, copied into memory of their own."""
         zeros_OG = None if self.zeros_OG is None else self.zeros_OG[rows].contiguous()
         return QuantizedWeight(
             self.codes_OI[rows].contiguous(), self.scales_OG[rows].contiguous(), self.scheme, zeros_OG
         )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """weight_OI in `dtype`; the product itself is taken in float32.
+        """weight_OI in `dtype`. The product is computed in float32 and rounded once.
 
         >>> q = QuantizedWeight(torch.tensor([[-8, 7]], dtype=torch.int8), torch.tensor([[0.5]]), QuantScheme(4, -1))
         >>> q.dequantize().tolist()
@@ -110,7 +129,7 @@ class QuantizedWeight:
 
 
 def stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """The rows of all of them, which have the same scheme."""
+    """The rows of all `weights` in one; they must have the same scheme."""
     if len(weights) == 1:
         return weights[0]
     zeros = [weight.zeros_OG for weight in weights if weight.zeros_OG is not None]
@@ -119,7 +138,7 @@ def stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
 
 
 def round_scales(scales: Tensor) -> Tensor:
-    """`scales` rounded to bf16 and held in [2^-17, 65280] by magnitude, sign kept. Same shape, float dtype kept.
+    """`scales` rounded to bf16, with magnitudes clipped to [2^-17, 65280]. Sign, shape and float dtype are kept.
 
     >>> round_scales(torch.tensor([0.1, -1e-9, 1e9])).tolist()
     [0.10009765625, -7.62939453125e-06, 65280.0]
@@ -131,7 +150,11 @@ def round_scales(scales: Tensor) -> Tensor:
 def quantize_to_grid(
     weight_OI: Tensor, scales_OG: Tensor, scheme: QuantScheme, zeros_OG: Tensor | None = None
 ) -> Tensor:
-    """Nearest codes_OI (int8) of `weight_OI` on the grid; halves go to the even code."""
+    """codes_OI = clip(round(w / s) + z), int8: the nearest codes on the grid. Halves go to the even code.
+
+    >>> quantize_to_grid(torch.tensor([[0.5, 1.5, 2.6, 9.0]]), torch.ones(1, 1), QuantScheme(4, -1)).tolist()
+    [[0, 2, 3, 7]]
+    """
     out_features, in_features = weight_OI.shape
     groups = weight_OI.view(out_features, scales_OG.shape[1], -1)
     codes = (groups / scales_OG[..., None]).round_()
@@ -141,12 +164,19 @@ def quantize_to_grid(
 
 
 def plain_grid(weight_OI: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor | None]:
-    """The grid of plain round-to-nearest: `absmax_scales`, or `minmax_grid` for an asymmetric scheme."""
+    """(scales_OG, zeros_OG) of plain round-to-nearest: `absmax_scales` without zeros, or `minmax_grid`."""
     return (absmax_scales(weight_OI, scheme), None) if scheme.symmetric else minmax_grid(weight_OI, scheme)
 
 
 def minmax_grid(weight_OI: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
-    """scales_OG = (max - min) / (2^bits - 1) of the group with 0 in it, and zeros_OG = round(code_min - min / s)."""
+    """Asymmetric: scales_OG = (max - min) / (2^bits - 1), zeros_OG = round(code_min - min / s).
+
+    min and max are those of the group's weights and of 0, so that 0 stays on the grid.
+
+    >>> scales_OG, zeros_OG = minmax_grid(torch.tensor([[0.0, 15.0]]), QuantScheme(4, -1, symmetric=False))
+    >>> scales_OG.tolist(), zeros_OG.tolist()
+    ([[1.0]], [[-8]])
+    """
     out_features, in_features = weight_OI.shape
     groups = weight_OI.view(out_features, scheme.groups(in_features), -1)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
@@ -156,29 +186,46 @@ def minmax_grid(weight_OI: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]
 
 
 def absmax_scales(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
-    """scales_OG = max |w| of the group / (2^(bits-1) - 1/2), rounded to bf16: plain round-to-nearest.
+    """Symmetric: scales_OG = max |w| of the group / (2^(bits-1) - 1/2), rounded to bf16.
 
-    The half lets the largest weight use either end of the code range with an error of half a step.
+    The half spreads the loss evenly. The largest weight lies half a step beyond the highest code, 2^(bits-1) - 1, or
+    half a step inside the lowest, -2^(bits-1). Dividing by 2^(bits-1) - 1 instead would never use the lowest code.
+
+    >>> absmax_scales(torch.tensor([[7.5, -1.0]]), QuantScheme(4, -1)).tolist()
+    [[1.0]]
     """
     out_features, in_features = weight_OI.shape
     groups = weight_OI.view(out_features, scheme.groups(in_features), -1)
     return round_scales(groups.abs().amax(-1) / (2 ** (scheme.bits - 1) - 0.5))
 
 
-# Ratios to absmax / 2^(bits-1). Above 1 the grid covers more than the largest weight.
+# Ratios that the search tries. Below 1 the grid clips the largest weights, above 1 it covers more than them.
 _COARSE = tuple(0.40 + 0.05 * i for i in range(15))
 _FINE = (-0.0375, -0.025, -0.0125, 0.0125, 0.025, 0.0375)
-_CHUNK = 2**19  # weights tried at a time: two temporaries of 2 MB stay in a core's cache
+_CHUNK = 2**19  # weights searched at a time: their two temporaries, 2 MB each, stay in a core's cache
 
 
 def search_grid(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor | None]:
-    """scales_OG and zeros_OG minimising sum_j h_j |s (q_j - z) - w_j|^2.5 over each group, q_j the nearest code.
+    """scales_OG and zeros_OG that minimise sum_j h_j |s (q_j - z) - w_j|^2.5 in each group, q_j the nearest code.
 
-    importance_I is h, the diagonal of the damped Hessian. Symmetric (z = 0, zeros_OG None): s = +-r absmax /
-    2^(bits-1), r from 0.40 to 1.10, and the absmax grid's. Asymmetric: s = r (max - min) / (2^bits - 1), z the
-    min-max grid's and its neighbours. First coarse and then fine; candidates are rounded to bf16 before they are
-    judged. The exponent above 2 and the weighting by h follow the range searches of GPTQ's and llama.cpp's reference
-    implementations; the two signs are ours.
+    importance_I is h, the diagonal of the damped Hessian: to first order, what an error in column j costs.
+
+    Candidates, first coarse and then fine around the best:
+        symmetric    s = +-r absmax / 2^(bits-1), r from 0.40 to 1.10, and the absmax grid; z = 0 (zeros_OG is None)
+        asymmetric   s = r (max - min) / (2^bits - 1), z that of the min-max grid or a neighbour of it
+    Each is judged after rounding to bf16. The plain grid is among them, so the search never does worse than it. An
+    exponent above 2 counts the large errors of clipped weights more than a square would.
+
+    Sources: the range searches of GPTQ's reference implementation (exponent 2.4, unweighted) and of llama.cpp (weighted
+    by importance). Ours differs in the exponent, which needs only a square root, and in trying both signs of s.
+
+    Two bits have the levels -2s, -s, 0 and s, so a negative s reaches furthest above zero:
+
+    >>> scheme, weight_OI = QuantScheme(2, -1), torch.tensor([[1.0, -1.0, 1.0, 4.0]])
+    >>> search_grid(weight_OI, torch.tensor([1.0, 1.0, 1.0, 1.0]), scheme)[0].tolist()  # 4 becomes 3.2
+    [[-1.6015625]]
+    >>> search_grid(weight_OI, torch.tensor([1.0, 1.0, 1.0, 0.0]), scheme)[0].tolist()  # 4 counts for nothing
+    [[1.0]]
     """
     chunk = max(1, _CHUNK // weight_OI.shape[1])
     rows = _symmetric_rows if scheme.symmetric else _asymmetric_rows
@@ -188,7 +235,7 @@ def search_grid(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme) ->
 
 
 class _Best:
-    """The best candidate of every group so far; scales are ratios to `full_OG`."""
+    """The best candidate of every group so far. Scales are given as ratios to `full_OG`."""
 
     def __init__(self, weight_OI: Tensor, importance_I: Tensor, full_OG: Tensor, scheme: QuantScheme) -> None:
         n_groups = scheme.groups(weight_OI.shape[1])
@@ -200,18 +247,20 @@ class _Best:
         self.scale = round_scales(full_OG)
 
     def consider(self, ratio: Tensor, zero: Tensor | None = None) -> None:
-        """Keep, group by group, the grid of scales ratio * full, [O, G], where it is better than the best so far."""
+        """Judge the scales ratio * full, [O, G]; keep them in every group where they beat the best so far."""
         scale = round_scales(self.full * ratio)
         code_min, code_max = self.scheme.code_min, self.scheme.code_max
+        # 1. The nearest codes, less the zero point: levels q - z.
         error = torch.div(self.weight, scale[..., None], out=self._error).round_()
         if zero is None:
             error.clamp_(code_min, code_max)
         else:
             error.clamp_((code_min - zero)[..., None], (code_max - zero)[..., None])
+        # 2. e = w - s (q - z), and |e|^2.5 as sqrt(|e|) e^2, which is ten times as fast as a power.
         torch.addcmul(self.weight, error, scale[..., None], value=-1, out=error)
         square = torch.mul(error, error, out=self._square)
-        # |e|^2.5, ten times faster than by a power
         error_OG = error.abs_().sqrt_().mul_(square).mul_(self.importance).sum(-1)
+        # 3. Keep the better grid of each group.
         better = error_OG < self.error
         self.error = torch.where(better, error_OG, self.error)
         self.scale = torch.where(better, scale, self.scale)
@@ -224,7 +273,7 @@ def _symmetric_rows(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme
     full = weight_OI.view(len(weight_OI), scheme.groups(weight_OI.shape[1]), -1).abs().amax(-1)
     full = full / 2 ** (scheme.bits - 1)
     best = _Best(weight_OI, importance_I, full, scheme)
-    plain = 2 ** (scheme.bits - 1) / (2 ** (scheme.bits - 1) - 0.5)  # the absmax grid: never do worse than it
+    plain = 2 ** (scheme.bits - 1) / (2 ** (scheme.bits - 1) - 0.5)  # the absmax grid: never do worse than that
     for ratio in (*_COARSE, plain):
         for sign in (1.0, -1.0):
             best.consider(torch.full_like(full, sign * ratio))
@@ -244,7 +293,7 @@ def _asymmetric_rows(weight_OI: Tensor, importance_I: Tensor, scheme: QuantSchem
 
     for value in _COARSE:
         around(zeros.to(full.dtype), torch.full_like(full, value))
-    around(zeros.to(full.dtype), torch.ones_like(full))  # the min-max grid to the bit: never do worse than it
+    around(zeros.to(full.dtype), torch.ones_like(full))  # the min-max grid to the bit: never do worse than that
     centre, zero = best.ratio.clone(), best.zero.clone()
     for step in _FINE:
         around(zero, centre + step)
