@@ -1,6 +1,27 @@
-"""H = E[x^ x^^T] of one distinct input x^ of the quantized model, and its factor.
+"""H, all that a solver knows of the calibration text: how it is summed up, damped and factored.
 
-Shapes: N tokens, I in_features.
+What. A linear layer gets the weight W and should get codes Q that change its output little:
+
+    E ||W x - Q x||^2 = tr((W - Q) H (W - Q)^T),   H = E[x x^T]   [I, I]
+
+So however long the text is, I^2 numbers hold all of it that counts. (H is the Hessian of that loss in any row of Q, up
+to a factor of 2, hence the name.) One H serves all linears that share an input: q, k and v, or gate and up.
+
+Which x. The input is taken from the *quantized* model: blocks and steps in front of the layer are quantized already.
+Call that input xhat, and x the same input in the original model. H = E[xhat xhat^T], as in GPTQ. Error propagation also
+needs C = E[x xhat^T]; the sum kept for it is the drift C - H = E[(x - xhat) xhat^T], which is small, so that rounding
+its factors to bfloat16 costs little.
+
+Damping. Few tokens, or inputs that always move together, make H singular or noisy. lambda I is added to it, lambda a
+share of mean(diag H). More damping trusts the text less and comes closer to plain rounding.
+
+The factor. H + lambda I = U U^T with U upper triangular. That one Cholesky serves both the feedback of GPTQ and the
+division by H of error propagation (`solvers/gptq.py`). GPTQ's own code factors, inverts and factors again.
+
+Sources: Frantar et al., GPTQ (arXiv 2210.17323), section 3, for H and a damping of 1%; that damping grows until the
+factorization works, and shrinks with many tokens, is ours.
+
+Shapes: N tokens, I in_features, O out_features, B columns of a block.
 """
 
 import torch
@@ -8,19 +29,24 @@ from torch import Tensor
 
 from llmquant.quant.matmul import matmul, sums_of
 
-# Few tokens per input dimension leave H noisy: damp it more (METHODS: 0.01, or 0.003 from 8 tokens per dimension).
+# Few tokens per input dimension leave H noisy and need more damping: 0.01, or 0.003 from 8 tokens per dimension on.
 _DAMP_FEW, _DAMP_MANY, _MANY = 0.01, 0.003, 8
-_DAMP_STEP, _DAMP_TRIES = 3.0, 5
-_COLUMNS = 512  # in a block of a symmetric product
-_AT_ONCE = 2**22  # entries that are moved through a copy
+_DAMP_STEP, _DAMP_TRIES = 3.0, 5  # a failed factorization is tried again with this many times the damping
+_COLUMNS = 512  # columns in a block of a symmetric product
+_AT_ONCE = 2**22  # entries that `_reverse` moves through one copy
 
 
 class Hessian:
-    """Running sum of x^ x^^T over the tokens of one input that one or several linears share.
+    """Running sum of xhat xhat^T over the tokens of one input, which one or several linears share.
 
-    With `drift`, also of (x - x^) x^^T, where x is the same input in the original model: what error propagation
-    needs. Memory: 4 * I^2 bytes for each sum. Tokens with a non-finite entry are left out and counted.
-    Inputs are rounded to `products` (llmquant.products) before they are multiplied; sums are float32.
+    With `drift`, also the sum of (x - xhat) xhat^T for error propagation, x the same input in the original model.
+    Each sum takes 4 I^2 bytes in float32. Tokens with a non-finite entry are left out and counted in `n_excluded`.
+    `products` is the dtype to which inputs may be rounded before they are multiplied; sums keep `dtype`.
+
+    >>> hessian = Hessian(2, torch.device("cpu"))
+    >>> hessian.add(torch.tensor([[1.0, 0.0], [1.0, 2.0]]))
+    >>> hessian.mean().tolist()
+    [[1.0, 1.0], [1.0, 2.0]]
     """
 
     def __init__(
@@ -39,30 +65,35 @@ class Hessian:
         self.n_excluded = 0
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
-        """Add all tokens of `x` [..., I], the quantized model's input; `original` is the original model's."""
+        """Add all tokens of `x` [..., I], the quantized model's input. `original` is the original model's input.
+
+        ValueError for a Hessian with drift where `original` is missing.
+        """
         x_NI = x.reshape(-1, x.shape[-1]).to(self.sum_II.dtype)
         drift_NI = None
         if self.drift_II is not None:
             if original is None:
                 raise ValueError("drift needs the original model's input")
             drift_NI = original.reshape(x_NI.shape).to(x_NI.dtype) - x_NI
+        # 1. Leave out tokens with NaN or infinity: one of them would spoil the whole sum.
         finite = torch.isfinite((x_NI if drift_NI is None else x_NI + drift_NI).sum(-1))
         if not bool(finite.all()):
             self.n_excluded += int((~finite).sum())
             x_NI = x_NI[finite]
             drift_NI = None if drift_NI is None else drift_NI[finite]
+        # 2. drift += (x - xhat) xhat^T. A bfloat16 product rounds its result too, far less than its tokens scatter.
         if self.drift_II is not None and drift_NI is not None:
-            # Rounding the sum of a batch as well is nothing beside the noise of its tokens.
             rounded = torch.bfloat16 if (x_NI.dtype, self.products) == (torch.float32, torch.bfloat16) else x_NI.dtype
             self.drift_II += drift_NI.T.to(rounded) @ x_NI.to(rounded)
-        with sums_of(self.products):  # the upper triangle, block column by block column: about half of the products
+        # 3. H += xhat xhat^T: only the upper triangle, block column by block column, which halves the work.
+        with sums_of(self.products):
             for start in range(0, x_NI.shape[1], _COLUMNS):
                 end = start + _COLUMNS
                 self.sum_II[:end, start:end].addmm_(x_NI[:, :end].T, x_NI[:, start:end])
         self.n_tokens += x_NI.shape[0]
 
     def mean(self) -> Tensor:
-        """H_II = sum / N, symmetric to the bit. The sum is divided in place, so call this once."""
+        """H_II = sum / N, symmetric to the bit. Divides the sum in place: call this once."""
         for start in range(0, self.sum_II.shape[0], _COLUMNS):
             end = start + _COLUMNS
             self.sum_II[start:end, :start] = self.sum_II[:start, start:end].T
@@ -71,7 +102,7 @@ class Hessian:
         return self.sum_II.div_(max(1, self.n_tokens))
 
     def take_drift(self) -> Tensor | None:
-        """drift_II = C - H, C = E[x x^^T]; None where no drift was summed. The sum is divided in place and let go."""
+        """drift_II = C - H with C = E[x xhat^T]; None without drift. Divides the sum in place and hands it over."""
         if self.drift_II is None:
             return None
         drift_II, self.drift_II = self.drift_II.div_(max(1, self.n_tokens)), None
@@ -79,7 +110,9 @@ class Hessian:
 
 
 def quadratic(E_OI: Tensor, H_II: Tensor) -> Tensor:
-    """e^T H e of every row e of E, [O], H symmetric: the upper triangle by block columns, half of the products.
+    """e^T H e for every row e of E, [O]: the loss tr(E H E^T), row by row.
+
+    H is symmetric, so only its upper triangle is multiplied, block column by block column: half of the work.
 
     >>> quadratic(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 1.0], [1.0, 4.0]])).tolist()
     [23.0]
@@ -89,17 +122,18 @@ def quadratic(E_OI: Tensor, H_II: Tensor) -> Tensor:
         end = start + _COLUMNS
         here_OB = E_OI[:, start:end]
         half_OB = matmul(here_OB, H_II[start:end, start:end])
-        if start:
+        if start:  # what lies above the diagonal block stands for its mirror image as well
             half_OB.add_(matmul(E_OI[:, :start], H_II[:start, start:end]), alpha=2)
         loss_O += half_OB.mul_(here_OB).sum(1)
     return loss_O
 
 
 def default_propagation(n_tokens: int, in_features: int, *, wide: bool = False) -> float:
-    """Strength of error propagation: min(r / (r + 3), 0.75), r = tokens per input dimension.
+    """Strength of error propagation: min(r / (r + 3), 0.75), r the tokens per input dimension.
 
-    The full correction fits the noise of few tokens. It is 0 for `wide` inputs (wider than the model's hidden
-    states) with r below 16.
+    Few tokens leave noise in C - H, and the full correction would fit it. `wide` inputs, wider than the model's hidden
+    states (those of down_proj), need more tokens still: with r below 16 the strength is 0 there. This rule is ours,
+    chosen by trial; eval/LOG.md shows the divergence without propagation and with all of it.
 
     >>> default_propagation(65536, 256), default_propagation(8192, 4096), default_propagation(8192, 4096, wide=True)
     (0.75, 0.4, 0.0)
@@ -109,22 +143,34 @@ def default_propagation(n_tokens: int, in_features: int, *, wide: bool = False) 
 
 
 def default_damp(n_tokens: int, in_features: int) -> float:
-    """Damping as a share of mean(diag H): 0.003 from 8 tokens per input dimension on, else 0.01."""
+    """Damping as a share of mean(diag H): 0.003 from 8 tokens per input dimension on, else 0.01.
+
+    >>> default_damp(65536, 4096), default_damp(8192, 4096)
+    (0.003, 0.01)
+    """
     return _DAMP_MANY if n_tokens >= _MANY * in_features else _DAMP_FEW
 
 
 def ridge(mean: float, damp: float) -> float:
-    """lambda, what damping adds to the diagonal of an H whose diagonal has this mean; 1 for an H of zeros."""
+    """lambda = damp * mean: what damping adds to the diagonal of an H whose diagonal has this mean. 1 where H is 0."""
     return damp * mean if mean > 0 else 1.0
 
 
 def factor(H_II: Tensor, damp: float, order: Tensor | None = None) -> tuple[Tensor, float, int] | None:
-    """Upper U with H + lambda I = U U^T, lambda = ridge(mean(diag H), damp); the ordinary Cholesky of H reversed.
+    """Upper triangular U with H + lambda I = U U^T, lambda = ridge(mean(diag H), damp).
 
-    Returns (U_II, the damp that worked, failed tries), or None where five tries, each with three times the
-    damping, all failed. A dead input (H_jj = 0) gets lambda on its diagonal and nothing beside it, so its
-    weights are rounded to nearest and move nothing else. H is not changed; with `order`, the factor is that of
-    H[order][:, order]. Two matrices of H's size are alive, H among them: the factor is computed and reversed in place.
+    Returns (U_II, the damp that worked, the number of failed tries). Each failed try triples the damping; None after
+    five of them. With `order`, the factor is that of H[order][:, order].
+
+    A dead input (H_jj = 0) has lambda on the diagonal and zeros elsewhere in its row and column. So its weights are
+    rounded to nearest and change no others.
+
+    How: LAPACK gives a lower factor, H = L L^T. Applied to H with rows and columns reversed, and reversed again, that
+    is the upper one. Memory: H, which is not changed, and one more matrix of its size.
+
+    >>> U_II, _, _ = factor(torch.tensor([[1.25, 0.5], [0.5, 1.0]]), damp=0.0)
+    >>> U_II.tolist()
+    [[1.0, 0.5], [0.0, 1.0]]
     """
     mean = float(H_II.diagonal().mean())
     if not mean >= 0 or mean == float("inf"):  # also NaN
@@ -132,13 +178,15 @@ def factor(H_II: Tensor, damp: float, order: Tensor | None = None) -> tuple[Tens
     backwards = torch.arange(len(H_II), device=H_II.device).flip(0) if order is None else order.flip(0)
     work_II, info = torch.empty_like(H_II), torch.empty((), dtype=torch.int32, device=H_II.device)
     for tries in range(_DAMP_TRIES):
+        # 1. Copy H, reversed (and in `order`), and damp it.
         for start in range(0, len(H_II), _COLUMNS):
             end = start + _COLUMNS
             work_II[start:end] = H_II[backwards[start:end]][:, backwards]
         work_II.diagonal().add_(ridge(mean, damp))
-        lower = work_II.mT  # column by column in memory, as LAPACK has it: no copy is made
+        # 2. The ordinary Cholesky, in place: the transpose lies column by column in memory, as LAPACK wants it.
+        lower = work_II.mT
         torch.linalg.cholesky_ex(lower, out=(lower, info))
-        # Some builds return NaN without saying so in `info`.
+        # 3. Reverse the factor in place. Some builds return NaN without saying so in `info`.
         if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
             _reverse(work_II.view(-1))
             return work_II.mT, damp, tries
@@ -147,7 +195,7 @@ def factor(H_II: Tensor, damp: float, order: Tensor | None = None) -> tuple[Tens
 
 
 def _reverse(flat: Tensor) -> None:
-    """The last entry first, in place. A matrix whose memory this is has its rows and its columns reversed."""
+    """Reverse the order of all entries, in place. For the memory of a matrix that reverses its rows and columns."""
     for start in range(0, len(flat) // 2, _AT_ONCE):
         end = min(start + _AT_ONCE, len(flat) // 2)
         head, tail = flat[start:end], flat[len(flat) - end : len(flat) - start]
