@@ -281,7 +281,7 @@ def test_the_target_is_the_least_squares_layer_on_the_quantized_inputs() -> None
     target = solve_gptq(task, SolveOptions(propagation=1.0, damp=1e-12)).target_OI
     wanted = torch.linalg.lstsq(seen, x @ task.weight_OI.T).solution.T
     torch.testing.assert_close(target, wanted, rtol=1e-6, atol=1e-8)
-    # and tr((Q - W*) H (Q - W*)^T) is the output error on x^ but for a constant, whatever Q is
+    # and tr((Q - W*) H (Q - W*)^T) is the output error on xhat but for a constant, whatever Q is
     first, second = torch.randn(2, 6, 64, dtype=torch.float64)
     error = [((x @ task.weight_OI.T - seen @ q.T) ** 2).sum() / 400 for q in (first, second)]
     loss = [(((q - target) @ hessian(task)) * (q - target)).sum() for q in (first, second)]

@@ -1,6 +1,10 @@
-"""What goes into a solver and what comes out.
+"""What goes into a solver (`LayerTask`, `SolveOptions`) and what comes out (`Solution`).
 
-Shapes: O out_features (the rows of all linears that share the input, stacked), I in_features, G groups.
+A solver chooses codes and scales for one weight matrix. Rows do not depend on each other: the loss is a sum over rows
+and all of them share one H. So the linears that share an input are stacked and solved as one matrix, and a large matrix
+is solved in ranges of rows (`pieces`).
+
+Shapes: O out_features (the stacked rows of all linears that share the input), I in_features, G groups in a row.
 """
 
 from dataclasses import dataclass
@@ -10,11 +14,11 @@ from torch import Tensor
 
 from llmquant.quant.grid import QuantizedWeight, QuantScheme
 
-_AT_ONCE = 2**24  # weights: a solver holds up to six copies of them, and H and its factor beside
+_AT_ONCE = 2**24  # weights solved at a time: a solver holds up to six copies of them, and H and its factor
 
 
 def pieces(weight_OI: Tensor) -> list[slice]:
-    """Even ranges of rows, which are problems of their own, of at most `_AT_ONCE` weights on the CPU."""
+    """Ranges of rows of about equal length, with at most `_AT_ONCE` weights each; a single one for other devices."""
     rows, columns = weight_OI.shape
     n = -(-rows * columns // _AT_ONCE) if weight_OI.device.type == "cpu" else 1
     bounds = [rows * i // n for i in range(n + 1)]
@@ -23,26 +27,28 @@ def pieces(weight_OI: Tensor) -> list[slice]:
 
 @dataclass(frozen=True)
 class SolveOptions:
-    """Choices of the solver that no decoder needs to know. The defaults are GPTQ without what a recipe adds."""
+    """Choices of the solver, which no decoder needs to know. The defaults are plain GPTQ; a recipe adds the rest."""
 
     grid: str = "hessian"  # hessian | absmax
     order: str = "descending"  # descending | natural
-    damp: float | None = None  # share of mean(diag H); None: by tokens per input dimension
+    damp: float | None = None  # damping as a share of mean(diag H); None: `default_damp`
     propagation: float = 0.0  # strength of error propagation, 0 to 1
-    refit: bool = False  # scales fitted again to the codes
-    sweeps: int = 0  # of coordinate descent on the codes
-    block_size: int = 512
-    on_bad_layer: str = "fail"  # fail | rtn
+    refit: bool = False  # whether each sweep fits the scales to the codes, too
+    sweeps: int = 0  # sweeps of coordinate descent on the codes
+    block_size: int = 512  # columns whose feedback from all earlier ones is one product
+    on_bad_layer: str = "fail"  # fail | rtn: what to do with a layer that cannot be solved
 
 
 @dataclass(frozen=True)
 class LayerTask:
-    """All that a solver needs.
+    """All that a solver needs. With xhat the layer's input in the quantized model, x the same in the original one:
 
-    weight_OI  float
-    H_II       E[x^ x^^T] of the inputs x^ that come from the quantized prefix; None: data-free
-    drift_OI   W (C - H) with C = E[x x^^T], x the same inputs in the original model; None: no error propagation
-    drift_II   C - H itself in its place, less work where O > I
+    weight_OI  the original weight W, float32 or float64
+    H_II       E[xhat xhat^T]; None for a solver that needs no data
+    drift_II   C - H with C = E[x xhat^T], for error propagation; cheaper than drift_OI where O > I
+    drift_OI   W (C - H), given in its place where O <= I; without either there is no error propagation
+
+    ValueError where H or the group size does not fit the weight.
     """
 
     name: str
@@ -63,9 +69,12 @@ class LayerTask:
 
 @dataclass(frozen=True)
 class Solution:
-    """codes and scales, and the loss tr(E H E^T) of each row, E = target - dequantized (zeros where H is None).
+    """What a solver found.
 
-    The target is the weight itself, or what error propagation made of it.
+    weight     codes and scales
+    loss_O     e^T H e of every row e of E = target - dequantized weight; zeros where H is None
+    target_OI  what was rounded: the weight itself, or the weight corrected by error propagation
+    notes      what the report should say of this layer
     """
 
     weight: QuantizedWeight

@@ -1,12 +1,32 @@
-"""GPTQ in its LDLQ form, between error propagation and a last fit of the scales.
+"""GPTQ in its LDLQ form: round column by column, and let later columns make up for the errors of earlier ones.
 
-Column by column, each column's error is made up for by the columns after it.
+What. A row t of the target should become codes q, with levels w_j = s (q_j - z), so that the error e = t - w costs
+little: e H e^T. Rounding each weight to nearest minimises e e^T, as if inputs were uncorrelated. Real inputs are
+strongly correlated: an error in one column can be cancelled by a contrary error in another.
 
-Sources: Frantar et al., GPTQ (arXiv 2210.17323), Algorithm 1; Chee et al., QuIP (arXiv 2307.13304),
-Theorem 6, shows that the feedback form below chooses the same codes. It needs one Cholesky factor and no
-inverse, and the grid never sees compensated weights.
+Why it works. With H = U U^T, U upper triangular, the loss is a sum over columns:
 
-Shapes: O out_features, I in_features, G groups.
+    e H e^T = ||e U||^2 = sum_j U_jj^2 (v_j - w_j)^2,   v_j = t_j + sum_{i<j} e_i U_ij / U_jj
+
+v_j depends on earlier columns only. So take the columns in order and round v_j, the weight with the feedback of all
+errors so far: no other code for column j makes its term smaller. That is greedy, not optimal (the best codes are a
+lattice problem), but far better than rounding to nearest.
+
+Order. A late column has few others left to make up for its error, so columns with large H_jj go first. Groups keep
+their columns: a decoder sees nothing of the order.
+
+Cost. One Cholesky, I^3 / 3, and O I^2 for the feedback, most of it in matrix products.
+
+Sources: Frantar et al., GPTQ (arXiv 2210.17323), Algorithm 1; Chee et al., QuIP (arXiv 2307.13304), Theorem 6, shows
+that this feedback form chooses the same codes. It differs from GPTQ's Algorithm 1 in that
+- one factor of H is enough; GPTQ factors H, inverts it and factors the inverse;
+- each column gathers the errors before it (left-looking); GPTQ changes all later weights after each column;
+- scales are fitted to the target before the loop; GPTQ fits them to weights that carry the errors of earlier columns,
+  which widens the grid;
+- the target may be more than W (error propagation, `_target`), and codes and scales are refined after the loop;
+- weights of dead inputs (H_jj = 0) are rounded to nearest; GPTQ sets them to 0.
+
+Shapes: O out_features, I in_features, G groups in a row, X rows of the drift: I or O, B columns of a block.
 """
 
 from collections.abc import Callable
@@ -23,7 +43,7 @@ from llmquant.quant.solvers.base import LayerTask, Solution, SolveOptions, piece
 from llmquant.quant.solvers.refine import refine
 from llmquant.quant.solvers.rtn import solve_rtn
 
-_INSIDE = 32  # columns corrected one by one; beyond them by products
+_INSIDE = 32  # columns whose errors reach each other one by one; errors from farther away come by products
 
 _Grid = Callable[[Tensor, Tensor, QuantScheme], tuple[Tensor, Tensor | None]]
 _GRIDS: dict[str, _Grid] = {
@@ -35,24 +55,22 @@ _GRIDS: dict[str, _Grid] = {
 def solve_gptq(task: LayerTask, options: SolveOptions) -> Solution:
     """Minimise tr((T - Q) H_l (T - Q)^T) greedily over codes, H_l = H + lambda I; then refine codes and scales.
 
-    The target T is W, or W + a W (C - H) H_l^-1 with error propagation (`_target`).
+    The target T is W, or W + a W (C - H) H_l^-1 with error propagation of strength a. The loss that is returned is
+    taken with H itself, not damped.
 
-    With H_l (columns permuted) = U U^T, U upper triangular, for j = 1..I:
-        v_j = t_j + sum_{i<j} e_i U_ij / U_jj;   q_j = clip(round(v_j / s_j) + z_j);   e_j = t_j - s_j (q_j - z_j)
-    Columns go in descending order of H_jj while groups stay where they were, so a decoder sees nothing of the order.
-
-    Where no damping makes H_l positive definite, or the loss is not finite, `options.on_bad_layer` says what happens:
-    SolveError, or round-to-nearest with a note in the report.
+    SolveError where no damping makes H_l positive definite or the loss is not finite; with `options.on_bad_layer` "rtn"
+    such a layer is rounded to nearest, with a note in the report. ValueError without a Hessian.
     """
     if task.H_II is None:
         raise ValueError(f"{task.name}: gptq needs a Hessian")
     weight_OI, H_II, scheme = task.weight_OI, task.H_II, task.scheme
     in_features = weight_OI.shape[1]
+    # 1. The order of the columns.
     diagonal = H_II.diagonal()
     order = torch.arange(in_features, device=H_II.device)
     if options.order == "descending":
         order = torch.argsort(diagonal, descending=True, stable=True)
-
+    # 2. The factor U of the damped and permuted H.
     damp = options.damp if options.damp is not None else default_damp(task.n_tokens, in_features)
     factored = factor(H_II, damp, order)
     if factored is None:
@@ -61,18 +79,22 @@ def solve_gptq(task: LayerTask, options: SolveOptions) -> Solution:
         )
     U_II, damp, tries = factored
     lam = ridge(float(diagonal.mean()), damp)
+    # 3. The target: what the codes should come close to.
     target_OI = _target(task, options.propagation, U_II, order)
+    # 4. Scales from the target, and codes by the loop.
     ranges, weights, losses = pieces(weight_OI), [], []
     for rows in ranges:
         scales_OG, zeros_OG = _GRIDS[options.grid](target_OI[rows], diagonal + lam, scheme)
         codes_OI = ldlq(target_OI[rows], U_II, scales_OG, zeros_OG, scheme, order, options.block_size)
         weights.append(QuantizedWeight(codes_OI, scales_OG.float(), scheme, zeros_OG))
-    del U_II, factored
+    del U_II, factored  # the refinement needs H, not its factor
+    # 5. Codes and scales once more, each the best while the others stay; then the loss.
     for number, rows in enumerate(ranges):
         weights[number] = refine(weights[number], target_OI[rows], H_II, lam, options)
         losses.append(quadratic(target_OI[rows] - weights[number].dequantize(weight_OI.dtype), H_II))
     weight, loss_O = stacked(weights), torch.cat(losses)
-    if not bool(torch.isfinite(loss_O).all()):  # so were the losses by which grid and codes were chosen
+    # 6. What the report should know.
+    if not bool(torch.isfinite(loss_O).all()):  # then grid and codes were chosen by losses that were not finite either
         return _bad_layer(task, options, "its loss overflows float32")
     notes = [f"damping raised to {damp:g} after {tries} failed factorizations"] if tries else []
     if n_dead := int((diagonal == 0).sum()):
@@ -81,10 +103,17 @@ def solve_gptq(task: LayerTask, options: SolveOptions) -> Solution:
 
 
 def _target(task: LayerTask, strength: float, U_II: Tensor, order: Tensor) -> Tensor:
-    """T = W + a W (C - H) H_l^-1; W itself without drift.
+    """T = W + a W (C - H) H_l^-1, a the `strength`; W itself without drift.
 
-    E ||W x - Q x^||^2 = tr((Q - W*) H (Q - W*)^T) + const with W* = W C H^-1 = W + W (C - H) H^-1. Source: Arai and
-    Ichikawa, Quantization Error Propagation (arXiv 2504.09629).
+    Why. The layer should give on its inputs xhat, which carry the errors of all layers before it, what the original
+    layer gives on x. That is a loss with the same H and another target:
+
+        E ||W x - Q xhat||^2 = tr((Q - W*) H (Q - W*)^T) + const,   W* = W C H^-1 = W + W (C - H) H^-1
+
+    so any solver can aim at it. H^-1 comes from the factor that the codes need anyway: two triangular solves.
+    Trade-off: with few tokens W* fits their noise, hence a below 1 (`hessian.default_propagation`).
+
+    Source: Arai and Ichikawa, Quantization Error Propagation (arXiv 2504.09629). Ours divides by the damped H_l.
     """
     weight_OI, drift_XI = task.weight_OI, task.drift_OI if task.drift_II is None else task.drift_II
     if not strength or drift_XI is None:
@@ -98,7 +127,12 @@ def _target(task: LayerTask, strength: float, U_II: Tensor, order: Tensor) -> Te
 
 
 def divided(drift_XI: Tensor, U_II: Tensor, order: Tensor) -> Tensor:
-    """drift_XI H_l^-1 by two triangular solves with U_II, the factor of the permuted H_l that the codes need anyway."""
+    """drift_XI H_l^-1, by two triangular solves with U_II, the factor of the permuted H_l = U U^T.
+
+    >>> U_II = torch.tensor([[1.0, 0.5], [0.0, 1.0]])  # of H_l = [[1.25, 0.5], [0.5, 1]]
+    >>> divided(torch.tensor([[1.25, 0.5]]), U_II, torch.arange(2)).tolist()
+    [[1.0, 0.0]]
+    """
     half = torch.linalg.solve_triangular(U_II.T, drift_XI[:, order], upper=False, left=False)
     quotient_XI = torch.empty_like(drift_XI)
     quotient_XI[:, order] = torch.linalg.solve_triangular(U_II, half, upper=True, left=False)
@@ -114,10 +148,23 @@ def ldlq(
     order: Tensor,
     block_size: int,
 ) -> Tensor:
-    """The loop of `solve_gptq`; U_II is the factor of the permuted H. Returns codes_OI (int8).
+    """The loop over columns; U_II is the factor of the permuted H. Returns codes_OI, int8, in the original order.
 
-    Left-looking: before a block of columns its part of all earlier errors comes in by one product, inside by narrower
-    ones, and by single columns in the end. Everything lies transposed, [I, O], so that a column is contiguous.
+        v_j = t_j + sum_{i<j} e_i U_ij / U_jj;   q_j = clip(round(v_j / s_j) + z_j);   e_j = t_j - s_j (q_j - z_j)
+
+    The sum comes in three parts, so that most of it is matrix products: from all columns before the block (one product
+    for each block of `block_size` columns), from those before the strip (one for each `_INSIDE` columns), and from
+    those inside the strip (column by column). Tensors lie transposed, [I, O], so that a column is contiguous in memory.
+
+    Two equal weights of 0.4, correlated by one half. Nearest codes are 0 and 0, at a loss of 0.48. Here the error 0.4
+    of the first adds 0.4 * 0.5 to the second: v_2 = 0.6 becomes 1, and the loss 0.28.
+
+    >>> H_II = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
+    >>> U_II, _, _ = factor(H_II, damp=0.0)
+    >>> target_OI, scheme, order = torch.tensor([[0.4, 0.4]]), QuantScheme(4, -1), torch.arange(2)
+    >>> codes_OI = ldlq(target_OI, U_II, torch.ones(1, 1), None, scheme, order, block_size=512)
+    >>> codes_OI.tolist(), round(float(quadratic(target_OI - codes_OI, H_II)), 6)
+    ([[0, 1]], 0.28)
     """
     in_features, group = weight_OI.shape[1], scheme.group(weight_OI.shape[1])
     weight_IO = weight_OI.T[order].contiguous()
@@ -130,17 +177,21 @@ def ldlq(
 
     for start in range(0, in_features, block_size):
         end = min(start + block_size, in_features)
-        feedback = U_II[:end, start:end] / diagonal[start:end]  # U_ij / U_jj of this block's columns
+        # 1. The feedback U_ij / U_jj into this block's columns, and through it all errors before the block.
+        feedback = U_II[:end, start:end] / diagonal[start:end]
         target = matmul(feedback[:start].T, error_IO[:start]).add_(weight_IO[start:end])
         inside = feedback[start:].T.contiguous()
         for j in range(end - start):
+            # 2. At the start of a strip: the errors of this block before the strip.
             near = j - j % _INSIDE
             if j == near:
                 target[j : j + _INSIDE].addmm_(inside[j : j + _INSIDE, :j], error_IO[start : start + j])
+            # 3. The errors inside the strip; v is complete then.
             scale = scales_GO[groups[start + j]]
             v = target[j]
             if j > near:
                 v = torch.addmv(v, error_IO[start + near : start + j].T, inside[j, near:j])
+            # 4. The nearest code q; `level` is q - z.
             level = (v / scale).round_()
             if zeros_GO is None:
                 codes_IO[start + j] = level.clamp_(scheme.code_min, scheme.code_max)
@@ -148,6 +199,7 @@ def ldlq(
                 zero = zeros_GO[groups[start + j]]
                 level.clamp_(scheme.code_min - zero, scheme.code_max - zero)
                 codes_IO[start + j] = level + zero
+            # 5. The error, of the target itself and not of v.
             quantized = level.mul_(scale)
             torch.sub(weight_IO[start + j], quantized, out=error_IO[start + j])
 
@@ -157,6 +209,7 @@ def ldlq(
 
 
 def _bad_layer(task: LayerTask, options: SolveOptions, got: str) -> Solution:
+    """Do what `options.on_bad_layer` says with a layer that cannot be solved; `got` is why."""
     if options.on_bad_layer == "fail":
         raise SolveError(
             task.name,

@@ -1,4 +1,11 @@
-"""Round to nearest on the plain grid: data-free, and the policy for layers that cannot be solved."""
+"""Round to nearest (RTN): every weight goes to the nearest level of the plain grid.
+
+Why keep it. It needs no text and no forward pass, it is the baseline that any better method must beat, and it is the
+fallback for layers that cannot be solved (`--on-bad-layer rtn`). The price: at 4 bits its divergence from the original
+model is several times that of GPTQ, because it treats all inputs as equally large and unrelated.
+
+Shapes: O out_features, I in_features, G groups in a row.
+"""
 
 import torch
 from torch import Tensor
@@ -8,11 +15,7 @@ from llmquant.quant.solvers.base import LayerTask, Solution, SolveOptions
 
 
 def solve_rtn(task: LayerTask, options: SolveOptions = SolveOptions()) -> Solution:  # noqa: B008 (frozen)
-    """codes = clip(round(w / s) + z), s = absmax / (2^(bits-1) - 1/2) of the group and z = 0, or the min-max grid.
-    Uses no option.
-
-    The loss is reported where the task has a Hessian.
-    """
+    """codes = clip(round(w / s) + z) on `plain_grid`. Uses no option; computes the loss if the task has a Hessian."""
     scales_OG, zeros_OG = plain_grid(task.weight_OI, task.scheme)
     codes_OI = quantize_to_grid(task.weight_OI, scales_OG, task.scheme, zeros_OG)
     weight = QuantizedWeight(codes_OI, scales_OG.float(), task.scheme, zeros_OG)
@@ -24,7 +27,11 @@ def solve_rtn(task: LayerTask, options: SolveOptions = SolveOptions()) -> Soluti
 
 
 def round_to_nearest(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
-    """Dequantized weight_OI on the absmax (or min-max) grid of each group, in the dtype it came in."""
+    """weight_OI quantized on `plain_grid` and dequantized again, in the dtype it came in.
+
+    >>> round_to_nearest(torch.tensor([[7.5, -1.2, 0.4]]), QuantScheme(4, -1)).tolist()
+    [[7.0, -1.0, 0.0]]
+    """
     scales_OG, zeros_OG = plain_grid(weight_OI.float(), scheme)
     codes_OI = quantize_to_grid(weight_OI.float(), scales_OG, scheme, zeros_OG)
     return QuantizedWeight(codes_OI, scales_OG, scheme, zeros_OG).dequantize(weight_OI.dtype)
