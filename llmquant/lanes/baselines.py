@@ -1,6 +1,6 @@
-"""Other ways to quantize the same weights, evaluated beside ours in the same pass.
+"""Other ways to quantize the same weights, evaluated in the same pass as ours.
 
-A new baseline is one function and one line in BASELINES.
+A new baseline is one function and one line in BASELINES. Shapes: O out_features, I in_features.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,12 @@ from llmquant.source.layouts import from_table
 
 @dataclass(frozen=True)
 class Baseline:
-    """`apply` gives the dequantized weight_OI in the dtype it came in; `bits` the stored bits of one row."""
+    """One baseline.
+
+    label      what reports call it
+    apply      (weight_OI, scheme) -> the weight quantized and dequantized, in the dtype it came in
+    row_bits   (in_features, scheme) -> stored bits of one row, scales and zero points included
+    """
 
     label: str
     apply: Callable[[Tensor, QuantScheme], Tensor]
@@ -28,10 +33,10 @@ class Baseline:
 
 
 def _bnb_nf4(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
-    """bitsandbytes' NF4, blocks of 64, float32 absmax, no double quantization: its codes and scales, decoded here.
+    """bitsandbytes' NF4: blocks of 64, float32 absmax, no double quantization. Its own codes and scales, decoded here.
 
-    Where rows are not whole blocks, the CPU code of bitsandbytes 0.50.2 decodes with the scales of wrong blocks (three
-    times the error at 96 inputs); what stands here is what its format means.
+    Why here: where rows are not whole blocks, the CPU code of bitsandbytes 0.50.2 uses the scales of wrong blocks
+    (three times the error at 96 inputs). This decodes what the format means.
     """
     import bitsandbytes.functional as bnb
 
@@ -41,10 +46,10 @@ def _bnb_nf4(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
 
 
 def _bnb_int8(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
-    """bitsandbytes' row-wise INT8 of the weights; activations stay as they are, unlike in `load_in_8bit`."""
+    """bitsandbytes' INT8, one scale per row. Weights only, whereas `load_in_8bit` quantizes activations too."""
     import bitsandbytes.functional as bnb
 
-    # Its kernel takes float16, and so does load_in_8bit.
+    # Its kernel takes float16; load_in_8bit converts to it as well.
     codes, row_scales, _ = bnb.int8_vectorwise_quant(weight_OI.to(torch.float16).contiguous())
     dense: Tensor = codes.float() * (row_scales.float() / 127)[:, None]
     return dense.to(weight_OI.dtype)
@@ -67,7 +72,7 @@ def dequantized(name: str, block: Block, specs: Sequence[LinearSpec]) -> dict[st
 
 
 def default_baselines(bits: int) -> tuple[str, ...]:
-    """rtn, and bitsandbytes at the nearest width it has."""
+    """rtn, and bitsandbytes at its width that is nearest to `bits`."""
     return ("rtn", "bnb-nf4") if bits <= 4 else ("rtn", "bnb-int8")
 
 

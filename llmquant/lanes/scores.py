@@ -1,8 +1,15 @@
-"""Perplexity and KL divergence of several lanes over the same windows.
+"""Perplexity and KL divergence of several lanes over the same windows of text.
 
-A lane is one version of the weights (original, llmquant, a baseline) with its own stream of hidden states.
+A lane is one version of the weights (original, llmquant, a baseline) with its own stream of hidden states. While a
+block is in memory, each lane's stream passes through it once, with that lane's weights. After the last block, each
+window goes through the final norm and the head in all lanes at once. Logits are computed for a few tokens at a time,
+compared and dropped: a vocabulary of 150,000 would need a gigabyte for 2,048 tokens.
 
-Shapes: N tokens, T time, D hidden, V vocabulary.
+Per token, with p the reference's probabilities and q the lane's:
+    nll = -log q(true token)       KL(p || q) = sum_v p_v (log p_v - log q_v)
+Tokens of one window depend on each other, so standard errors are taken over the means of windows, not over tokens.
+
+Shapes: B windows of a batch, N tokens, T time, D hidden, V vocabulary.
 """
 
 import math
@@ -22,16 +29,19 @@ from llmquant.text.windows import Windows
 
 ORIGINAL, OURS = "original", "llmquant"  # names of the two lanes of every run
 Array = NDArray[np.float64]
-_LOGITS_AT_ONCE = 2**22  # numbers in one chunk of logits: 16 MB
+_LOGITS_AT_ONCE = 2**22  # numbers in one chunk of logits: 16 MB in float32
 
 
 @dataclass(frozen=True)
 class TokenScores:
     """Scores of every predicted token, each [windows, T - 1].
 
-    nll and kl = KL(reference || lane) in nats; same_top: whether both have the same top token; dp: change of the
-    true token's probability; confidence: probability of the lane's own top token; finite: False where the lane or
-    the reference had NaN or Inf logits.
+    nll          -log probability of the true token, nats
+    kl           KL(reference || lane), nats
+    same_top     1 where lane and reference have the same top token, else 0
+    dp           change of the true token's probability, lane minus reference
+    confidence   probability of the lane's own top token
+    finite       False where the lane or the reference had NaN or Inf logits
     """
 
     nll: Array
@@ -44,7 +54,7 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class Figures:
-    """A lane's figures; standard errors and intervals are over windows. None where one window is too few."""
+    """A lane's figures. Standard errors and intervals are over windows; None where there is only one window."""
 
     perplexity: float
     perplexity_se: float | None
@@ -68,24 +78,28 @@ class Figures:
 
 
 class Lanes:
-    """The evaluation streams of all lanes, advanced block by block and scored at the end."""
+    """The evaluation streams of all lanes: `start` them, `advance` them block by block, `score` them at the end."""
 
     def __init__(self, names: Sequence[str], windows: Windows, streams: Streams) -> None:
         self.windows = windows
-        self._chunk = 16  # tokens whose logits are computed at once; set by the vocabulary once that is seen
+        self._chunk = 16  # tokens whose logits are computed at once; set by the vocabulary's size once that is known
         self.streams: dict[str, Stream] = {name: streams.new(name) for name in names}
 
     def start(self, hidden_BTD: Tensor) -> None:
-        """The next batch's hidden states before the first block, the same for every lane."""
+        """Append a batch of hidden states, as they are before the first block: the same for every lane."""
         for stream in self.streams.values():
             stream.append(hidden_BTD)
 
     def advance(self, name: str, block: Callable[[Tensor], Tensor]) -> None:
+        """Take one lane's stream through `block`, which holds that lane's weights."""
         self.streams[name].update(block)
         trim(SLACK)
 
     def relative_errors(self, tokens: int = 2**14) -> dict[str, float]:
-        """||h_lane - h|| / ||h|| of every lane but the first, over the first `tokens` tokens (files are slow)."""
+        """||h_lane - h|| / ||h|| of every lane but the first, h the first's hidden states.
+
+        Taken over the first `tokens` tokens only, because streams may lie in files.
+        """
         names, seen = list(self.streams), 0
         power, squares = 0.0, dict.fromkeys(names[1:], 0.0)
         for reference, *others in zip(*self.streams.values(), strict=True):
@@ -98,12 +112,12 @@ class Lanes:
         return {name: math.sqrt(value / power) if power else 0.0 for name, value in squares.items()}
 
     def score(self, logits_of: Callable[[str, Tensor], Tensor]) -> dict[str, TokenScores]:
-        """Walk all windows once through `logits_of` (lane, [N, D]) -> [N, V]; only one chunk of logits is alive.
+        """Scores of every lane. The first lane is the reference of all divergences.
 
-        The first lane is the reference of all divergences.
+        `logits_of` (lane, hidden states [N, D]) -> logits [N, V] is called chunk by chunk; one chunk is kept at a time.
         """
         count, seq_len = self.windows.ids.shape
-        # Made beforehand: small results kept between large temporaries would fragment the heap.
+        # Allocated beforehand: small results kept between large temporaries would fragment the heap.
         table = {name: torch.empty(6, count, seq_len - 1, dtype=torch.float64) for name in self.streams}
         position = 0
         for batches in zip(*self.streams.values(), strict=True):
@@ -125,15 +139,17 @@ class Lanes:
         table: dict[str, Tensor],
         position: int,
     ) -> None:
-        """Fill `table`[lane][:, position]: nll, kl, same_top, dp, confidence and finite of each token but the first."""
+        """Fill table[lane][:, position] with the scores of each token but the first, in the order of TokenScores."""
         start, last = 0, ids_T.numel() - 1
         first = next(iter(hidden))
         while start < last:
+            # 1. The reference's log probabilities of a chunk of tokens; position t predicts token t + 1.
             stop = min(start + self._chunk, last)
             reference = _log_probabilities(logits_of(first, hidden[first][start:stop]))
             target = ids_T[start + 1 : stop + 1, None].to(reference.device)
             p, best = reference.exp(), reference.max(1)
             p_target, top, zeros = p.gather(1, target)[:, 0], best.indices, torch.zeros(stop - start)
+            # 2. Each lane against it; the reference against itself is 0 and not computed.
             for name, lane_hidden in hidden.items():
                 lane, kl = reference, zeros.to(p.device)
                 if name != first:
@@ -144,20 +160,24 @@ class Lanes:
                 part = (nll, kl, best.indices == top, (-nll).exp() - p_target, best.values.exp(), finite)
                 for row, column in zip(table[name], part, strict=True):
                     row[position, start:stop] = column
+            # 3. The next chunk, as large as the vocabulary allows.
             self._chunk = max(1, _LOGITS_AT_ONCE // reference.shape[1])
             start = stop
 
 
 def _log_probabilities(logits_NV: Tensor) -> Tensor:
-    """log softmax, in place."""
+    """log softmax over the vocabulary, in place."""
     return logits_NV.sub_(torch.logsumexp(logits_NV, dim=1, keepdim=True))
 
 
 def figures(scores: TokenScores, original: TokenScores, seed: int = 0) -> Figures:
-    """Figures of a lane; tokens that are not finite in it or in the original are counted and left out.
+    """Figures of a lane. Tokens that are not finite in it or in the original are left out and counted.
 
-    perplexity = exp(mean loss); its standard error is perplexity * se(mean loss) (delta method). The interval of
-    the ratio is the 95% percentile bootstrap of the paired difference of losses, resampling whole windows.
+    perplexity        exp(mean nll); its standard error is perplexity * se(mean nll) (delta method)
+    perplexity_ratio  perplexity over the original's; its interval is the 95% percentile bootstrap of the paired
+                      difference of nll, over whole windows
+
+    SolveError where no token is finite.
     """
     finite = scores.finite & original.finite
     kept = [row.any() for row in finite]
@@ -191,12 +211,16 @@ def figures(scores: TokenScores, original: TokenScores, seed: int = 0) -> Figure
 
 
 def standard_error(means: Array) -> float | None:
-    """Standard error of the mean of window means; None for a single window."""
+    """Standard error of the mean of `means`, one mean for each window; None for a single window.
+
+    >>> standard_error(np.array([1.0, 3.0]))
+    1.0
+    """
     return float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else None
 
 
 def bootstrap_ratio(differences: Array, seed: int, resamples: int = 2000) -> tuple[float, float] | None:
-    """95% interval of exp(mean difference) over resampled windows."""
+    """95% interval of exp(mean difference): `resamples` times, as many windows are drawn with replacement."""
     if len(differences) < 2:
         return None
     picks = np.random.default_rng(seed).integers(0, len(differences), (resamples, len(differences)))
