@@ -1,4 +1,7 @@
-"""A name -> documents: built-in text, files, and datasets of the Hub."""
+"""A name -> documents: built-in text, files, and datasets of the Hub.
+
+A new dataset is one function and one line in DATASETS.
+"""
 
 import json
 import threading
@@ -18,9 +21,10 @@ _WIKITEXT = "Salesforce/wikitext"
 
 @dataclass(frozen=True)
 class Text:
-    """Documents, and where they came from. `revision` is the dataset's commit, where it has one.
+    """Documents, and where they came from.
 
-    `chats`: each document is a JSON list of messages {"role", "content"}, for `as_text`.
+    revision   the dataset's commit, where it has one
+    chats      each document is a JSON list of messages {"role", "content"}; `tokenizer.as_text` makes text of it
     """
 
     name: str
@@ -45,14 +49,14 @@ def _c4(split: str, limit: int) -> Text:
 
 
 def _ultrachat(split: str, limit: int) -> Text:
-    """Conversations of an assistant; the model's own chat template makes text of them."""
+    """Conversations with an assistant; the model's own chat template makes text of them."""
     spec = "HuggingFaceH4/ultrachat_200k:default:" + ("train_sft" if split == "train" else "test_sft") + ":messages"
     text = _hub_dataset(spec, limit, "ultrachat", _chats)
     return Text(text.name, text.documents, text.revision, chats=True)
 
 
 def _auto(split: str, limit: int) -> Text:
-    """wikitext2 where the Hub answers within five seconds, else the built-in text."""
+    """wikitext2 if the Hub answers within a few seconds, else the built-in text."""
     return DATASETS["wikitext2" if _hub_answers() else "builtin"](split, limit)
 
 
@@ -64,18 +68,18 @@ def _hub_answers(seconds: float = 4.0) -> bool:
     answered = threading.Event()
 
     def ask() -> None:
-        with suppress(Exception):  # any failure means no
+        with suppress(Exception):  # any failure means that the Hub does not answer
             HfApi().dataset_info(_WIKITEXT, timeout=seconds)
             answered.set()
 
-    # A thread, because looking a name up has no timeout of its own.
+    # In a thread, because the look-up of a host's name has no timeout of its own.
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
     asking.join(seconds)
     return answered.is_set()
 
 
-# name -> loader(split, limit): `split` is train or test, `limit` the number of characters that are enough.
+# name -> loader(split, limit): `split` is train or test, `limit` is how many characters are enough.
 DATASETS: dict[str, Callable[[str, int], Text]] = {
     "auto": _auto,
     "builtin": _builtin,
@@ -91,7 +95,11 @@ def is_file(spec: str) -> bool:
 
 
 def load_text(spec: str, split: str, limit: int) -> Text:
-    """Text of `spec`: a name in DATASETS, FILE.txt, FILE.jsonl, or HUB_ID[:config[:split[:column]]]."""
+    """Text of `spec`: a name in DATASETS, FILE.txt, FILE.jsonl, or HUB_ID[:config[:split[:column]]].
+
+    `split` ("train" or "test") and `limit` (characters) are for the names in DATASETS; a Hub id names its split itself.
+    CalibrationError where the text cannot be loaded.
+    """
     if spec in DATASETS:
         return DATASETS[spec](split, limit)
     path = Path(spec).expanduser()
@@ -125,11 +133,11 @@ def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
 def _hub_dataset(
     spec: str, limit: int, name: str, pick: Callable[[str, Any, str | None, int], Iterator[str]] | None = None
 ) -> Text:
-    """A dataset of the Hub, streamed: only as many rows are fetched as `pick` (a column's text) asks for."""
+    """A dataset of the Hub, streamed: fetches only as many rows as `pick` asks for (default: `_column`)."""
     from datasets import load_dataset
 
     repo, config, split, column = (spec.split(":") + [""] * 3)[:4]
-    if repo and Path(repo).is_dir():  # datasets would read it in place of the Hub's
+    if repo and Path(repo).is_dir():  # `datasets` would read this folder in place of the Hub's dataset
         raise CalibrationError(
             spec,
             f"{repo} is a local folder",
@@ -142,10 +150,10 @@ def _hub_dataset(
         documents = list((pick or _column)(spec, rows, column or None, limit))
     except CalibrationError:
         raise
-    except StopIteration:  # what datasets lets escape for a JSON file without a row
+    except StopIteration:  # `datasets` lets it escape for a JSON file without rows
         raise CalibrationError(spec, "no rows in it", remedy="choose another dataset or split") from None
-    except Exception as error:  # datasets and its file systems raise dozens of unrelated classes
-        # all lines: the first alone often says nothing ("404 Client Error.", "Config name is missing.")
+    except Exception as error:  # `datasets` and its file systems raise dozens of unrelated classes
+        # All lines of the message: the first alone often says little ("404 Client Error.", "Config name is missing.").
         brief = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise CalibrationError(
             spec,
@@ -157,13 +165,16 @@ def _hub_dataset(
 
 
 def _column(where: str, rows: Any, column: str | None, limit: int) -> Iterator[str]:
-    """The text column of `rows`, until `limit` characters are reached. Unnamed: `text`, `content`, or the only one."""
+    """Texts of one column of `rows`, until `limit` characters are reached.
+
+    Without a name the column is `text` or `content`, or else the only one that holds text.
+    """
     iterator = iter(rows)
     first = next(iterator, None)
     if first is None:
         return
     texts = [name for name, value in first.items() if isinstance(value, str)]
-    # Some rows of real datasets have no text, and the first may be one of them.
+    # Real datasets have rows without text, and the first may be one of them: None counts as text here.
     fitting = {name for name, value in first.items() if isinstance(value, str | None)}
     if column is None:
         column = next((name for name in ("text", "content") if name in fitting), texts[0] if len(texts) == 1 else None)
@@ -180,11 +191,11 @@ def _column(where: str, rows: Any, column: str | None, limit: int) -> Iterator[s
             return
         if isinstance(document := row.get(column), str):
             seen += len(document)
-            yield document.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates; tokenizers refuse them
+            yield document.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates, which tokenizers refuse
 
 
 def _chats(where: str, rows: Any, column: str | None, limit: int) -> Iterator[str]:
-    """The messages of `rows` as JSON, until their contents reach `limit` characters."""
+    """The messages of each row as JSON, until their contents reach `limit` characters."""
     seen = 0
     for row in rows:
         if seen >= limit:

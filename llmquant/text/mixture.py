@@ -1,4 +1,4 @@
-"""Calibration text from several datasets: `a:0.5,b:0.5`."""
+"""Calibration text from several datasets: `a:0.5,b:0.5` takes half of the windows from each."""
 
 from pathlib import Path
 
@@ -8,7 +8,9 @@ _EXPECTED = "NAME:SHARE,NAME:SHARE,... with shares that add up to 1, such as bui
 
 
 def parse_mixture(spec: str) -> list[tuple[str, float]]:
-    """(name, share) of each part; a spec without a comma, and the path of a file, is one part.
+    """(name, share) of each part. A spec without a comma is one part, and so is the path of a file.
+
+    CalibrationError for parts without a name or a share, and for shares that do not add up to 1.
 
     >>> parse_mixture("c4:0.75,owner/name:config:train:text:0.25")
     [('c4', 0.75), ('owner/name:config:train:text', 0.25)]
@@ -38,7 +40,7 @@ def parse_mixture(spec: str) -> list[tuple[str, float]]:
 
 
 def split_samples(parts: list[tuple[str, float]], samples: int) -> list[int]:
-    """Windows of each part: at least one, and else as near to its share as whole numbers go.
+    """How many of `samples` windows each part gets: at least one, otherwise as near to its share as possible.
 
     >>> split_samples([("a", 0.5), ("b", 0.3), ("c", 0.2)], 7)
     [4, 2, 1]
@@ -48,6 +50,6 @@ def split_samples(parts: list[tuple[str, float]], samples: int) -> list[int]:
             "--samples", str(samples), expected=f"at least one window for each of {len(parts)} datasets"
         )
     counts = [1] * len(parts)
-    for _ in range(samples - len(parts)):  # the next window to the part that is furthest below its share
+    for _ in range(samples - len(parts)):  # the next window goes to the part that is furthest below its share
         counts[max(range(len(parts)), key=lambda i: parts[i][1] * samples - counts[i])] += 1
     return counts

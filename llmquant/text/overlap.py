@@ -1,6 +1,10 @@
-"""Whether the evaluation text was seen in calibration: runs of tokens that both hold.
+"""Was the evaluation text seen in calibration? Figures on text that the quantizer was fitted to flatter it.
 
-Figures on text that the quantizer was fitted to say nothing about other text.
+How. Every run of 32 consecutive tokens in the calibration windows is hashed, and so is every run in the evaluation
+windows. Evaluation tokens inside a run that both have are counted. A few are normal (quotations, licences); above 1%
+the evaluation is refused.
+
+Shapes: n evaluation windows of T tokens, m calibration windows of S tokens.
 """
 
 import numpy as np
@@ -9,17 +13,14 @@ from torch import Tensor
 
 from llmquant.errors import CalibrationError
 
-RUN = 32  # tokens; shorter runs are idioms, licences and addresses that unrelated texts share
-LIMIT = 0.01  # share of evaluation tokens in shared runs; below it are quotations and boilerplate
-_FEWEST_KINDS = 8  # distinct tokens in a run that counts: rows of dots and blank tables are no text
+RUN = 32  # tokens in a run; unrelated texts share shorter ones: idioms, licences, addresses
+LIMIT = 0.01  # the highest share of evaluation tokens in shared runs; quotations and boilerplate stay below it
+_FEWEST_KINDS = 8  # a run counts if it has this many distinct tokens: rows of dots and blank tables are no text
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 def refuse_overlap(calibration_ids: Tensor, evaluation_ids: Tensor, names: tuple[str, str]) -> float:
-    """The share of evaluation tokens [n, T] that lie in a run of 32 tokens of the calibration windows [m, S].
-
-    CalibrationError where it is above 1%; `names` are the two texts as the user called them.
-    """
+    """`overlap` of the two texts; CalibrationError where it is above 1%. `names`: the texts as the user called them."""
     share = overlap(calibration_ids, evaluation_ids)
     if share > LIMIT:
         raise CalibrationError(
@@ -32,10 +33,10 @@ def refuse_overlap(calibration_ids: Tensor, evaluation_ids: Tensor, names: tuple
 
 
 def overlap(calibration_ids: Tensor, evaluation_ids: Tensor, run: int = RUN) -> float:
-    """Share of the tokens of `evaluation_ids` [n, T] in a run of `run` tokens that `calibration_ids` [m, S] holds too.
+    """Share of the tokens of `evaluation_ids` [n, T] that lie in a run of `run` tokens of `calibration_ids` [m, S].
 
-    Runs are compared by a 64-bit hash; over a million runs on each side two different ones collide with a
-    probability below 1e-7. Windows shorter than a run hold none.
+    Runs are compared by a 64-bit hash. With a million runs on each side, two different ones have the same hash with a
+    probability below 1e-7. Windows shorter than a run have none.
 
     >>> import torch
     >>> ids = torch.arange(80).view(2, 40)
@@ -47,6 +48,7 @@ def overlap(calibration_ids: Tensor, evaluation_ids: Tensor, run: int = RUN) -> 
     if not theirs.size or not mine.size:
         return 0.0
     starts = np.isin(mine, theirs) & _varied(evaluation, run)
+    # A shared run covers all of its tokens, not only the first.
     covered = np.zeros(evaluation.shape, dtype=np.bool_)
     for offset in range(run):
         covered[:, offset : offset + starts.shape[1]] |= starts
@@ -54,7 +56,7 @@ def overlap(calibration_ids: Tensor, evaluation_ids: Tensor, run: int = RUN) -> 
 
 
 def _hashes(ids: NDArray[np.int64], run: int) -> NDArray[np.uint64]:
-    """A hash of each run of tokens, [n, T - run + 1]: a polynomial in an odd factor, modulo 2^64, of mixed tokens."""
+    """A hash of each run of tokens, [n, T - run + 1]: tokens are mixed, then combined by multiplication modulo 2^64."""
     count = max(0, ids.shape[1] - run + 1)
     mixed = ids.astype(np.uint64) + np.uint64(1)
     mixed *= _FACTOR
@@ -68,9 +70,9 @@ def _hashes(ids: NDArray[np.int64], run: int) -> NDArray[np.uint64]:
 
 
 def _varied(ids: NDArray[np.int64], run: int) -> NDArray[np.bool_]:
-    """Whether each run holds enough distinct tokens to be text."""
+    """Whether each run has enough distinct tokens to be text."""
     runs = np.lib.stride_tricks.sliding_window_view(ids, run, axis=1)
     varied = np.zeros(runs.shape[:2], dtype=np.bool_)
-    for row, window in zip(varied, runs, strict=True):  # window by window: a sorted copy is `run` times as large
+    for row, window in zip(varied, runs, strict=True):  # one window at a time: its sorted runs are `run` times as large
         row[:] = (np.diff(np.sort(window, axis=1), axis=1) != 0).sum(1) + 1 >= min(_FEWEST_KINDS, run)
     return varied

@@ -16,7 +16,7 @@ def has_tokenizer(source: Source) -> bool:
 
 
 def load_tokenizer(source: Source) -> Any:
-    """The checkpoint's own tokenizer."""
+    """The checkpoint's own tokenizer. CalibrationError where it has none that can be loaded."""
     from transformers import AutoTokenizer
 
     if (own := source.tokenizer()) is not None:
@@ -48,10 +48,10 @@ def load_tokenizer(source: Source) -> Any:
 
 
 def as_text(tokenizer: Any, text: Text) -> str:
-    """All documents joined by blank lines; conversations through the tokenizer's own chat template.
+    """All documents joined by blank lines. The tokenizer's own chat template makes text of conversations.
 
-    The template is a stranger's program: transformers runs it in jinja2's ImmutableSandboxedEnvironment, and what the
-    sandbox forbids, or the template gets wrong, is a CalibrationError.
+    The template is a program by a stranger. transformers runs it in jinja2's ImmutableSandboxedEnvironment; if the
+    sandbox stops it, or it fails, that is a CalibrationError.
     """
     if not text.chats:
         return "\n\n".join(text.documents)
@@ -72,9 +72,9 @@ def as_text(tokenizer: Any, text: Text) -> str:
 
 
 def tokenize_pieces(tokenizer: Any, text: str, size: int = 2**16) -> Tensor:
-    """Token ids [N] of a long text without special tokens, line by line in pieces of about `size` characters.
+    """Token ids [N] of a long text without special tokens, in pieces of whole lines and about `size` characters.
 
-    A tokenizer keeps hundreds of bytes per token of one call; pieces keep that small.
+    Pieces keep memory small: a tokenizer holds hundreds of bytes for each token of one call.
     """
     ids, piece, length = [], [], 0
     for line in text.splitlines(keepends=True):
@@ -87,13 +87,13 @@ def tokenize_pieces(tokenizer: Any, text: str, size: int = 2**16) -> Tensor:
 
 
 def tokenize(tokenizer: Any, text: str, *, special: bool) -> Tensor:
-    """Token ids [N] of one text in one tokenizer call."""
+    """Token ids [N] of one text, from one call of the tokenizer; `special`: with the special tokens that it adds."""
     ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.long)
 
 
 def leading_bos(tokenizer: Any) -> int | None:
-    """The BOS id, if this tokenizer starts every text with it."""
+    """The id of BOS if this tokenizer begins every text with it, else None."""
     first = tokenizer("a")["input_ids"][:1]
     bos: int | None = tokenizer.bos_token_id
     return bos if bos is not None and first == [bos] else None

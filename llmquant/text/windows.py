@@ -1,4 +1,10 @@
-"""Text -> fixed token windows, for calibration and for evaluation."""
+"""Text -> windows of a fixed number of tokens, for calibration and for evaluation.
+
+The two differ. Calibration windows are drawn at random (by a seed) and half of them begin with BOS, so that H sees what
+the model sees. Evaluation windows follow the published protocol (GPTQ's), so that perplexities can be compared.
+
+Shapes: n windows, B windows of a batch, T tokens of a window.
+"""
 
 import hashlib
 import random
@@ -13,12 +19,12 @@ from llmquant.text.corpus import Text, load_text
 from llmquant.text.mixture import parse_mixture, split_samples
 from llmquant.text.tokenizer import as_text, leading_bos, tokenize, tokenize_pieces
 
-BATCH_TOKENS = 2048  # that go through a block at once
+BATCH_TOKENS = 2048  # tokens that go through a block at once
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows ids [n, T] (int64) and how they were made."""
+    """Token ids [n, T] (int64), and how they were made."""
 
     ids: Tensor
     dataset: str
@@ -30,7 +36,7 @@ class Windows:
         return self.ids.numel()
 
     def as_dict(self) -> dict[str, Any]:
-        """What a report says of them; the digest pins the token ids."""
+        """What a report says of these windows; the digest pins the token ids."""
         return {
             "dataset": self.dataset,
             "revision": self.revision,
@@ -46,11 +52,16 @@ class Windows:
 
 
 def windows_per_batch(seq_len: int, tokens: int = BATCH_TOKENS) -> int:
-    """How many windows of `seq_len` tokens go through a block at once: about `tokens` tokens, one window at least."""
+    """How many windows of `seq_len` tokens go through a block at once: about `tokens` tokens, at least one window.
+
+    >>> windows_per_batch(512), windows_per_batch(4096)
+    (4, 1)
+    """
     return max(1, tokens // seq_len)
 
 
 def check_ids(ids: Tensor, vocab_size: int, where: str) -> None:
+    """CalibrationError for a token id that the embedding has no row for."""
     if ids.numel() and int(ids.max()) >= vocab_size:
         raise CalibrationError(
             where,
@@ -61,11 +72,13 @@ def check_ids(ids: Tensor, vocab_size: int, where: str) -> None:
 
 
 def calibration_windows(tokenizer: Any, spec: str, samples: int, seq_len: int, seed: int) -> Windows:
-    """`samples` windows of `seq_len` tokens of the text (or a mixture `a:0.5,b:0.5` of texts), chosen by `seed`.
+    """`samples` windows of `seq_len` tokens of a text, or of a mixture `a:0.5,b:0.5` of texts, chosen by `seed`.
 
-    Windows are drawn without overlap; where the text has room for at least half of them, they are spread evenly
-    and overlap. Where the tokenizer starts texts with BOS, so does every other window: models lean on their
-    first token, and text from the middle of a document alone would never show it.
+    Windows do not overlap if the text is long enough. If it has room for half of them at least, they are spread evenly
+    and overlap. If it is shorter, that is a CalibrationError.
+
+    Every other window begins with BOS, if the tokenizer begins texts with it. Models pay much attention to their first
+    token, and windows from the middle of documents would never show it.
     """
     parts = parse_mixture(spec)
     counts = split_samples(parts, samples)
@@ -88,7 +101,7 @@ def calibration_windows(tokenizer: Any, spec: str, samples: int, seq_len: int, s
 
 def _draw(tokenizer: Any, spec: str, samples: int, seq_len: int, seed: int) -> tuple[Tensor, Text]:
     """Windows [samples, T] of one text."""
-    # Characters that surely hold enough tokens: eight per token, and twice that to choose from.
+    # Enough characters: eight for each token are surely enough, and twice that leaves something to choose from.
     text = load_text(spec, "train", samples * seq_len * 16)
     joined = as_text(tokenizer, text)
     if not joined.strip():
@@ -110,13 +123,14 @@ def _draw(tokenizer: Any, spec: str, samples: int, seq_len: int, seed: int) -> t
 
 
 def evaluation_windows(tokenizer: Any, spec: str, max_tokens: int | None, seq_len: int) -> Windows:
-    """The GPTQ-style protocol: texts joined by blank lines, one tokenizer call, windows without overlap, no tail.
+    """Windows by GPTQ's protocol: texts joined by blank lines, one call of the tokenizer, no overlap, the rest dropped.
 
-    At most `max_tokens` tokens (None: the whole text).
+    At most `max_tokens` tokens (None: the whole text). CalibrationError where there is not one whole window.
     """
     text = load_text(spec, "test", 10**12 if max_tokens is None else max_tokens * 16)
     joined = as_text(tokenizer, text)
-    # Six characters a token are nearly always enough, and the ids of a text's head are the head of its ids.
+    # Six characters per token are nearly always enough; if not, the whole text is tokenized. Tokenizing the beginning
+    # of a text gives the beginning of its ids, but for the last few, which are left over.
     head = joined if max_tokens is None else joined[: 6 * max_tokens]
     ids = tokenize(tokenizer, head, special=True)
     if max_tokens is not None and ids.numel() < max_tokens + seq_len and len(head) < len(joined):
