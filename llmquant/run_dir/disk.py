@@ -1,4 +1,4 @@
-"""The calls of the operating system that change files: all that a test must replace to break the disk under a run."""
+"""Every call of the operating system that changes a file. A test that breaks the disk replaces these alone."""
 
 import ctypes
 import errno
@@ -11,26 +11,26 @@ from typing import Any
 from llmquant.errors import OutputError
 from llmquant.run_dir.manifest import json_bytes
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk without room says
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the errors that mean that there is no room
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 class Disk:
-    """Every change that a run makes goes through one of these; each does one thing or raises OSError."""
+    """Every change that a run makes goes through one of these methods. Each does one thing, or raises OSError."""
 
     def mkdir(self, path: Path) -> None:
         path.mkdir(parents=True)
 
     def open(self, path: Path, flags: int) -> int:
-        """A file descriptor; new files get the mode that the umask allows."""
+        """A file descriptor. New files get the mode that the umask allows."""
         return os.open(path, flags | os.O_CLOEXEC, 0o666)
 
     def pwrite(self, fd: int, data: memoryview, at: int) -> int:
-        """Bytes written, which may be fewer than given."""
+        """Write `data` at the offset `at`. Returns the number of bytes written, which may be fewer than given."""
         return os.pwrite(fd, data, at)
 
     def allocate(self, fd: int, size: int) -> None:
-        """Reserve `size` bytes, so that a full disk is noticed now."""
+        """Reserve `size` bytes, so that a full disk shows now and not hours later."""
         os.posix_fallocate(fd, 0, size)
 
     def truncate(self, fd: int, size: int) -> None:
@@ -40,11 +40,11 @@ class Disk:
         os.fsync(fd)
 
     def rename(self, source: Path, target: Path) -> None:
-        """`target` may be an empty folder; a full one is never replaced."""
+        """`target` may be an empty folder. A folder with files in it is never replaced."""
         os.rename(source, target)
 
     def exchange(self, one: Path, other: Path) -> None:
-        """Both paths change places in one step (Linux). OSError with ENOTSUP where the system cannot."""
+        """Swap both paths in one step (Linux). OSError with ENOTSUP where the system cannot do that."""
         renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
         if renameat2 is None:
             raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), str(other))
@@ -61,7 +61,7 @@ class Disk:
 
 
 def write_all(disk: Disk, fd: int, data: bytes | memoryview, at: int) -> None:
-    """All of `data` at the offset `at`, in as many writes as it takes."""
+    """Write all of `data` at the offset `at`, in as many writes as it takes."""
     rest = memoryview(data)
     while rest:
         count = disk.pwrite(fd, rest, at)
@@ -69,7 +69,7 @@ def write_all(disk: Disk, fd: int, data: bytes | memoryview, at: int) -> None:
 
 
 def replace_file(disk: Disk, target: Path, data: bytes) -> None:
-    """The file whole and durable under its name, or not at all; its folder is not synced."""
+    """Write a whole file: it is durable under its name, or not there at all. The caller syncs its folder."""
     temporary = target.with_name(target.name + ".tmp")
     fd = disk.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     try:
@@ -81,7 +81,7 @@ def replace_file(disk: Disk, target: Path, data: bytes) -> None:
 
 
 def fsync_path(disk: Disk, path: Path) -> None:
-    """Make a file's bytes, or a folder's entries, durable."""
+    """Make the bytes of a file, or the entries of a folder, durable."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         disk.fsync(fd)
@@ -90,21 +90,21 @@ def fsync_path(disk: Disk, path: Path) -> None:
 
 
 def lock(path: Path) -> int | None:
-    """A descriptor that holds the folder's lock until it is closed or the process ends; None where another has it."""
+    """Lock a folder. The lock lasts until the descriptor is closed or the process ends; None if another one has it."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(fd)
         return None
-    if not path.exists() or os.stat(path).st_ino != os.fstat(fd).st_ino:  # renamed or removed in between
+    if not path.exists() or os.stat(path).st_ino != os.fstat(fd).st_ino:  # renamed or removed in the meantime
         os.close(fd)
         return None
     return fd
 
 
 def disk_error(path: Path, error: OSError, kept: int = 0) -> OutputError:
-    """What the system said, and how many finished blocks it cost."""
+    """An error that says what the system said, and how many finished blocks are kept."""
     what = f"{kept} blocks are kept: free space and start the same command again" if kept else "nothing was kept"
     return OutputError(
         str(path), error.strerror or str(error), remedy=what if kept else f"{what}; free space or choose another --out"
@@ -112,7 +112,7 @@ def disk_error(path: Path, error: OSError, kept: int = 0) -> OutputError:
 
 
 def write_json_file(path: Path, value: Any) -> None:
-    """Write a report outside of any run, whole or not at all."""
+    """Write a JSON file outside of any run, whole or not at all. OutputError where that fails."""
     try:
         replace_file(Disk(), path, json_bytes(value))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The output folder of one run: begun or gone on with, filled, and made visible."""
+"""The output folder of one run: started or continued, filled, and at the end made visible under its own name."""
 
 import contextlib
 import errno
@@ -24,18 +24,20 @@ _JOB, _JOURNAL = "job.json", "journal"
 
 
 class RunDir:
-    """The output folder of one run, used as a context.
+    """The output folder of one run. Use it as a context.
 
-    `out` must not exist or be empty, or, with `overwrite`, be a folder that llmquant wrote. `fingerprint` says by
-    name all that decides the output. What an earlier run of the same fingerprint left is gone on with: `resume`
-    "auto" where there is something, "required" or it is an error, "never": it is thrown away.
+    out          must not exist, or be empty, or, with `overwrite`, be a folder that llmquant wrote
+    fingerprint  everything that decides the output, by name; only a run with the same one is continued
+    resume       "auto" continues an interrupted run if there is one; "required" is an error if there is none; "never"
+                 throws it away
 
-    records     bodies of the blocks that are committed already, in order
-    tensors     the files of weights, by whose methods tensors are read and written
-    streams     the snapshots of streams that earlier blocks left
-    room_for_streams   whether the disk has `streams_bytes` more than it needs; a run without them is never refused
-    finished    the earlier run was killed after its last commit: `out` is complete, and nothing is left to do
-    threads     of the run that began: products are summed differently by another number of threads
+    Attributes:
+    records      bodies of the blocks that are committed already, in order
+    tensors      the files of weights: read and write tensors by its methods
+    streams      the snapshots that earlier blocks left
+    room_for_streams   whether the disk has room for `streams_bytes` more; a run without that room is never refused
+    finished     the earlier run was killed after its last commit: `out` is complete, and nothing is left to do
+    threads      how many threads the run was started with: another number adds up products in another order
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class RunDir:
         threads: int = 1,
         disk: Disk | None = None,
     ) -> None:
-        # Links are followed: a rename would replace the link, not the folder on the disk it points to.
+        # Follow links: a rename would replace the link, not the folder that it points to.
         self.out = out.expanduser().resolve()
         self.partial = Path(f"{self.out}.partial")
         self.path = self.partial / "output"
@@ -63,7 +65,7 @@ class RunDir:
         self._fingerprint = dict(fingerprint or {})
         self.tensors, self.streams = TensorFiles(self._disk, self.path), StreamFiles(self._disk, self.partial)
         self._given: set[str] = set()  # files beside the weights
-        self._weights: dict[str, dict[str, Any]] = {}  # what `weight_files` has found
+        self._weights: dict[str, dict[str, Any]] = {}  # sizes and hashes that `weight_files` has taken
         self._lock: int | None = None
         self._journal: Journal | None = None
         if not (self.partial / _JOB).is_file():
@@ -77,17 +79,17 @@ class RunDir:
         check_target(self.out, overwrite=self._overwrite)
 
     def _check_remains(self) -> None:
-        """A folder under the name of ours, without its job.json: nothing but what a kill at the very start leaves."""
+        """OutputError for a folder with the name of ours and no job.json, unless a kill at the start or end left it."""
         if not self.partial.exists():
             if self._resume == "required":
                 raise ResumeError(str(self.partial), "there is no interrupted run", remedy="leave --resume out")
             return
-        # In the order in which they are made, and removed again.
+        # These exist before job.json does, or after it is removed.
         early = {_JOURNAL, _JOB + ".tmp", "output"}
         strange = not self.partial.is_dir() or {path.name for path in self.partial.iterdir()} - early
         if strange or (self.path.is_dir() and any(self.path.iterdir())):
             raise OutputError(str(self.partial), "exists and is not a run of this version", remedy="move it away")
-        # What a kill at the very start or the very end leaves is removed here, unless another run is just there.
+        # What a kill at the very start or the very end left is removed here, unless another run works on it right now.
         self._lock = lock(self.partial)
         if self._lock is not None and not (self.partial / _JOB).is_file():
             self._remove()
@@ -108,9 +110,9 @@ class RunDir:
         return self
 
     def _open(self) -> None:
-        """Take the lock, and either begin or read how far the earlier run came."""
+        """Take the lock; then start anew, or read how far the earlier run came."""
         if not self.partial.exists():
-            with contextlib.suppress(FileExistsError):  # another run was faster: the lock says which one may go on
+            with contextlib.suppress(FileExistsError):  # another run was faster: the lock decides which one continues
                 self._disk.mkdir(self.partial)
                 fsync_path(self._disk, self.partial.parent)
         self._lock = lock(self.partial)
@@ -123,7 +125,7 @@ class RunDir:
         self._begin()
 
     def _begin(self) -> None:
-        """job.json last and by a rename: where it is, the journal is."""
+        """Create the journal, then the output folder, then job.json by a rename: where it is, the others are."""
         if self._journal is None:
             self._journal = Journal(self._disk, self.partial / _JOURNAL, new=True)
             self._journal.sync()
@@ -134,7 +136,7 @@ class RunDir:
         fsync_path(self._disk, self.partial)
 
     def _read(self) -> bool:
-        """Read what an earlier run left: go on with it, finish it or throw it away. False: begin anew."""
+        """Read what an earlier run left, and continue it, finish it or throw it away. Returns False to start anew."""
         job = json.loads((self.partial / _JOB).read_bytes())
         theirs = job["fingerprint"]
         self._journal = Journal(self._disk, self.partial / _JOURNAL, new=False)
@@ -164,7 +166,8 @@ class RunDir:
         return True
 
     def _remove_output(self) -> None:
-        """Empty the journal first: a kill in between leaves a run that is at its beginning."""
+        """Remove everything but job.json and the journal. The journal is emptied first, so that a kill in the middle
+        leaves a run that has finished no block."""
         if self._journal is not None:
             self._journal.empty()
         for entry in self.partial.iterdir():
@@ -172,7 +175,7 @@ class RunDir:
                 self._disk.remove_tree(entry) if entry.is_dir() else self._disk.unlink(entry)
 
     def _remove(self) -> None:
-        """The folder of this run, in an order that a kill at any instant leaves readable."""
+        """Remove the folder of this run, in an order that leaves it readable if a kill comes in the middle."""
         for entry in sorted(self.partial.iterdir(), key=lambda entry: (entry.name == _JOURNAL, entry.name == _JOB)):
             self._disk.remove_tree(entry) if entry.is_dir() else self._disk.unlink(entry)
         self._disk.remove_tree(self.partial)
@@ -180,7 +183,7 @@ class RunDir:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Finished blocks are kept for the next run, unless they were found to be wrong."""
+        """Keep the finished blocks for the next run, unless verification found them to be wrong."""
         try:
             if self.partial.exists() and (not self.records or isinstance(error, VerifyError)):
                 self._remove_output()
@@ -203,7 +206,7 @@ class RunDir:
     def open_shards(self, layout: Layout, max_shard_bytes: int, folder: str = "") -> None:
         """Open the safetensors files for `layout` in `folder`, in its order, with headers and index.
 
-        Files of an earlier run are gone on with where blocks of it are committed.
+        If blocks of an earlier run are committed, its files are continued.
         """
         shards, index = lay_out_shards(layout, max_shard_bytes)
         for shard in shards:
@@ -213,15 +216,15 @@ class RunDir:
         fsync_path(self._disk, self.path / folder)
 
     def open_file(self, file_name: str, head: bytes, places: Mapping[str, TensorInfo]) -> None:
-        """A file that begins with `head` and whose tensors will be written to `places`; gaps are zeros.
+        """Open a file that begins with `head` and whose tensors will be written to `places`. Gaps are zeros.
 
-        That of an earlier run is gone on with where blocks of it are committed.
+        If blocks of an earlier run are committed, its file is continued.
         """
         self._open_file(file_name, head, places)
         fsync_path(self._disk, (self.path / file_name).parent)
 
     def _open_file(self, file_name: str, head: bytes, places: Mapping[str, TensorInfo]) -> None:
-        beside = "/" in file_name  # an export, which is begun when all blocks are committed
+        beside = "/" in file_name  # the file of an export, which starts when all blocks are committed
         if self.records and not beside:
             written = (name for record in self.records for name in record["tensors"])
             self.tensors.go_on(file_name, places, written)
@@ -229,13 +232,19 @@ class RunDir:
             self.tensors.begin(file_name, head, places)
 
     def commit_block(self, body: dict[str, Any]) -> None:
-        """Make everything written since the last commit durable, then say so in the journal. `body` is plain data."""
+        """Make everything durable that was written since the last commit, then say so in the journal.
+
+        `body` is plain data that goes into the journal.
+        """
         record = {"tensors": self.tensors.sync(), **body}
         self._append({"kind": "block", "body": record})
         self.records.append(record)
 
     def keep_streams(self, chunks: Iterable[memoryview]) -> str:
-        """Keep `chunks` as the streams after the last committed block; why there was no room for it, or ""."""
+        """Write `chunks` as a snapshot of the streams after the last committed block.
+
+        Returns why there was no room for it, or "".
+        """
         return self.streams.keep(len(self.records), chunks, self._append)
 
     def _append(self, record: Record) -> None:
@@ -251,18 +260,18 @@ class RunDir:
         target = self.path / name
         if not target.parent.exists():
             self._disk.mkdir(target.parent)
-        replace_file(self._disk, target, data)  # its folder is synced by the commit
+        replace_file(self._disk, target, data)  # the commit syncs its folder
         self._given.add(name)
 
     def scratch(self, name: str) -> BinaryIO:
-        """A file for this run only; it has no name in the folder once it is open."""
+        """An open file for this run only. Its name is removed at once, so that it is gone when the run ends."""
         path = self.partial / f"scratch-{name}"
         file = path.open("w+b", buffering=0)
         self._disk.unlink(path)
         return file
 
     def weight_files(self) -> dict[str, dict[str, Any]]:
-        """Bytes and SHA-256 of every file of weights, once all shards are closed."""
+        """Bytes and SHA-256 of every file of weights. Call it when all of them are closed."""
         for name in self.files():
             if name.endswith((".safetensors", ".gguf")) and name not in self._weights:
                 self._weights[name] = facts(self.path / name)
@@ -274,7 +283,7 @@ class RunDir:
     def commit(self, digests: Mapping[str, str] | None = None) -> None:
         """Write the manifest, then make the folder visible under its own name.
 
-        `digests` were taken of the tensors when they were computed; `llmquant verify` asks for them.
+        `digests` of the tensors were taken when they were computed; `llmquant verify` compares with them.
         """
         self._check_target()
         for leftover in self.path.rglob("*.tmp"):
@@ -284,7 +293,7 @@ class RunDir:
         table = {
             name: self._weights.get(name) or facts(self.path / name) if name != COST else {"sha256": None}
             for name in self.files()
-            if name != MANIFEST  # of a commit that was killed
+            if name != MANIFEST  # left by a commit that was killed
         }
         self.write_json(MANIFEST, {"schema_version": 1, "files": table, "tensors": dict(digests or {})})
         for folder in sorted({path.parent for path in self.path.rglob("*")}):
@@ -294,11 +303,11 @@ class RunDir:
         self._swap_in(manifest)
 
     def _swap_in(self, manifest: str) -> None:
-        """Put the finished folder under its own name, unless that was done already, and remove what is left."""
+        """Give the finished folder its own name, unless it has it already, and remove what is left."""
         if not ((self.out / MANIFEST).is_file() and sha256(self.out / MANIFEST) == manifest):
             if self.out.is_dir() and any(self.out.iterdir()):
                 self._check_target()
-                self._disk.exchange(self.path, self.out)  # one step: there is no instant without a checkpoint
+                self._disk.exchange(self.path, self.out)  # in one step: at every instant there is a checkpoint
             else:
                 self._disk.rename(self.path, self.out)
             fsync_path(self._disk, self.out.parent)

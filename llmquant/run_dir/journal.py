@@ -1,4 +1,8 @@
-"""The record of finished work: one JSON line each, chained by hashes."""
+"""The journal of finished work: one line for each record, its SHA-256 and then JSON that names the hash before it.
+
+The chain shows whether a line is missing or damaged anywhere. Only the last line may be torn: a kill, or a loss of
+power, can cut it short, and then it does not count.
+"""
 
 import contextlib
 import hashlib
@@ -10,13 +14,13 @@ from typing import Any
 from llmquant.errors import ResumeError
 from llmquant.run_dir.disk import Disk, write_all
 
-FIRST = "0" * 64  # what the first record follows
+FIRST = "0" * 64  # what the first record names as the hash before it
 
 Record = dict[str, Any]
 
 
 class Journal:
-    """The journal's file, open. What it was given counts for the next run once `append` has returned."""
+    """The journal's file, open. A record counts for the next run once `append` has returned."""
 
     def __init__(self, disk: Disk, path: Path, *, new: bool) -> None:
         self._disk, self._path = disk, path
@@ -24,7 +28,7 @@ class Journal:
         self._end, self._previous = 0, FIRST
 
     def read(self) -> list[Record]:
-        """All records, behind which it goes on; a torn last line is not among them (see `decode`)."""
+        """All records, without a torn last line (see `decode`). `append` continues after the last of them."""
         records, self._end, self._previous = decode(self._path.read_bytes(), str(self._path))
         return records
 
@@ -33,7 +37,7 @@ class Journal:
         try:
             write_all(self._disk, self._fd, line, self._end)
             self._disk.fsync(self._fd)
-        except OSError:  # the line can be read, and the disk may not have it: it must not count for the next run
+        except OSError:  # the line may be readable and yet not on the disk: it must not count for the next run
             with contextlib.suppress(OSError):
                 self._disk.truncate(self._fd, self._end)
             raise
@@ -43,7 +47,7 @@ class Journal:
         self._disk.fsync(self._fd)
 
     def cut_torn_line(self) -> None:
-        """Drop what `read` did not count."""
+        """Drop the torn last line that `read` left out."""
         self._disk.truncate(self._fd, self._end)
         self._disk.fsync(self._fd)
 
@@ -57,24 +61,23 @@ class Journal:
 
 
 def encode(record: Record, previous: str) -> tuple[bytes, str]:
-    """The line of `record`, and the hash that the next one must name."""
+    """The line of `record`, and its hash, which the next line must name."""
     body = json.dumps({"previous": previous, **record}, ensure_ascii=False, allow_nan=False)
     digest = hashlib.sha256(body.encode()).hexdigest()
     return f"{digest} {body}\n".encode(), digest
 
 
 def decode(data: bytes, where: str) -> tuple[list[Record], int, str]:
-    """Records, the length of the sound part of `data`, and the last hash.
+    """The records in `data`, the length of its sound part, and the last hash.
 
-    A last line that was cut short is what a kill leaves and is not counted. ResumeError for anything else that is
-    not a chain.
+    A torn last line is left out. ResumeError for anything else that is not a chain.
     """
     records, at, previous = [], 0, FIRST
     lines = data.split(b"\n")
     for number, line in enumerate(lines[:-1]):
         record = _parse(line, previous)
         if record is None:
-            if number == len(lines) - 2 and not _whole(line):  # torn, with a newline among the bytes that came through
+            if number == len(lines) - 2 and not _whole(line):  # torn, though its newline was written
                 break
             raise ResumeError(
                 where, f"record {number} is damaged", remedy="start again with --resume never, or delete the folder"
@@ -86,7 +89,7 @@ def decode(data: bytes, where: str) -> tuple[list[Record], int, str]:
 
 
 def _whole(line: bytes) -> bool:
-    """Whether the line's own hash fits, whatever it follows."""
+    """Whether the line's own hash is right, whatever line it names as the one before."""
     return hashlib.sha256(line[65:]).hexdigest().encode() == line[:64]
 
 

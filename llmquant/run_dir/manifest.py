@@ -9,12 +9,12 @@ MANIFEST, COST = "manifest.json", "cost.json"
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether `folder` is an output of ours."""
+    """Whether llmquant wrote `folder` and finished it."""
     return (folder / MANIFEST).is_file() and (folder / "report.json").is_file()
 
 
 def files_in(folder: Path) -> list[str]:
-    """Names of all files, those in folders with a slash."""
+    """Names of all files in `folder` and below it, relative to it."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
@@ -29,5 +29,5 @@ def sha256(path: Path) -> str:
 
 
 def json_bytes(value: Any) -> bytes:
-    """As every JSON file of an output is written."""
+    """The bytes of a JSON file, as every one of an output is written."""
     return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

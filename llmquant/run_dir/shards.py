@@ -1,4 +1,4 @@
-"""Tensors -> safetensors files of at most a given size, and the index that names the file of each."""
+"""Tensors -> safetensors files of at most a given size, and the index that says which file holds which tensor."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Shard:
-    """A file, its first bytes, and the places of its tensors."""
+    """One file: its name, its first bytes (length and header), and where its tensors lie."""
 
     file: str
     head: bytes
@@ -21,7 +21,7 @@ class Shard:
 
 
 def lay_out_shards(layout: Layout, max_bytes: int) -> tuple[list[Shard], dict[str, Any] | None]:
-    """The files of `layout`, in its order, and what stands in INDEX; None where one file is enough."""
+    """The files for `layout`, in its order, and the content of INDEX, which is None where one file is enough."""
     split = split_shards(layout, max_bytes)
     shards = []
     for i, names in enumerate(split, 1):
@@ -35,7 +35,7 @@ def lay_out_shards(layout: Layout, max_bytes: int) -> tuple[list[Shard], dict[st
 
 
 def split_shards(layout: Layout, max_bytes: int) -> list[list[str]]:
-    """Tensor names shard by shard, in order; a tensor larger than `max_bytes` gets a shard of its own.
+    """Names of tensors, shard by shard, in order. A tensor larger than `max_bytes` gets a shard of its own.
 
     >>> split_shards({"a": (torch.int8, (6,)), "b": (torch.int8, (6,)), "c": (torch.int8, (4,))}, 10)
     [['a'], ['b', 'c']]

@@ -1,4 +1,4 @@
-"""Snapshots of all streams on the disk: `streams-N` after block N, where the journal names it with its SHA-256."""
+"""Snapshots of all streams on the disk: `streams-N` after block N, valid if the journal names it with its SHA-256."""
 
 import hashlib
 import os
@@ -13,26 +13,26 @@ PREFIX = "streams-"
 
 
 class StreamFiles:
-    """The snapshots in `folder`. `kept`: records of those that should be there, the newest last."""
+    """The snapshots in `folder`. `kept` holds the records of those that should be there, the newest last."""
 
     def __init__(self, disk: Disk, folder: Path) -> None:
         self._disk, self._folder = disk, folder
         self.kept: list[Record] = []
 
     def find(self, records: Sequence[Record]) -> None:
-        """Those that the journal names in `records`."""
-        # Older ones were removed when the newest was in the journal, unless a kill came in between.
+        """Set `kept` from the journal's `records` of snapshots."""
+        # Older ones were removed once the newest was in the journal, unless a kill came in between.
         self.kept = [r for r in records if r is records[-1] or self.path(r["blocks"]).exists()]
 
     def path(self, blocks: int) -> Path:
         return self._folder / f"{PREFIX}{blocks}"
 
     def keep(self, blocks: int, chunks: Iterable[memoryview], append: Callable[[Record], None]) -> str:
-        """Write `chunks` as the streams after `blocks` blocks, `append` the record; then older ones are removed.
+        """Write `chunks` as the streams after `blocks` blocks, `append` a record of it, and remove older snapshots.
 
-        Its name is new and counts for nothing until the journal names it. Returns why there was no room for it, or "".
+        The file does not count until the journal names it. Returns why there was no room for it, or "".
         """
-        self._drop()  # those of which no line was written
+        self._drop()  # snapshots that the journal does not name
         path, digest, end = self.path(blocks), hashlib.sha256(), 0
         try:
             fd = self._disk.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
@@ -47,7 +47,7 @@ class StreamFiles:
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            self._drop()  # commits need the room
+            self._drop()  # commits of blocks need the room
             return error.strerror or str(error)
         fsync_path(self._disk, self._folder)
         record = {"kind": "streams", "blocks": blocks, "bytes": end, "sha256": digest.hexdigest()}

@@ -11,7 +11,7 @@ from llmquant.run_dir.manifest import is_finished
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
-    """OutputError unless `out` is not there, empty, or, with `overwrite`, a checkpoint that llmquant wrote."""
+    """OutputError unless `out` does not exist, is empty, or, with `overwrite`, is a checkpoint that llmquant wrote."""
     if out.exists() and not out.is_dir():
         raise OutputError(str(out), "is a file", expected="a folder that does not exist yet")
     if out.is_dir() and any(out.iterdir()):
@@ -25,7 +25,7 @@ def check_target(out: Path, *, overwrite: bool) -> None:
 
 
 def check_space(out: Path, needed: int) -> int:
-    """Bytes that are free; OutputError where they are fewer than `needed`."""
+    """How many bytes are free; OutputError if that is fewer than `needed`."""
     folder = next(parent for parent in out.parents if parent.is_dir())
     if not os.access(folder, os.W_OK):
         raise OutputError(str(folder), "is not writable", remedy="choose another --out")
@@ -36,7 +36,7 @@ def check_space(out: Path, needed: int) -> int:
 
 
 def check_exchange(disk: Disk, partial: Path, out: Path) -> None:
-    """OutputError unless the file system can put the new checkpoint in the old one's place in one step."""
+    """OutputError unless the file system can replace the old checkpoint by the new one in one step."""
     try:
         disk.exchange(partial, partial)
     except OSError as error:
@@ -48,5 +48,5 @@ def check_exchange(disk: Disk, partial: Path, out: Path) -> None:
 
 
 def allocated(folder: Path, pattern: str = "**/*") -> int:
-    """Bytes on the disk of the files in `folder`."""
+    """Bytes that the files in `folder` occupy on the disk."""
     return sum(path.stat().st_blocks * 512 for path in folder.glob(pattern) if path.is_file())

@@ -1,4 +1,4 @@
-"""The files of the output that hold tensors: each tensor has its place before it is written, once."""
+"""The files of the output that hold tensors. Each tensor has a fixed place from the start, and is written once."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from llmquant.source.header import TensorInfo
 
 
 class TensorFiles:
-    """Files in `folder` while they are filled; what was written is durable after `sync`."""
+    """Files in `folder` while they are filled. What was written is durable after `sync`."""
 
     def __init__(self, disk: Disk, folder: Path) -> None:
         self._disk, self._folder = disk, folder
@@ -24,17 +24,20 @@ class TensorFiles:
         self._since: list[str] = []  # written since the last sync
 
     def begin(self, file: str, head: bytes, places: Mapping[str, TensorInfo]) -> None:
-        """A new file of its full size that begins with `head`; gaps are zeros."""
+        """Start a new file of its full size that begins with `head`. Gaps are zeros."""
         path = self._folder / file
         if not path.parent.exists():
             self._disk.mkdir(path.parent)
         fd = self._fds[file] = self._disk.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         write_all(self._disk, fd, head, 0)
-        self._disk.allocate(fd, _size(places))  # the space is ours before hours are spent
+        self._disk.allocate(fd, _size(places))  # reserve the space before hours of work
         self._plan(file, places)
 
     def go_on(self, file: str, places: Mapping[str, TensorInfo], written: Iterable[str]) -> None:
-        """A file that an earlier run began. `written`: names of tensors that are in it already; others may be named."""
+        """Continue a file that an earlier run started. `written` names the tensors that it holds, and maybe others.
+
+        ResumeError where it is missing or has another size.
+        """
         path = self._folder / file
         if not path.is_file() or path.stat().st_size != _size(places):
             raise ResumeError(str(path), "is not the file that was begun", remedy="start again with --resume never")
@@ -48,7 +51,7 @@ class TensorFiles:
         self._unwritten |= places.keys()
 
     def read(self, name: str) -> Tensor:
-        """A tensor that was written before."""
+        """A tensor that was written before, read back from the file."""
         place = self._places[name]
         data = bytearray(place.nbytes)
         if place.nbytes and os.preadv(self._fds[place.file], [data], place.start) != place.nbytes:
@@ -56,7 +59,7 @@ class TensorFiles:
         return torch.frombuffer(data, dtype=torch.uint8).view(place.dtype).view(place.shape)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one planned tensor to its place; dtype and shape must be the planned ones."""
+        """Write one planned tensor to its place. VerifyError unless dtype and shape are the planned ones, and once."""
         place = self._places[name]
         if tensor.dtype != place.dtype or tuple(tensor.shape) != place.shape or name not in self._unwritten:
             raise VerifyError(
@@ -69,14 +72,14 @@ class TensorFiles:
         self._since.append(name)
 
     def sync(self) -> list[str]:
-        """Make all that was written since the last call durable; the names of those tensors."""
+        """Make everything durable that was written since the last call. Returns the names of those tensors."""
         for file in sorted({self._places[name].file for name in self._since}):
             self._disk.fsync(self._fds[file])
         names, self._since = self._since, []
         return names
 
     def finish(self) -> None:
-        """Flush and close all files; every planned tensor must have been written."""
+        """Sync and close all files. VerifyError if a planned tensor was never written."""
         if self._unwritten:
             raise VerifyError(sorted(self._unwritten)[0], "was planned but never written")
         self.sync()
