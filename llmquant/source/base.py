@@ -1,7 +1,7 @@
-"""Where a checkpoint comes from: the built-in demo, a local folder, or the Hub with its revision pinned.
+"""A checkpoint in a local folder, and what other kinds of source override.
 
-Headers are read and checked first; weights are read tensor by tensor, with plain reads. Only safetensors:
-there is no pickle path.
+Headers are read and checked first. Weights are read tensor by tensor, with plain reads instead of a memory map. Only
+safetensors files are read; pickles never.
 """
 
 import math
@@ -20,28 +20,29 @@ from llmquant.source.remote_code import code_files, references
 
 NAME_THE_ORIGINAL = "name the checkpoint that it was made from; eval, compare and inspect read the file itself"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-# Copied into the output as they are: data of the tokenizer, never code, and nothing from other folders.
+# Files that are copied into the output as they are: data of the tokenizer, licences; never code, no other folders.
 _SIDE_FILES = re.compile(
     r"(tokenizer[^/]*\.(json|model[^/]*)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
     r"|[^/]*\.(model|tiktoken)|generation_config\.json|chat_template\.(jinja|json)"
     r"|additional_chat_templates/[^/]*\.jinja"
     r"|(preprocessor|processor)_config\.json|(LICENSE|LICENCE|NOTICE|USE_POLICY|COPYING)[^/]*)"
 )
-# Keys that would make a reader run foreign code or choose kernels for the user, at any depth of a config.
+# Keys of a config, at any depth, that would make a loader run foreign code or would choose kernels for the user.
 _UNSAFE_KEYS = re.compile(
     r"auto_map|trust_remote_code|_?attn_implementation.*|_?experts_implementation.*|.*kernel_config|use_kernels"
 )
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    """By the ends of its range, thirty times faster than entry by entry: a NaN is both."""
+    """Whether no entry is NaN or Inf. The ends of the range show that, thirty times as fast as every entry: where one
+    entry is NaN, both ends are NaN."""
     return not tensor.numel() or all(math.isfinite(float(end)) for end in tensor.aminmax())
 
 
 class Source:
     """A checked checkpoint: `config`, `tensors` by name, and `read`. Use `open_source` to make one.
 
-    `code` are the checkpoint's own Python files that may be run: none without `trust_remote_code`.
+    `code` names the checkpoint's own Python files that may be run: none without `trust_remote_code`.
     """
 
     def __init__(
@@ -58,16 +59,16 @@ class Source:
         self.tensors = self._tensors()
         if trust_remote_code:
             self.code = code_files(name, set(self.files()), self.json, self.local)
-        for file in self.side_files():  # others read them later: here, or not at all
+        for file in self.side_files():  # fetch and check them now: transformers reads them later by itself
             self.local(file)
 
     def tokenizer(self) -> Any:
-        """The tokenizer, where it comes with the weights; None where it lies in files of its own."""
+        """The tokenizer, if the file of the weights holds it (GGUF); None if it has files of its own."""
         return None
 
     # -- what a Hub source overrides -------------------------------------------------------------------
     def files(self) -> list[str]:
-        """Names of all files, relative to the checkpoint's root."""
+        """Names of all files, relative to the checkpoint's folder."""
         return sorted(
             str(path.relative_to(self.folder))
             for path in self.folder.rglob("*")
@@ -75,12 +76,12 @@ class Source:
         )
 
     def local(self, file: str) -> Path:
-        """A path at which `file` can be read now."""
+        """A path where `file` can be read now. SourceError if it is missing or a link out of the checkpoint."""
         path = self.folder / relative(file)
         if not path.is_file():
             raise SourceError(self.name, f"{file} is missing", remedy="download the checkpoint again")
         root, target = self.folder.resolve(), path.resolve()
-        # The Hub's cache keeps the files of a snapshot in a folder of blobs beside all snapshots.
+        # The Hub's cache keeps all files in the folder `blobs`; a folder in `snapshots` holds links to them.
         blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
         if not target.is_relative_to(root) and not target.is_relative_to(blobs):
             raise SourceError(
@@ -99,7 +100,7 @@ class Source:
         return 0
 
     def stored_as(self, name: str) -> str | None:
-        """The packed form that the tensor is read from; None where it is stored as it is read."""
+        """The packed form that the tensor is stored in; None if it is stored as it is read."""
         return None
 
     def parts(self, name: str) -> list[TensorInfo]:
@@ -107,7 +108,7 @@ class Source:
         return [self.tensors[name]]
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Say which tensors will be read next; a Hub source fetches their files meanwhile."""
+        """Say which tensors will be read next. A Hub source fetches their files in the meantime."""
 
     def _header(self, file: str) -> tuple[bytes, int]:
         path = self.local(file)
@@ -117,7 +118,7 @@ class Source:
             return stream.read(length), size
 
     def json(self, file: str) -> dict[str, Any]:
-        """A JSON file of it, of bounded size."""
+        """One of its JSON files. SourceError if it is too large or not an object."""
         path = self.local(file)
         if (size := path.stat().st_size) > MAX_HEADER_BYTES:
             raise SourceError(f"{self.name}: {file}", f"{size} bytes of JSON", expected=f"at most {MAX_HEADER_BYTES}")
@@ -133,7 +134,7 @@ class Source:
         return self._read_at(self.tensors[name])
 
     def _read_at(self, info: TensorInfo) -> Tensor:
-        """Plain reads: a mapped file that shrinks kills us."""
+        """The bytes of one tensor, by plain reads: if a mapped file shrinks, the system kills the process."""
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
         view, done = buffer.numpy().data.cast("B"), 0
         with self.local(info.file).open("rb", buffering=0) as stream:
@@ -148,7 +149,7 @@ class Source:
         return buffer.view(info.dtype).view(info.shape)
 
     def read_finite(self, name: str) -> Tensor:
-        """`read`, refusing NaN and Inf by the tensor's name."""
+        """`read`; SourceError that names the tensor if it holds NaN or Inf."""
         tensor = self.read(name)
         if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not _all_finite(tensor):
             count = int((~torch.isfinite(tensor)).sum())
@@ -159,16 +160,16 @@ class Source:
 
     @property
     def side_bytes(self) -> int:
-        """Bytes of the side files, and a megabyte for our own."""
+        """Bytes of the side files, plus a megabyte for the files that a run adds."""
         return 2**20 + sum(self.local(file).stat().st_size for file in self.side_files())
 
     def side_files(self) -> list[str]:
-        """Files that go into the output as they are: tokenizer, chat template, generation config, licence, `code`."""
+        """Names of files that are copied to the output: tokenizer, chat template, generation config, licence, code."""
         return [file for file in self.files() if _SIDE_FILES.fullmatch(file) or file in self.code]
 
     @property
     def safe_config(self) -> dict[str, Any]:
-        """`config` as transformers and the output may see it; auto_map stays where its code may be run."""
+        """`config` as transformers and the output may see it. auto_map stays only if its code may be run."""
         return safe_config(self.config, keep_code=bool(self.code))
 
     def announce_code(self, log: Log) -> None:
@@ -180,7 +181,7 @@ class Source:
             log(f"--trust-remote-code: {self.name} brings no code of its own")
 
     def code_remedy(self, file: str = "config.json") -> str:
-        """What an error says where the checkpoint's own code would be needed; empty where `file` names none."""
+        """The remedy of an error, if the checkpoint's own code would be needed; "" if `file` names no code."""
         has_code = file in self.files() and any(references(self.json(file)))
         return "remote code is not run without --trust-remote-code: read it first" if has_code and not self.code else ""
 
@@ -229,7 +230,7 @@ class Source:
 
 
 class OnlyGGUFError(SourceError):
-    """A folder or repository whose weights are GGUF files: `open_checkpoint` reads one, a run cannot start from it."""
+    """A folder or repository whose weights are GGUF files. `open_checkpoint` reads one; a run cannot start from it."""
 
     def __init__(self, source: Source, files: list[str]) -> None:
         self.source, self.files = source, files
@@ -242,7 +243,7 @@ class OnlyGGUFError(SourceError):
 
 
 def gguf_files(files: Iterable[str]) -> list[str]:
-    """The GGUF files at the root of a checkpoint; none where there are safetensors weights."""
+    """The GGUF files at the root of a checkpoint; none if there are safetensors weights as well."""
     names = list(files)
     return (
         [] if any(f.endswith(".safetensors") for f in names) else [f for f in names if re.fullmatch(r"[^/]+\.gguf", f)]
@@ -250,16 +251,16 @@ def gguf_files(files: Iterable[str]) -> list[str]:
 
 
 def relative(file: str) -> str:
-    """`file`, refused where it would lead out of the checkpoint's folder."""
+    """`file` itself; SourceError if it would lead out of the checkpoint's folder."""
     if file.startswith(("/", "~")) or ".." in Path(file).parts or "\0" in file or "\\" in file:
         raise SourceError(repr(file)[:80], "a path that leads out of the checkpoint")
     return file
 
 
 def safe_config(config: dict[str, Any], *, keep_code: bool = False) -> dict[str, Any]:
-    """`config` without keys that would run foreign code or pick kernels, at every nesting level.
+    """`config` without the keys that would run foreign code or choose kernels, at every level of nesting.
 
-    keep_code   auto_map stays: the user trusts it
+    With `keep_code` auto_map stays, because the user trusts its code.
     """
     kept = ("auto_map",) if keep_code else ()
 

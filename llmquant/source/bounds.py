@@ -1,4 +1,8 @@
-"""Is a config.json plausible beside the headers of its checkpoint? Asked before anything is built from it."""
+"""Does config.json fit the tensors of its checkpoint? Checked before a model is built from it.
+
+A config may name a billion layers, or heads of a billion channels. Building such a model takes hours or fills the
+memory, long before the shapes of the tensors refute it. So every size in the config is compared with the headers first.
+"""
 
 import math
 import re
@@ -10,20 +14,16 @@ from llmquant.source.base import Source
 
 _MAX_DEPTH = 32  # of nesting; real ones have four levels
 _LAYERS = re.compile(r"num_hidden_layers|num_layers|n_layers?|(num_)?decoder_layers")
-# What says how many or how wide; a model has a dimension for each. Lengths and token ids may be anything.
+# Keys that say how many or how wide: some tensor has such a dimension. Lengths and token ids (_FREE) may be anything.
 _SIZES = re.compile(
     r"(num|n|d)_\w+|\w*_(size|dim|dims|rank|heads?|layers?|experts?|groups|width|inner|channels)|dim|hidden\w*"
 )
 _FREE = re.compile(r"\w*(position|ctx|context|window|chunk|token|param|label|step|sample|flop|batch|_id)\w*")
-_ROOM = 16  # a size may be this often the largest dimension of any tensor
+_ROOM = 16  # a size may be this many times the largest dimension of any tensor
 
 
 def refuse_absurd(source: Source, config: dict[str, Any]) -> None:
-    """SourceError for sizes, at any nesting level, that no tensor of the checkpoint bears out, and for NaN and Inf.
-
-    A billion layers or a head of a billion channels would be built for hours, or fill the memory, before the shapes
-    of the tensors refute them.
-    """
+    """SourceError for a size at any level of `config` that is far above those of all tensors, and for NaN and Inf."""
     n_tensors = len(source.tensors)
     largest = max((size for info in source.tensors.values() for size in info.shape), default=0)
     for path, value in _leaves(source, config, "", 0):
@@ -39,7 +39,7 @@ def refuse_absurd(source: Source, config: dict[str, Any]) -> None:
 
 
 def refuse_buffers(source: Source, nbytes: int) -> None:
-    """SourceError where what the model computes for itself (masks, rope tables) would be larger than its weights."""
+    """SourceError if the buffers that the model computes itself (masks, rope tables) are larger than its weights."""
     if nbytes > (limit := max(64_000_000, source.weight_bytes)):
         raise SourceError(
             f"{source.name}: config.json", f"a model with {nbytes} bytes of buffers", expected=f"at most {limit}"
@@ -47,7 +47,7 @@ def refuse_buffers(source: Source, nbytes: int) -> None:
 
 
 def _leaves(source: Source, value: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
-    """Numbers, texts and so on with their path: `text_config.layer_types[3]`."""
+    """Every value that is not a container, with its path, such as `text_config.layer_types[3]`."""
     if depth > _MAX_DEPTH:
         raise SourceError(f"{source.name}: config.json", f"more than {_MAX_DEPTH} levels of nesting")
     if isinstance(value, dict):

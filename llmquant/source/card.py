@@ -1,4 +1,4 @@
-"""What the original's own card says of it and holds for the quantized model too: licence, languages, data, task."""
+"""What the original's model card says and what stays true for the quantized model: licence, languages, data, task."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ from llmquant.log import Log
 from llmquant.source.base import Source
 
 KEYS = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
-_SHORT = 300  # characters of one value; licence names and ids are far shorter
+_SHORT = 300  # most characters of one value; names of licences and ids are far shorter
 
 
 def read_card(source: Source, log: Log) -> dict[str, Any]:
-    """Licence, languages, training data and task as the card of `source` states them; {} where it has none.
+    """Licence, languages, training data and task from the card of `source`; {} if it has no card.
 
-    A stranger's text: only short strings and lists of them are taken.
+    The card is a stranger's text, so only short strings and lists of them are taken.
     """
     from huggingface_hub import metadata_load
     from yaml import YAMLError

@@ -1,6 +1,7 @@
-"""A strict reader of safetensors headers: names, dtypes, shapes and byte ranges, and nothing trusted.
+"""A strict reader of safetensors headers: names, dtypes, shapes and byte ranges. Nothing in a file is trusted.
 
-Layout of a file: 8 bytes little-endian length n, n bytes of JSON, then the tensors' bytes without a gap.
+Layout of a file: the length n of the header in 8 bytes, little endian; n bytes of JSON; then the bytes of the tensors,
+without gaps. Source: the format's description at https://github.com/huggingface/safetensors
 """
 
 import json
@@ -12,8 +13,8 @@ import torch
 
 from llmquant.errors import SourceError
 
-MAX_HEADER_BYTES = 25 * 1024 * 1024  # of a header, an index or a config
-_MAX_TENSORS = 100_000  # in one file; a header of that many is parsed in a second and 100 MB
+MAX_HEADER_BYTES = 25 * 1024 * 1024  # largest header, index or config that is read
+_MAX_TENSORS = 100_000  # most tensors in one file; parsing the header of that many takes a second and 100 MB
 
 DTYPES = {
     "F64": torch.float64,
@@ -36,7 +37,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `start`..`end` are byte offsets from the beginning of `file`."""
+    """Where one tensor lies. `start` and `end` are byte offsets from the beginning of `file`."""
 
     name: str
     file: str
@@ -62,10 +63,10 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
-    """A JSON object without duplicate names, else SourceError.
+    """A JSON object in which no name occurs twice; SourceError for anything else.
 
-    A few bytes of text can become a hundred of memory: what has more brackets and commas than the header of
-    100,000 tensors (three and at most eleven for each) is not parsed at all.
+    One byte of text can take a hundred bytes of memory once it is parsed. So text with more brackets and commas than
+    the header of 100,000 tensors can have (3 and at most 11 for each) is not parsed at all.
     """
     data = text.encode() if isinstance(text, str) else text
     if data.count(b"[") + data.count(b"{") > 3 * _MAX_TENSORS or data.count(b",") > 11 * _MAX_TENSORS:
@@ -82,10 +83,10 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
 
 
 def parse_header(file: str, header: bytes, file_size: int) -> dict[str, TensorInfo]:
-    """All tensors of a file from its header's JSON bytes; `file_size` is the size of the whole file.
+    """All tensors of a file, from the JSON bytes of its header. `file_size` is the size of the whole file.
 
-    Refused with SourceError: unknown dtypes, shapes that are not the byte range, ranges that overlap, leave
-    gaps or end elsewhere than the file (a truncated download), and control characters in names.
+    SourceError for unknown dtypes, shapes that do not fit the byte range, ranges that overlap, leave gaps or do not end
+    where the file ends (a truncated download), and control characters in names.
     """
     table = parse_json(header, f"{file} (header)")
     metadata = table.pop("__metadata__", {})
@@ -135,7 +136,7 @@ def _naturals(value: Any) -> bool:
 
 
 def header_length(file: str, first_bytes: bytes, file_size: int) -> int:
-    """Length of the JSON header from the first 8 bytes of a file, refused where it cannot be one."""
+    """Length of the JSON header, from the first 8 bytes of a file. SourceError if no such header can be there."""
     length = int.from_bytes(first_bytes[:8], "little")
     if len(first_bytes) < 8 or length > file_size - 8 or length > MAX_HEADER_BYTES or length < 2:
         raise SourceError(
@@ -148,7 +149,9 @@ def header_length(file: str, first_bytes: bytes, file_size: int) -> int:
 
 
 def build_header(tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, TensorInfo]]:
-    """Header bytes (length prefix included) and places of `tensors`, in an order that keeps each one aligned.
+    """The bytes of a header, its length in front, and the places of `tensors`.
+
+    Tensors with larger elements come first, so that each one is aligned.
 
     >>> head, places = build_header({"a": (torch.int8, (3,)), "b": (torch.int32, (2,))})
     >>> [(p.name, p.start - len(head), p.end - len(head)) for p in places.values()]

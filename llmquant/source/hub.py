@@ -1,4 +1,4 @@
-"""A checkpoint on the Hub: one pinned commit, headers by range requests, shards fetched one ahead."""
+"""A checkpoint on the Hub: one pinned commit, headers by range requests, shards downloaded one ahead."""
 
 import threading
 from collections import deque
@@ -16,7 +16,7 @@ TIMEOUT = 30.0  # seconds without a byte from the Hub
 
 
 def open_hub(repo: str, revision: str | None, trust_remote_code: bool) -> Source:
-    """The repository at its commit; offline, what an earlier download left in the local cache."""
+    """The repository at its commit. Offline: what an earlier download left in the local cache."""
     from huggingface_hub import is_offline_mode, snapshot_download
 
     if not is_offline_mode():
@@ -26,15 +26,18 @@ def open_hub(repo: str, revision: str | None, trust_remote_code: bool) -> Source
 
 
 def dataset_commit(repo: str) -> str | None:
-    """The commit that a dataset's repository on the Hub is at. Raises what huggingface_hub raises."""
+    """The current commit of a dataset on the Hub. Raises what huggingface_hub raises."""
     from huggingface_hub import HfApi
 
     return HfApi().dataset_info(repo, timeout=TIMEOUT).sha
 
 
 class HubSource(Source):
-    """A repository on the Hub at one pinned commit. Headers come by range requests; each shard is fetched whole
-    when its first tensor is read, and the next one while that one is used, one at a time."""
+    """A repository on the Hub at one pinned commit.
+
+    Headers come by range requests. A shard is downloaded whole when its first tensor is read or `prefetch` names it;
+    one thread downloads one file at a time, while blocks of the shard before are quantized.
+    """
 
     def __init__(self, repo: str, revision: str | None, *, trust_remote_code: bool = False) -> None:
         from huggingface_hub import HfApi
@@ -106,7 +109,7 @@ class HubSource(Source):
         url = hf_hub_url(self._repo, file, revision=self.revision)
 
         def first(count: int) -> bytes:
-            # The Hub's file servers ignore ranges of answers that may be compressed; others ignore them always.
+            # The Hub's file servers ignore ranges unless compression is refused; other servers always ignore them.
             headers = {**build_hf_headers(), "Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"}
             data = bytearray()
             with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT) as response:
@@ -128,7 +131,7 @@ class HubSource(Source):
 
 
 def _hub(where: str, call: Callable[[], T]) -> T:
-    """`call()`, with every way the Hub can fail told apart in one line."""
+    """The result of `call()`. Every way in which the Hub can fail becomes a SourceError with a line of its own."""
     from huggingface_hub import errors as hub
 
     try:

@@ -1,8 +1,10 @@
-"""The quantized linears of a finished checkpoint, by the layouts that are met in the wild.
+"""The quantized linears of a finished checkpoint, ours or other people's, in the layouts that exist.
 
-Each function finds the packed linears of one layout among the stored tensors and says how to read them. Most are
-grids, w = (code - zero) * scale; bitsandbytes NF4 is a table of 16 numbers and has only a dense view.
-Shapes: O out_features, I in_features, G groups.
+Each function finds the packed linears of one layout among the stored tensors and says how to read them. Most layouts
+hold grids, w = (code - zero) * scale. bitsandbytes NF4 holds indexes into a table of 16 numbers and has only a dense
+view. A new layout is one function and one line in LAYOUTS.
+
+Shapes: O out_features, I in_features, G groups in a row.
 """
 
 import json
@@ -25,9 +27,13 @@ Tensors = dict[str, TensorInfo]
 
 @dataclass(frozen=True)
 class Grid:
-    """w = (codes_OI - zeros_OG[g]) * scales_OG[g], g = group_I[i], or i // (I / G) where group_I is None.
+    """w[o, i] = (codes_OI[o, i] - zeros_OG[o, g]) * scales_OG[o, g] with g = group_I[i].
 
-    Codes and zeros are signed (2^(bits-1) taken off) and exact in float32; zeros_OG None: 0.
+    Without group_I, groups are neighbours: g = i // (I / G). Without zeros_OG, zeros are 0. Codes and zeros are signed
+    (formats store them with 2^(bits-1) added) and exact in float32.
+
+    >>> Grid(torch.tensor([[-8, 7, 1, 0]]), torch.tensor([[0.5, 2.0]])).dense().tolist()
+    [[-4.0, 3.5, 2.0, 0.0]]
     """
 
     codes_OI: Tensor
@@ -47,8 +53,16 @@ class Grid:
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """One packed linear. `parts` are the stored tensors it is made of; `bits` 0 where its codes are no integer grid,
-    `form` then says what they are."""
+    """One packed linear.
+
+    prefix   of the names of its stored tensors, without the last dot
+    shape    of the weight that it holds
+    dtype    that the checkpoint is said to have for this weight: that of its scales
+    bits     of a code; 0 if the codes are no integer grid: `form` says then what they are
+    parts    names of the stored tensors that it is made of
+    grid     reads codes, scales and zeros; None if it has no grid
+    dense    reads the dequantized weight
+    """
 
     prefix: str  # of the stored names, without a dot
     shape: tuple[int, ...]
@@ -80,7 +94,7 @@ def _linear(
 
 
 def _with(tensors: Tensors, leaf: str, *parts: str) -> Iterator[tuple[str, list[TensorInfo]]]:
-    """Every module that has a tensor `leaf`, with that tensor and its `parts`; SourceError where one is missing."""
+    """Every module with a tensor `leaf`: its name, that tensor and its `parts`. SourceError if one is missing."""
     for name in tensors:
         prefix, _, last = name.rpartition(".")
         if last == leaf:
@@ -102,7 +116,8 @@ def _signed(codes: Tensor, bits: int) -> Tensor:
 
 
 def compressed_tensors(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, PackedLinear]:
-    """pack-quantized; bits = 32 words / I, group = I / scales of a row, so any number of config groups can be read."""
+    """compressed-tensors, pack-quantized. Bits and group size follow from the shapes (bits = 32 words / I, group = I /
+    scales of a row), so checkpoints with several config groups can be read."""
     if config.get("format") != "pack-quantized":
         raise SourceError(
             "quantization_config",
@@ -153,7 +168,7 @@ def _compressed_grid(
 
 
 def gptq(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, PackedLinear]:
-    """GPTQ v1, whose stored zeros are one too small, and v2; g_idx gives each input's group."""
+    """GPTQ, v1 and v2. In v1 the stored zeros are one too small. g_idx names each input's group."""
     bits, version = config.get("bits"), config.get("checkpoint_format", "gptq")
     if bits not in (2, 3, 4, 8) or version not in ("gptq", "gptq_v2"):
         raise SourceError(
@@ -201,7 +216,7 @@ def _gptq_grid(
 
 
 def awq(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, PackedLinear]:
-    """AWQ, version gemm."""
+    """AWQ, version gemm: the only one that is read."""
     version, bits = str(config.get("version", "gemm")).lower(), config.get("bits")
     if version != "gemm" or bits != 4:
         raise SourceError("quantization_config", f"awq version {version!r}, {bits} bits", expected="gemm, 4 bits")
@@ -230,7 +245,7 @@ def awq(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, Packe
 
 
 def mlx(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, PackedLinear]:
-    """MLX affine: w = u s + bias with u unsigned; widths by shapes, group sizes by the config."""
+    """MLX affine: w = u s + bias, u unsigned. Bits follow from the shapes, group sizes stand in the config."""
     if config.get("mode", "affine") != "affine":
         raise SourceError("quantization_config", f"mlx mode {config['mode']!r}", expected="affine")
     found = {}
@@ -259,16 +274,21 @@ def mlx(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, Packe
 
 
 def from_table(octets: Tensor, table: Tensor, absmax: Tensor, blocksize: int) -> Tensor:
-    """table[code] * absmax of its block in float32, for all codes of packed bytes: the upper half of a byte first."""
+    """table[code] * absmax of the code's block, in float32, for all codes in `octets`: the upper half of a byte first.
+
+    >>> from_table(torch.tensor([0x01], dtype=torch.uint8), torch.tensor([0.0, 1.0]), torch.tensor([3.0]), 64).tolist()
+    [0.0, 3.0]
+    """
     octets = octets.reshape(-1).view(torch.uint8)
     codes = torch.stack([octets >> 4, octets & 15], dim=-1).view(-1).long()
     return table.float()[codes].mul_(absmax.float().repeat_interleave(blocksize)[: len(codes)])
 
 
 def bitsandbytes(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, PackedLinear]:
-    """NF4 and FP4: codes of 4 bits, the first in the upper half of a byte, point into a table; a scale per block.
+    """bitsandbytes NF4 and FP4: codes of 4 bits are indexes into a table, and each block of them has a scale.
 
-    With double quantization the scales are 8-bit codes themselves: table[code] * scale of the block + offset.
+    The first code of a byte is in its upper half. With double quantization the scales are 8-bit codes themselves:
+    table[code] * scale of the outer block + offset.
     """
     found = {}
     for name in tensors:

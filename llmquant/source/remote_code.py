@@ -1,7 +1,7 @@
 """Python code that a checkpoint brings along (`auto_map`): which files it is, and whether they may be run.
 
-Only --trust-remote-code on the command line (`trust_remote_code=True` in the API) allows that; no file can. What is run
-is what lies in the checkpoint itself: the folder, or the repository at its pinned commit.
+Only --trust-remote-code on the command line (`trust_remote_code=True` in the API) allows it; no file can. Only files of
+the checkpoint itself are run: those in the folder, or in the repository at its pinned commit.
 """
 
 import re
@@ -11,17 +11,17 @@ from typing import Any
 
 from llmquant.errors import SourceError
 
-# Files whose auto_map loaders obey.
+# The files in which loaders look for an auto_map.
 _NAMING = ("config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
-_REFERENCE = re.compile(r"(\w[\w-]*)\.\w+")  # module.Class, a file beside config.json
+_REFERENCE = re.compile(r"(\w[\w-]*)\.\w+")  # module.Class; the module is a file next to config.json
 
 
 def code_files(
     name: str, files: Collection[str], read_json: Callable[[str], dict[str, Any]], local: Callable[[str], Path]
 ) -> tuple[str, ...]:
-    """The Python files that the auto_maps of the checkpoint `name` lead to, and those they import. Runs nothing.
+    """The Python files that the auto_maps of the checkpoint `name` point to, and the files that those import.
 
-    SourceError where one is missing or would come from another repository, whose revision nothing pins.
+    Runs nothing. SourceError if a file is missing or belongs to another repository, whose revision nothing pins.
     """
     wanted = [_module(f"{name}: {file}", r) for file in _NAMING if file in files for r in references(read_json(file))]
     found: dict[str, None] = {}
@@ -37,9 +37,9 @@ def code_files(
 
 
 def references(config: Any) -> Iterator[Any]:
-    """All that auto_maps at any depth of a config name; None (no such class) left out."""
+    """Every class that an auto_map names, at any depth of a config. None, which stands for no class, is left out."""
     waiting = [(config, False)]
-    while waiting:  # not recursive: strangers nest as deep as they like
+    while waiting:  # without recursion, because a stranger's config may be nested as deep as it likes
         value, named = waiting.pop()
         if isinstance(value, dict):
             waiting += [(item, named or key == "auto_map") for key, item in value.items()]
@@ -50,7 +50,7 @@ def references(config: Any) -> Iterator[Any]:
 
 
 def _module(where: str, reference: Any) -> str:
-    """The file of a class reference."""
+    """The file of a class reference `module.Class`. SourceError for anything else."""
     if isinstance(reference, str) and "--" in reference:
         raise SourceError(
             where,

@@ -11,10 +11,10 @@ _CHECKPOINT = "a checkpoint folder or a Hub id"
 
 
 def open_source(model: str | Path, revision: str | None = None, *, trust_remote_code: bool = False) -> Source:
-    """`demo`, a local folder, or a Hub id (its revision resolved to a commit once).
+    """Open `demo`, a local folder, or a Hub id, whose revision is resolved to a commit once.
 
-    trust_remote_code   the user's word that Python code of the checkpoint may be run; opening runs none of it
-    Raises SourceError; nothing but headers and side files has been read on return.
+    With `trust_remote_code` the user allows Python code of the checkpoint to be run; opening it runs none. Only headers
+    and side files have been read on return. SourceError where the checkpoint is missing or malformed.
     """
     if str(model) == "demo":
         return Source("llmquant/demo", DEMO)

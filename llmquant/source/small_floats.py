@@ -1,11 +1,19 @@
-"""Weights that are stored as small floats, FP8 and MXFP4, read as dense ones: originals for a run, tensor by tensor.
+"""Weights stored as small floats, FP8 and MXFP4, read as dense ones.
 
-FP8     w[o, i] = q[o, i] s[o // a, i // b]; q e4m3 (or e5m2), s a float, or an exponent byte e that stands for
-        2^(e - 127); blocks a x b: the whole tensor, a row, a group of a row, or 128 x 128 (DeepSeek, Qwen3-FP8)
-MXFP4   w[.., 32 g + j] = e2m1(nibble j of block g) 2^(e[.., g] - 127), the low nibble of a byte first
-The product is taken in float32 and rounded once to the dtype that the config names, as the published converters do.
-Sources: DeepSeek-V3's fp8_cast_bf16.py, OCP Microscaling Formats (MX) 1.0, compressed-tensors' naive and mxfp4.
-Shapes: O out_features, I in_features, E experts, G groups.
+Many models are published in FP8 only. A run can start from such a checkpoint: each tensor is made dense when it is
+read, so no 16-bit copy of the model is needed.
+
+    FP8     w[o, i] = q[o, i] s[o // a, i // b]
+            q is e4m3 or e5m2; s is a float, or a byte e that stands for 2^(e - 127). A block of a x b weights shares s:
+            the whole tensor, a row, a group of a row, or 128 x 128 (DeepSeek, Qwen3-FP8).
+    MXFP4   w[.., 32 g + j] = e2m1(nibble j of block g) 2^(e[.., g] - 127)
+            The low nibble of a byte comes first.
+
+The product is computed in float32 and rounded once to the dtype that the config names, as the published converters do.
+
+Sources: DeepSeek-V3's fp8_cast_bf16.py; OCP Microscaling Formats (MX) 1.0; compressed-tensors' naive and mxfp4.
+
+Shapes: O out_features, I in_features, E experts, G groups in a row.
 """
 
 from collections.abc import Callable
@@ -23,7 +31,7 @@ _SCALES = ("weight_scale_inv", "weight_scale")
 _OF_ACTIVATIONS = ("input_scale", "input_zero_point", "activation_scale")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
-_MX = 32  # numbers under one exponent
+_MX = 32  # numbers that share an exponent
 
 
 def _dense_dtype(config: dict[str, Any]) -> torch.dtype:
@@ -37,8 +45,11 @@ def _dense_dtype(config: dict[str, Any]) -> torch.dtype:
 
 
 def fp8(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, PackedLinear]:
-    """Every FP8 weight with the scale beside it. Block sizes by the scale's shape, and by the config where the last
-    blocks of a matrix are cut short. SourceError for FP8 without a scale, and for scales that fit no blocks."""
+    """Every FP8 weight, with its scale.
+
+    Block sizes follow from the scale's shape, or from the config where the last blocks of a matrix are cut short.
+    SourceError for FP8 without a scale, and for scales that fit no blocks.
+    """
     found = {}
     for name, info in tensors.items():
         if info.dtype not in _FP8:
@@ -72,7 +83,7 @@ def _fp8_reader(weight: str, scale: str, block: tuple[int, int], dtype: torch.dt
         weight_OI = read(weight).float()
         scales = _scale_values(read(scale)).reshape(-(-weight_OI.shape[0] // block[0]), -1)
         rows = scales.repeat_interleave(block[0], dim=0)[: weight_OI.shape[0]]
-        for group in range(scales.shape[1]):  # by columns: no second matrix of the weight's size
+        for group in range(scales.shape[1]):  # column by column, so that no second matrix of the weight's size is made
             columns = slice(group * block[1], (group + 1) * block[1])
             weight_OI[:, columns] *= rows[:, group, None]
         return weight_OI.to(dtype)
@@ -87,7 +98,11 @@ def _scale_values(stored: Tensor) -> Tensor:
 
 
 def _power(exponents: Tensor) -> Tensor:
-    """2^(e - 127), exactly; 255 stands for NaN."""
+    """2^(e - 127), exact; 255 stands for NaN.
+
+    >>> _power(torch.tensor([127, 128], dtype=torch.uint8)).tolist()
+    [1.0, 2.0]
+    """
     return exponents.view(torch.float8_e8m0fnu).float()
 
 
@@ -103,7 +118,7 @@ def _configured_block(config: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def _block(shape: tuple[int, int], scale: TensorInfo, configured: tuple[int, int] | None) -> tuple[int, int]:
-    """Rows and columns that share a scale."""
+    """(rows, columns) of a block that shares a scale."""
     given = scale.shape if len(scale.shape) == 2 else (scale.numel, 1)
     block = []
     for size, count, wanted in zip(shape, given, configured or (0, 0), strict=True):
@@ -127,7 +142,7 @@ def _block_name(block: tuple[int, int], shape: tuple[int, int]) -> str:
 
 
 def mxfp4(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, PackedLinear]:
-    """gpt-oss: `X_blocks` [E, O, G, 16] and `X_scales` [E, O, G] of bytes are the parameter X [E, 32 G, O]."""
+    """gpt-oss: bytes `X_blocks` [E, O, G, 16] and `X_scales` [E, O, G] are the parameter X [E, 32 G, O]."""
     found = {}
     for name, blocks in tensors.items():
         stem, _, leaf = name.rpartition("_")
@@ -158,7 +173,7 @@ def mxfp4(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, Pac
 
 
 def mxfp4_linears(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, PackedLinear]:
-    """compressed-tensors: weight_packed [O, I / 2] and weight_scale [O, I / 32] of bytes."""
+    """compressed-tensors: bytes weight_packed [O, I / 2] and weight_scale [O, I / 32] are the weight [O, I]."""
     found = {}
     for name, packed in tensors.items():
         stem, _, leaf = name.rpartition(".")
@@ -185,7 +200,7 @@ def mxfp4_linears(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[
 
 
 def _e2m1(octets_OB: Tensor, exponents_OG: Tensor) -> Tensor:
-    """Numbers [O, 2 B] of packed bytes, float32."""
+    """Bytes [O, B] and exponents [O, G] -> numbers [O, 2 B], float32."""
     codes = torch.stack([octets_OB & 15, octets_OB >> 4], dim=-1).view(*exponents_OG.shape, _MX)
     values: Tensor = _E2M1[codes.int()].mul_(_power(exponents_OG)[..., None])
     return values.view(octets_OB.shape[0], -1)
@@ -195,7 +210,7 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-# By quant_method; compressed-tensors' are told apart by their format.
+# By quant_method; for compressed-tensors, by quant_method and format.
 SMALL_FLOATS: dict[str, Callable[[Tensors, dict[str, Any], Read], dict[str, PackedLinear]]] = {
     "fp8": fp8,
     "mxfp4": mxfp4,
