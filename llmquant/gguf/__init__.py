@@ -1,2 +1,8 @@
-"""GGUF, llama.cpp's file: reading one as a checkpoint, and writing one with all
-that llama.cpp wants to know of the model."""
+"""GGUF, llama.cpp's file format: read one as a checkpoint, and write one that llama.cpp understands.
+
+A GGUF file holds the weights, the config and the tokenizer, with names and conventions of its own. Each direction has
+its modules:
+
+    reading   header (bytes -> metadata, tensors), config, vocabulary, blocks, source
+    writing   model (names, metadata), tokenizer, file (metadata, tensors -> bytes)
+"""

@@ -1,6 +1,11 @@
-"""Blocks of GGUF -> grids or dense weights. Q4_0, Q4_1 and Q8_0 are read here, all others by the package gguf.
+"""Blocks of GGUF -> grids or dense weights. Q4_0, Q4_1 and Q8_0 are read here, all other types by the package gguf.
 
-O out_features, I in_features, B blocks of a row.
+A block is 32 weights of a row: fp16 numbers at its head, then the codes.
+
+    Q4_0   w = d (u - 8), u of 4 bits          Q8_0   w = d q, q int8
+    Q4_1   w = d u + m, u of 4 bits
+
+Source: ggml's ggml-quants.c. Shapes: O out_features, I in_features, B blocks of a row, b bytes of a row or of a block.
 """
 
 from typing import Any
@@ -16,10 +21,10 @@ _GRIDS = {"Q4_0": 4, "Q8_0": 8}
 
 
 def gguf(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, PackedLinear]:
-    """Every tensor that `config["shapes"]` names: rows of blocks of the type `config["types"][name]`.
+    """Every tensor that `config["shapes"]` names, stored in blocks of the type `config["types"][name]`.
 
-    Q4_0 and Q8_0 are symmetric grids with a scale per block. Q4_1 has a minimum per block that need not be a multiple
-    of its scale, and the types of the package have scales of scales: those are dense.
+    Q4_0 and Q8_0 are symmetric grids with one scale per block. The others have only a dense view: the minimum of a Q4_1
+    block need not be a multiple of its scale, and the types of the package have scales of scales.
     """
     found = {}
     for name, kind in config["types"].items():
@@ -49,19 +54,19 @@ def _grid(name: str, prefix: str, kind: str, shape: tuple[int, ...], dtype: torc
 
 
 def _split(rows_Ob: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """The fp16 numbers at the head of each block, [O, B, 1 or 2], and the bytes of its codes, [O, B, 16 or 32]."""
+    """The fp16 numbers at the head of each block, [O, B, 1 or 2], and the bytes of the codes, [O, B, 16 or 32]."""
     head, body = {"Q4_0": (2, 16), "Q4_1": (4, 16), "Q8_0": (2, 32)}[kind]
     blocks = rows_Ob.reshape(rows_Ob.shape[:-1].numel(), -1, head + body)
     return blocks[..., :head].contiguous().view(torch.float16), blocks[..., head:].contiguous()
 
 
 def _nibbles(body_OBb: Tensor) -> Tensor:
-    """Codes of 4 bits: the first half of a block lies in the low halves of its bytes."""
+    """Codes of 4 bits. The low halves of the bytes hold the first half of a block, the high halves the second."""
     return torch.cat([body_OBb & 15, body_OBb >> 4], dim=-1)
 
 
 def _q4_1(rows_Ob: Tensor) -> Tensor:
-    """w = d u + m."""
+    """w = d u + m, float32."""
     head_OB2, body = _split(rows_Ob, "Q4_1")
     d, m = head_OB2.float().unbind(-1)
     return _nibbles(body).float().mul_(d[..., None]).add_(m[..., None])

@@ -1,7 +1,7 @@
-"""GGUF metadata and names -> a config and tensor names of transformers: the way back of `gguf/model.py`.
+"""GGUF metadata and names -> a config and tensor names of transformers: the inverse of `gguf/model.py`.
 
-A GGUF file says what llama.cpp computes. A key of its architecture that is not known here may change that, so it is
-refused, unless a config.json beside the file says what the model is; where both speak they must agree.
+The metadata says what llama.cpp computes. A key that is not known here may change that, so such a file is refused,
+unless a config.json in the same folder says what the model is. Where both say something, they must agree.
 """
 
 import math
@@ -17,7 +17,7 @@ from llmquant.errors import SourceError
 from llmquant.gguf.model import ARCHITECTURES, INNER, INNER_OF_GEMMA2, OUTER, llama3_factors
 
 _OUTER_BACK = {theirs: ours for ours, theirs in OUTER.items()}
-# What is read below, and keys that llama.cpp does not compute from.
+# Keys that are read below, and keys that do not change what llama.cpp computes.
 _KNOWN = {
     *("context_length", "embedding_length", "block_count", "feed_forward_length"),
     *(f"attention.{key}" for key in ("head_count", "head_count_kv", "key_length", "value_length")),
@@ -26,7 +26,7 @@ _KNOWN = {
     *(f"rope.scaling.{key}" for key in ("type", "factor", "original_context_length")),
     *("vocab_size", "tensor_data_layout", "rope.scaling.finetuned"),
 }
-# What the frequencies of rope are divided by: Llama 3's, and Phi-3's for long and for short texts.
+# Tensors of numbers that divide rope's frequencies: Llama 3's, and Phi-3's for long and for short texts.
 FREQS, LONG, SHORT = FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _WINDOWED = ("gemma2", "phi3")
 _REMEDY = "put the original's config.json beside the file"
@@ -41,7 +41,7 @@ class Names:
     kv_heads: int
 
     def ours(self, name: str) -> str | None:
-        """The name in transformers' checkpoint of a tensor of the file; None where it has none."""
+        """transformers' name of a tensor in the file; None if it has none."""
         if match := re.fullmatch(r"blk\.(\d+)\.(.+)\.(weight|bias)", name):
             inner = _inner_back(self.architecture).get(match[2])
             return None if inner is None else f"model.layers.{int(match[1])}.{inner}.{match[3]}"
@@ -51,17 +51,17 @@ class Names:
         return None
 
     def heads_of(self, key: str) -> int | None:
-        """Heads of a tensor whose rows are in llama.cpp's order, else None."""
+        """The number of heads of a tensor whose rows are in llama.cpp's order; None for other tensors."""
         match = re.search(r"\.self_attn\.([qk])_proj\.", key)
         if match is None or self.architecture != "llama":
             return None
         return self.heads if match[1] == "q" else self.kv_heads
 
     def back(self, key: str, stored: Tensor) -> Tensor:
-        """A stored tensor as transformers has it: of each head (pair, half) becomes (half, pair); Gemma's norms less 1.
+        """A stored tensor as transformers has it: rows of each head from (pair, half) to (half, pair); Gemma's norms
+        less 1.
 
-        That is exact for the norms, too: 1 + (s - 1) = s in float32 for every s in [0.5, 2], and for others but for
-        the last bit.
+        The norms come back exactly for s in [0.5, 2], where 1 + (s - 1) = s in float32, and else up to the last bit.
         """
         if (heads := self.heads_of(key)) is not None:
             split = stored.reshape(heads, stored.shape[0] // heads // 2, 2, -1)
@@ -79,7 +79,7 @@ def _inner_back(architecture: str) -> dict[str, str]:
 
 
 class Described:
-    """What the header of a GGUF file says of its model. SourceError where that is not a model known here."""
+    """What the header of a GGUF file says about its model. SourceError if that is no model that is known here."""
 
     def __init__(self, where: str, metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.where, self.metadata, self.shapes = where, metadata, shapes
@@ -96,7 +96,11 @@ class Described:
         self.names = Names(self.architecture, self.heads, self.kv_heads)
 
     def config(self, beside: Mapping[str, Any], factors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """A config for transformers. `beside`: the config.json beside the file, or {}; `factors`: its `FACTORS`."""
+        """A config for transformers.
+
+        beside    the config.json in the file's folder, or {}
+        factors   those of the tensors FACTORS that the file holds
+        """
         if "hidden_size" not in beside:
             self._refuse_unknown()
         config = {"model_type": self.architecture, **self._sizes(), **self._flags()}
@@ -105,7 +109,7 @@ class Described:
         if not beside.keys() & ropes:
             config["rope_parameters"] = self._rope(factors)
         config |= beside
-        # By the tensors, whatever a config says: what is stored is used.
+        # Whatever a config says: if the file holds a head, it is used.
         config["tie_word_embeddings"] = "output.weight" not in self.shapes
         self._check_rope(config, factors)
         return config
@@ -133,16 +137,16 @@ class Described:
         if arch == "gemma2":
             sizes["attn_logit_softcapping"] = self._float("attn_logit_softcapping", 50.0)
             sizes["final_logit_softcapping"] = self._float("final_logit_softcapping", 30.0)
-            # llama.cpp knows the model of 27 B by its blocks.
+            # llama.cpp recognises the 27B model by its number of blocks.
             large = sizes["num_hidden_layers"] == 46
             sizes["query_pre_attn_scalar"] = width // self.heads if large else self.head_dim
         return sizes
 
     def _flags(self) -> dict[str, Any]:
-        """What the presence of tensors says, and the activation, which goes with the architecture."""
+        """What follows from the presence of tensors, and the activation, which follows from the architecture."""
         activation = "hidden_activation" if self.architecture == "gemma2" else "hidden_act"
         flags: dict[str, Any] = {activation: "gelu_pytorch_tanh" if self.architecture == "gemma2" else "silu"}
-        for name in ("bos", "eos", "pad"):  # else those of the class, which may lie outside the vocabulary
+        for name in ("bos", "eos", "pad"):  # the defaults of transformers' class may lie outside the vocabulary
             key = f"tokenizer.ggml.{'padding' if name == 'pad' else name}_token_id"
             flags[f"{name}_token_id"] = self.metadata.get(key)
         if self.architecture in ("llama", "qwen3"):
@@ -153,7 +157,7 @@ class Described:
 
     # -- rope ------------------------------------------------------------------------------------------
     def _rope(self, factors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """rope_parameters by the metadata; of the scalings of Llama 3 and Phi-3 the factors are in the file."""
+        """rope_parameters from the metadata. For the scalings of Llama 3 and Phi-3 the file holds only the factors."""
         theta = self._float("rope.freq_base", 10000.0)
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
         kind, factor = self.metadata.get(self._key("rope.scaling.type"), "none"), self._float("rope.scale_linear", 1.0)
@@ -177,9 +181,10 @@ class Described:
         return self._llama3(rope, factors[FREQS]) if FREQS in factors else rope
 
     def _llama3(self, rope: dict[str, Any], stored: Tensor) -> dict[str, Any]:
-        """The scaling of Llama 3.1 and later, found from the factors: low and high are 1 and 4 in all of its models.
+        """The scaling of Llama 3.1 and later, recovered from its factors.
 
-        One frequency f between the two wavelengths gives the context: 1 / stored = (1 - s) / factor + s with
+        low_freq_factor and high_freq_factor are 1 and 4 in all of these models. Any frequency f between the two
+        wavelengths then gives the original context: 1 / stored = (1 - s) / factor + s with
         s = (context f / 2 pi - low) / (high - low).
         """
         factor, low, high = float(stored.max()), 1.0, 4.0
@@ -196,10 +201,10 @@ class Described:
                 "high_freq_factor": high,
                 "original_max_position_embeddings": context,
             }
-        return rope  # which `_check_rope` refuses unless all factors are 1
+        return rope  # `_check_rope` refuses it, unless all factors are 1
 
     def _check_rope(self, config: Mapping[str, Any], factors: Mapping[str, Tensor]) -> None:
-        """Base and factors in the file are those of the config; no factors are as good as ones."""
+        """SourceError unless rope's base and factors in the file are those of the config. No factors mean factors of 1."""
         given = [config[key] for key in ("rope_scaling", "rope_parameters") if isinstance(config.get(key), dict)]
         rope = {"rope_theta": config.get("rope_theta", 10000.0), **{k: v for part in given for k, v in part.items()}}
         kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -226,13 +231,13 @@ class Described:
 
     # -- single entries --------------------------------------------------------------------------------
     def _refuse_other(self, beside: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        """SourceError where the config.json beside the file is that of another model."""
+        """SourceError if the config.json in the file's folder belongs to another model."""
         kind = beside.get("model_type", self.architecture)
         if ARCHITECTURES.get(kind) != self.architecture:
             raise SourceError(
                 f"{self.where}: config.json", f"model type {str(kind)[:40]!r}", expected=f"one of {self.architecture}"
             )
-        # llama.cpp is told a shorter context where transformers has a window.
+        # Where transformers has a sliding window, the file names a shorter context: these keys may differ.
         for key in config.keys() & beside.keys() - {"model_type", "max_position_embeddings", "sliding_window"}:
             numbers = [value for value in (config[key], beside[key]) if isinstance(value, int | float)]
             if len(numbers) == 2 and not key.endswith("_id") and not math.isclose(*numbers, rel_tol=1e-6):
@@ -258,7 +263,7 @@ class Described:
     def _natural(self, key: str, default: int | None = None) -> int:
         value: Any = self.metadata.get(self._key(key), default)
         if isinstance(value, list) and value and all(item == value[0] for item in value):
-            value = value[0]  # one for each block
+            value = value[0]  # one value for each block
         if type(value) is not int or not 0 < value < 2**40:
             self._refuse(key, "a number above 0")
         return int(value)

@@ -1,8 +1,10 @@
-"""The container of GGUF: header, metadata, table of tensors; the data is written tensor by tensor at known places.
+"""The bytes at the head of a GGUF file: header, metadata, table of tensors. Tensors are written later, one by one.
 
-Version 3, little endian: magic, version, counts; per metadata entry: key, type, value; per tensor: name, number of
-dimensions, sizes (fastest first), type, offset from the start of the data. Data and each tensor in it begin at
-multiples of 32. Source: the format's own description in ggml's documentation.
+Version 3, little endian:
+    magic, version, number of tensors, number of metadata entries
+    for each entry: key, type, value
+    for each tensor: name, number of dimensions, sizes (fastest first), type, offset from the start of the data
+The data, and each tensor in it, begins at a multiple of 32. Source: docs/gguf.md of ggml.
 """
 
 import struct
@@ -20,16 +22,16 @@ FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor: its sizes are those of the weights, whatever its stored form is."""
+    """A tensor of the file. `shape` is that of its weights, however they are stored."""
 
     name: str
     kind: str  # a key of TYPES
     shape: tuple[int, ...]
-    stored: tuple[torch.dtype, tuple[int, ...]]  # what is written: dtype and shape of bytes or floats
+    stored: tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of the bytes or floats that are written
 
 
 def build_gguf(file: str, metadata: dict[str, Any], entries: list[Entry]) -> tuple[bytes, dict[str, TensorInfo]]:
-    """The bytes in front of the data, and the place of every tensor in `file`.
+    """The bytes before the data, and the place of every tensor in `file`.
 
     Metadata values: str, bool, int (uint32), float (float32), and lists of str, int (int32) or float (float32).
     """

@@ -1,7 +1,7 @@
 """A strict reader of GGUF headers: metadata, and name, type, shape and byte range of every tensor. Nothing is trusted.
 
-The layout is that of `gguf/file.py`, written here a second time: versions 2 and 3, little endian. Every count and
-length is held against the file's size before anything is read by it.
+It reads versions 2 and 3, little endian; `gguf/file.py` describes the layout, and shares no code with this. Every count
+and length is compared with the file's size before anything is read by it.
 """
 
 import struct
@@ -14,21 +14,21 @@ import numpy as np
 
 from llmquant.errors import SourceError
 
-MAX_HEADER_BYTES = 64 * 1024 * 1024  # vocabulary and merges of 256,000 tokens are about 10 MB
-_MAX_ITEMS = 2_000_000  # of all arrays together
-_MAX_ENTRIES = 100_000  # of metadata, and of tensors
+MAX_HEADER_BYTES = 64 * 1024 * 1024  # vocabulary and merges of 256,000 tokens take about 10 MB
+_MAX_ITEMS = 2_000_000  # most items of all arrays together
+_MAX_ENTRIES = 100_000  # most entries of metadata, and most tensors
 
 
 @dataclass(frozen=True)
 class BlockType:
-    """`nbytes` bytes hold `weights` weights of a row."""
+    """A type of block: `nbytes` bytes hold `weights` weights of a row."""
 
     name: str
     weights: int
     nbytes: int
 
 
-# ggml's numbers, from its header ggml.h; those of types that it has removed are free
+# The numbers of ggml's types, from its header ggml.h; numbers that are missing belong to types that it has removed.
 BLOCK_TYPES = {
     number: BlockType(*block)
     for number, block in {
@@ -65,7 +65,7 @@ _BOOL, _STRING, _ARRAY = 7, 8, 9
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """`shape` is that of the weights, rows first; `start`..`end` are byte offsets from the beginning of the file."""
+    """One tensor. `shape` is that of its weights, rows first; `start` and `end` are byte offsets in the file."""
 
     name: str
     block: BlockType
@@ -81,10 +81,10 @@ class GGUFHeader:
 
 
 def read_header(stream: BinaryIO, file: str, size: int) -> GGUFHeader:
-    """The header of a file of `size` bytes, from its beginning.
+    """The header of a file of `size` bytes; `stream` stands at its beginning.
 
-    Refused with SourceError: other versions and byte orders, unknown types, names that occur twice, tensors that
-    overlap, leave gaps or do not end with the file (a truncated download).
+    SourceError for other versions and byte orders, unknown types, names that occur twice, and tensors that overlap,
+    leave gaps or do not end where the file ends (a truncated download).
     """
     return _Header(stream, file, size).read()
 
@@ -141,7 +141,7 @@ class _Header:
         if self.n_items > _MAX_ITEMS:
             self.refuse(f"an array of {count} items", expected=f"at most {_MAX_ITEMS} in all arrays")
         if kind == _STRING:
-            return [self.text() for _ in range(count)]  # ends with the file, whatever the count
+            return [self.text() for _ in range(count)]  # `take` stops at the end of the file, whatever the count
         if kind not in _SCALARS:
             self.refuse(f"an array of type {kind}", expected="numbers or strings")
         dtype = np.dtype(_SCALARS[kind])
@@ -156,7 +156,7 @@ class _Header:
 
     # -- tensors ---------------------------------------------------------------------------------------
     def tensor(self) -> tuple[str, BlockType, tuple[int, ...], int]:
-        """Name, type, shape and offset of one entry of the table."""
+        """Name, type, shape and offset of one tensor in the table."""
         self.where = self.file
         name = self.name()
         self.where = f"{self.file}: {name!r}"
@@ -174,7 +174,7 @@ class _Header:
         return name, block, tuple(reversed(sizes)), offset
 
     def places(self, infos: list[tuple[str, BlockType, tuple[int, ...], int]], alignment: int) -> dict[str, GGUFTensor]:
-        """One behind the other, each from a multiple of the alignment, the last one up to the end of the file."""
+        """Where the tensors lie: one after the other, each at a multiple of the alignment, up to the file's end."""
         base = self.at + -self.at % alignment
         tensors: dict[str, GGUFTensor] = {}
         begin = end = 0
@@ -213,7 +213,7 @@ class _Header:
     def number(self, dtype: str) -> Any:
         code = np.dtype(dtype)
         value = np.frombuffer(self.take(code.itemsize), code)[0]
-        # 1e-6 was written as a float32; the decimal number that was meant is the shortest one that gives it.
+        # 1e-6 was written as a float32. The decimal number that was meant is the shortest one with that float32.
         return float(str(value)) if dtype == "<f4" else value.item()
 
     def text(self) -> str:

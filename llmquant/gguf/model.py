@@ -1,7 +1,9 @@
-"""What llama.cpp wants to know about a model: metadata, tensor names, and the few weights it stores differently.
+"""What llama.cpp must be told about a model: metadata, names of tensors, and the few weights that it stores
+differently.
 
-Llama and Mistral rows of q and k are permuted, since llama.cpp rotates neighbouring pairs where transformers rotates
-halves; Gemma's norms are stored with their 1 added. Everything that llama.cpp would compute otherwise is refused.
+Two kinds of weights differ. Rows of q and k are permuted for Llama and Mistral, because llama.cpp rotates neighbouring
+pairs where transformers rotates halves. Gemma's norms are stored with 1 added. A model that llama.cpp would compute
+differently is refused.
 """
 
 import re
@@ -42,9 +44,9 @@ INNER_OF_GEMMA2 = {
 
 @dataclass(frozen=True)
 class GGUFModel:
-    """A model that llama.cpp knows, by the config of its checkpoint."""
+    """A model that llama.cpp knows. FormatError where it would compute something else than the config says."""
 
-    config: dict[str, Any]  # transformers' own, with every default filled in
+    config: dict[str, Any]  # transformers' own config, with every default filled in
 
     def __post_init__(self) -> None:
         kind = self.config.get("model_type")
@@ -64,7 +66,7 @@ class GGUFModel:
 
     @property
     def rope(self) -> dict[str, Any]:
-        """rope_theta, rope_type and what belongs to the type, from either spelling of the config."""
+        """rope_theta, rope_type and the type's own parameters, from either spelling of the config."""
         old = self.config.get("rope_scaling") or {}
         rope = {"rope_type": old.get("type", "default"), **old, **(self.config.get("rope_parameters") or {})}
         rope.setdefault("rope_theta", self.config.get("rope_theta", 10000.0))
@@ -98,14 +100,14 @@ class GGUFModel:
 
     @property
     def context(self) -> int:
-        """Positions for which llama.cpp computes what transformers does: it knows no sliding window but Gemma's."""
+        """For how many positions llama.cpp computes what transformers does: Gemma's sliding window is all it knows."""
         context, window = int(self.config["max_position_embeddings"]), self.config.get("sliding_window") or 0
         if not window or self.architecture == "gemma2" or not self.config.get("use_sliding_window", True):
             return context
         return min(context, int(window))
 
     def metadata(self, name: str, file_type: int, vocab_size: int) -> dict[str, Any]:
-        """The entries `general.*` and those of the architecture."""
+        """The entries `general.*` and the entries of the architecture."""
         config, arch = self.config, self.architecture
         heads = int(config["num_attention_heads"])
         own: dict[str, Any] = {
@@ -147,7 +149,7 @@ class GGUFModel:
         return float(self.rope.get("partial_rotary_factor", self.config.get("partial_rotary_factor") or 1.0))
 
     def name(self, key: str) -> str:
-        """llama.cpp's name of a tensor; FormatError where it has none."""
+        """llama.cpp's name of a tensor; FormatError if it has none."""
         if match := re.fullmatch(r"(?:model\.)?layers\.(\d+)\.(.+)\.(weight|bias)", key):
             table = INNER | INNER_OF_GEMMA2 if self.architecture == "gemma2" else INNER
             if match[2] in table:
@@ -157,7 +159,7 @@ class GGUFModel:
         raise FormatError(key, "llama.cpp knows no such tensor", remedy="use another --format")
 
     def heads_of(self, key: str) -> int | None:
-        """Heads of a tensor whose rows llama.cpp wants permuted, else None."""
+        """The number of heads of a tensor whose rows must be permuted for llama.cpp; None for other tensors."""
         match = re.search(r"\.self_attn\.([qk])_proj\.", key)
         if match is None or self.architecture != "llama":
             return None
@@ -165,7 +167,7 @@ class GGUFModel:
         return heads if match[1] == "q" else int(self.config.get("num_key_value_heads") or heads)
 
     def rows(self, key: str, tensor: Tensor) -> Tensor:
-        """`tensor` with its rows in llama.cpp's order: of each head, (half, pair) becomes (pair, half)."""
+        """`tensor` with its rows in llama.cpp's order: within each head, from (half, pair) to (pair, half)."""
         heads = self.heads_of(key)
         if heads is None:
             return tensor
@@ -173,22 +175,27 @@ class GGUFModel:
         return split.transpose(1, 2).reshape(tensor.shape).contiguous()
 
     def dense(self, key: str, tensor: Tensor) -> Tensor:
-        """A tensor that is not quantized, but for `rows`: vectors in float32, matrices in their own dtype."""
+        """A tensor that is not quantized: vectors in float32, Gemma's norms with 1 added, matrices as they are.
+
+        `rows` is applied separately.
+        """
         if tensor.dim() > 1:
             return tensor
         tensor = tensor.float()
         return tensor + 1 if self.architecture == "gemma2" and "norm" in key else tensor
 
     def rope_factors(self) -> Tensor | None:
-        """`llama3_factors` of a model with that rope type; None for other types."""
+        """`llama3_factors` of a model of that rope type; None for other types."""
         return llama3_factors(self.rope, self.head_dim) if self.rope["rope_type"] == "llama3" else None
 
 
 def llama3_factors(rope: Mapping[str, Any], head_dim: int) -> Tensor:
-    """llama3 rope as llama.cpp stores it: what each frequency is divided by, float32 [head_dim / 2].
+    """llama3 rope as llama.cpp stores it: what each frequency f is divided by, float32 [head_dim / 2].
 
-    With wavelength l = 2 pi / f and original context n: `factor` where l > n / low_freq_factor, 1 where
-    l < n / high_freq_factor, and in between f is interpolated as transformers does.
+    With the wavelength l = 2 pi / f and the original context n, that is
+        factor   where l > n / low_freq_factor
+        1        where l < n / high_freq_factor
+    and in between 1 / ((1 - s) / factor + s), s going linearly in f from 0 to 1, as in transformers.
     """
     factor, low, high = (float(rope[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
     context = float(rope["original_max_position_embeddings"])

@@ -1,4 +1,4 @@
-"""A GGUF file as a checkpoint: names, rows and config as transformers has them, tensors read one by one."""
+"""A GGUF file as a checkpoint: names, rows and config as transformers has them; tensors are read one by one."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ CONFIG = "config.json"
 
 
 def open_gguf_file(model: str | Path) -> Source | None:
-    """The checkpoint in the file at this path, with the config.json beside it; None where it is no GGUF file."""
+    """The checkpoint in the file at this path, with the config.json of its folder; None if it is no GGUF file."""
     path = Path(model).expanduser()
     if not path.is_file() or path.suffix != ".gguf":
         return None
@@ -28,7 +28,7 @@ def open_gguf_file(model: str | Path) -> Source | None:
 
 
 def open_gguf_of(found: OnlyGGUFError) -> Source:
-    """The one GGUF file of a folder, or of a repository on the Hub, from which it is fetched whole."""
+    """The only GGUF file of a folder, or of a repository on the Hub, from which it is downloaded whole."""
     source, files = found.source, found.files
     if len(files) > 1:
         raise SourceError(
@@ -42,10 +42,10 @@ def open_gguf_of(found: OnlyGGUFError) -> Source:
 
 
 class GGUFSource(Source):
-    """`tensors` by transformers' names; those in blocks are uint8 [rows, bytes of a row], in transformers' rows."""
+    """A GGUF file. `tensors` have transformers' names and rows; those stored in blocks are uint8 [rows, row bytes]."""
 
     def __init__(self, name: str, path: Path, config: Path | None, revision: str | None = None) -> None:
-        # Not Source.__init__: there is one file of weights, and what it does not hold is made from its metadata.
+        # Not Source.__init__: there is only one file, and its metadata gives what other checkpoints have in files.
         self.name, self.revision, self.folder = name, revision, path.parent
         self.trust_remote_code, self.code = False, ()
         self._paths = {path.name: path} | ({} if config is None else {CONFIG: config})
@@ -57,7 +57,7 @@ class GGUFSource(Source):
         self.names = model.names
         self.tensors = self._tensors_of(path.name, self.header)
         self.config = model.config({} if config is None else self.json(CONFIG), self._factors(path.name))
-        for key in ("quantization_config", "quantization"):  # of another file beside the config.json
+        for key in ("quantization_config", "quantization"):  # they speak of other weights in that folder
             self.config.pop(key, None)
         if blocks := {self._ours[key]: t for key, t in self.header.tensors.items() if self._in_blocks(key)}:
             self.config["quantization_config"] = {
@@ -112,7 +112,7 @@ class GGUFSource(Source):
         return list(self._paths)
 
     def local(self, file: str) -> Path:
-        """The files are named by the user or were checked where they were found."""
+        """The path of `file`. Needs no check: the user named it, or it was checked where it was found."""
         return self._paths[file]
 
     def read(self, name: str) -> Tensor:

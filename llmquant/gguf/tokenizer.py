@@ -1,8 +1,8 @@
-"""tokenizer.json -> GGUF metadata. What cannot be recognised by its structure is refused.
+"""tokenizer.json -> GGUF metadata. A tokenizer whose structure is not recognised is refused.
 
-llama.cpp splits text by code of its own that a name selects (`tokenizer.ggml.pre`); the name is found here from the
-pre-tokenizer's own steps. A vocabulary with byte fallback and no byte-level step is SentencePiece's ("llama"), whose
-scores are minus the ranks of the merges.
+llama.cpp does not run tokenizer.json. It splits text by code of its own, which a name selects (`tokenizer.ggml.pre`).
+The name is found here by comparing the pre-tokenizer's steps with known ones. A vocabulary with byte fallback and
+without a byte-level step is SentencePiece's ("llama"); its scores are minus the ranks of the merges.
 """
 
 import json
@@ -25,7 +25,10 @@ BYTE_LEVEL: dict[tuple[str | None, tuple[str, ...], bool], str] = {
 
 
 def tokenizer_metadata(source: Source, vocab_size: int, pre: str | None) -> dict[str, Any]:
-    """The entries `tokenizer.*`. `pre`: the name of llama.cpp's splitter, instead of finding it."""
+    """The entries `tokenizer.*`. `pre` names llama.cpp's splitter; without it the name is found by the structure.
+
+    FormatError for a tokenizer that is not recognised.
+    """
     table = _json(source, "tokenizer.json")
     settings = _json(source, "tokenizer_config.json") if "tokenizer_config.json" in source.files() else {}
     model = table.get("model") or {}
@@ -57,7 +60,7 @@ def _json(source: Source, file: str) -> dict[str, Any]:
 
 
 def _steps(table: dict[str, Any]) -> tuple[str, ...]:
-    """The pre-tokenizer as a row of words: a pattern, `ByteLevel`, `ByteLevel regex`, or the type of a step."""
+    """One word for each step of the pre-tokenizer: its pattern, `ByteLevel`, `ByteLevel regex`, or the step's type."""
     whole = table.get("pre_tokenizer") or {"type": "Sequence", "pretokenizers": []}
     steps = []
     for step in whole["pretokenizers"] if whole["type"] == "Sequence" else [whole]:
@@ -84,7 +87,7 @@ def _recognise(table: dict[str, Any], steps: tuple[str, ...], model: dict[str, A
 
 
 def _sentencepiece_space(table: dict[str, Any], model: dict[str, Any], steps: tuple[str, ...], *, named: bool) -> bool:
-    """Whether a space is put in front of the text; refuses what SentencePiece would not do."""
+    """Whether a space is put before the text. FormatError for steps that SentencePiece does not have."""
     normalizer = table.get("normalizer") or {}
     parts = normalizer.get("normalizers", [normalizer] if normalizer else [])
     replaces = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
@@ -112,7 +115,7 @@ def _sentencepiece_space(table: dict[str, Any], model: dict[str, Any], steps: tu
 
 
 def _tokens(table: dict[str, Any], model: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
-    """Tokens and their types by id; ids up to `vocab_size` that nothing names are unused."""
+    """Tokens and their types, by id. Ids below `vocab_size` without a token are marked as unused."""
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     types = [UNUSED] * vocab_size
     added = {item["id"]: item for item in table.get("added_tokens", [])}
@@ -140,7 +143,7 @@ def _pair(merge: str | list[str]) -> tuple[str, str]:
 
 
 def _scores(tokens: list[str], model: dict[str, Any]) -> list[float]:
-    """SentencePiece joins the pair with the highest score first, BPE the one of the lowest rank."""
+    """Scores from ranks: SentencePiece first joins the pair with the highest score, BPE that with the lowest rank."""
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(model["merges"]):
         ranks.setdefault("".join(_pair(merge)), rank)
@@ -157,7 +160,7 @@ def _special(source: Source, table: dict[str, Any], settings: dict[str, Any], to
         if isinstance(index, int):
             meta[f"tokenizer.ggml.{key}_token_id"] = index
     first, last = _template(table)
-    # Always written: some splitters switch them on by themselves.
+    # Always written, because llama.cpp switches them on by itself for some splitters.
     for flag, token, key in (("add_bos_token", first, "bos"), ("add_eos_token", last, "eos")):
         meta[f"tokenizer.ggml.{flag}"] = token is not None
         if token is not None and ids.get(token) != meta.get(f"tokenizer.ggml.{key}_token_id"):
@@ -168,7 +171,7 @@ def _special(source: Source, table: dict[str, Any], settings: dict[str, Any], to
 
 
 def _template(table: dict[str, Any]) -> tuple[str | None, str | None]:
-    """The special token that the post-processor puts in front of a text, and the one behind it."""
+    """The special tokens that the post-processor puts before and after a text; None where there is none."""
     whole = table.get("post_processor") or {}
     for part in whole.get("processors", [whole]):
         if part.get("type") == "TemplateProcessing":

@@ -1,6 +1,7 @@
-"""GGUF metadata -> a tokenizer, the way back of `gguf/tokenizer.py`: for a file that is scored without a reference.
+"""GGUF metadata -> a tokenizer of transformers: the inverse of `gguf/tokenizer.py`.
 
-It splits and merges as llama.cpp does. Splitters that are not known here are refused, never guessed.
+It is used for a file that is scored without a reference, and splits and merges as llama.cpp does. A splitter that is
+not known here is refused, never guessed.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ _REMEDY = "name the original with --reference: its tokenizer is taken then"
 
 
 def tokenizer_of(metadata: Mapping[str, Any], where: str) -> Any:
-    """A tokenizer of transformers. CalibrationError where the metadata holds none, or one that is not known."""
+    """A tokenizer of transformers. CalibrationError if the metadata holds none, or one that is not known."""
     from transformers import PreTrainedTokenizerFast
 
     kind, tokens = metadata.get(f"{_KEY}model"), metadata.get(f"{_KEY}tokens")
@@ -72,7 +73,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], where: str) -> A
 
 
 def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], special: Mapping[str, str | None]) -> Any:
-    """Pairs join in the order of the scores of what they become, as in llama.cpp: the merges are made from them."""
+    """llama.cpp joins the pair whose result has the highest score; transformers wants merges, made from the scores."""
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers.tokenization_utils_base import generate_merges
 
@@ -89,7 +90,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], special: Mapp
 
 
 def _add_tokens(backend: Any, metadata: Mapping[str, Any], tokens: list[str]) -> None:
-    """Control tokens and those of users are never split."""
+    """Add control tokens and user-defined tokens, which are never split."""
     from tokenizers import AddedToken
 
     types = metadata.get(f"{_KEY}token_type") or []
@@ -104,7 +105,7 @@ def _add_tokens(backend: Any, metadata: Mapping[str, Any], tokens: list[str]) ->
 
 
 def _add_ends(backend: Any, metadata: Mapping[str, Any], special: Mapping[str, str | None]) -> None:
-    """BOS in front and EOS behind, where the file says so; where it says nothing, as llama.cpp does."""
+    """Put BOS before a text and EOS after it if the file says so; if it says nothing, do as llama.cpp does."""
     from tokenizers.processors import TemplateProcessing
 
     pre = str(metadata.get(f"{_KEY}pre"))
