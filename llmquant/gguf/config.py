@@ -204,7 +204,7 @@ class Described:
         return rope  # `_check_rope` refuses it, unless all factors are 1
 
     def _check_rope(self, config: Mapping[str, Any], factors: Mapping[str, Tensor]) -> None:
-        """SourceError unless rope's base and factors in the file are those of the config. No factors mean factors of 1."""
+        """SourceError unless rope's base and factors in the file are those of the config. Missing factors are 1."""
         given = [config[key] for key in ("rope_scaling", "rope_parameters") if isinstance(config.get(key), dict)]
         rope = {"rope_theta": config.get("rope_theta", 10000.0), **{k: v for part in given for k, v in part.items()}}
         kind = rope.get("rope_type") or rope.get("type") or "default"
