@@ -1,7 +1,7 @@
 """Peak memory against depth and width: python eval/memory.py [--hidden 512] [--blocks 8 40] [--method gptq]
 
 Builds random Llama checkpoints shard by shard, quantizes each on 32 windows of 512 tokens with four evaluation lanes
-and --max-ram 64MB, in a process of its own, and prints its peak RSS beside the bound that `llmquant plan` tells:
+and --max-ram 64MB, in a process of its own, and prints its peak RSS and the bound that `llmquant plan` gives:
 600 MB + 2 x largest block (compute dtype) + 8 bytes x (largest in_features)^2 + largest embedding or head
 + activations of one batch + --max-ram.
 """

@@ -1,17 +1,17 @@
 """Every error a user can meet, with its exit code.
 
     LLMQuantError            1
-    |-- RecipeError          2   an option, a recipe or a command line that cannot be
+    |-- RecipeError          2   an option, a recipe or a command line that cannot be used
     |-- SolveError           3   a layer that cannot be quantized under the chosen policy
     |-- SourceError          4   the checkpoint is missing, broken or not supported
     |-- CalibrationError     5   the calibration or evaluation text, or its tokenizer
     |-- FormatError          6   the output format or a runtime cannot hold the plan
     |-- OutputError          7   the output folder or the disk
     |-- VerifyError          8   what was written is not what was computed
-    |-- ResumeError          9   an interrupted run cannot be gone on with
+    |-- ResumeError          9   an interrupted run that cannot be continued
     `-- HubError            10   the Hub refuses to publish, or cannot be reached
 
-A run that Ctrl-C or SIGTERM ended exits with 75: the same command goes on.
+A run that Ctrl-C or SIGTERM ended exits with 75; the same command continues it.
 
 The message is one line: `where: got; expected ...; remedy`.
 """

@@ -56,8 +56,8 @@ def quantize(
 
     model     "demo", a local folder, or a Hub id (`revision` names a branch, tag or commit of it)
     The other arguments are those of `recipe.RunOptions`.
-    Returns the report that is also written beside the weights. Raises an LLMQuantError; `out` is then as it was, and
-    finished blocks are kept in `<out>.partial`.
+    Returns the report, which is also written into the folder of the weights. After an LLMQuantError, `out` is as it
+    was before, and finished blocks are kept in `<out>.partial`.
     """
     options = RunOptions(out, revision, max_ram, overwrite, resume, tuple(runtimes), trust_remote_code)
     return quantize_with(model, recipe or make_recipe(str(model)), options, log)
@@ -102,7 +102,7 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: L
             export_beside(recipe.exports, run, size, log, trust_remote_code=options.trust_remote_code)
         floor = None if job.evaluation is None else noise_floor(job.source, job.skeleton, job.evaluation, watch)
         report = Report(_report(job, layers, lanes, floor, run.weight_files()), watch.cost(), run.out)
-        if recipe.format != "gguf":  # which has none beside it
+        if recipe.format != "gguf":  # a GGUF file has no config.json
             check_config(run.path, recipe.format, report.data["tensors"])
         run.write_json("report.json", report.data)
         run.write_json("cost.json", report.cost)

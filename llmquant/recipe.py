@@ -39,7 +39,7 @@ class Recipe:
     symmetric: bool = True
     ignore: tuple[str, ...] = ()
     format: str = "compressed-tensors"
-    exports: tuple[str, ...] = ()  # formats written beside it, each in a folder of its name
+    exports: tuple[str, ...] = ()  # further formats, each written into a folder of its name
     # solver
     grid: str = "hessian"
     order: str = "descending"

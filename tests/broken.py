@@ -25,7 +25,7 @@ TINY: dict[str, Any] = {
 
 
 class Killed(BaseException):
-    """What a SIGKILL is to the code: nothing of it runs on."""
+    """What a SIGKILL is for the code: no line of it runs afterwards."""
 
 
 class Counting(Disk):

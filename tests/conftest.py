@@ -74,7 +74,7 @@ def model(tiny_model: Callable[[str], Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def wanted(model: Path, short_runs: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """All files of a run of `model` that nothing disturbed: what a resumed one must come to."""
+    """All files of a run of `model` that nothing disturbed: a resumed run must end with the same."""
     out = tmp_path_factory.mktemp("wanted") / "out"
     run(model, out)
     return files(out)

@@ -197,7 +197,7 @@ def test_a_mask_for_a_long_context_is_not_allocated(tmp_path: Path) -> None:
 
 
 def made_of(model_type: str) -> Any:
-    """Something like a Source: the default config of a model class beside the shapes of that model."""
+    """Something like a Source: the default config of a model class, and the shapes of that model."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(model_type)

@@ -24,7 +24,7 @@ LLAMA: dict[str, Any] = {
 }
 GPT2: dict[str, Any] = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128}
 
-# name -> (config class, its arguments beside COMMON)
+# name -> (config class, its arguments besides COMMON)
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", LLAMA),
     "mistral": ("MistralConfig", LLAMA | {"sliding_window": 16, "head_dim": 16}),

@@ -76,7 +76,7 @@ def main(
 ) -> None:
     """Run one peer: quantize, write the dense copy, print llmquant's table.
 
-    `zero_bits(bits)`: what the peer's format stores for the zero point of a group, beside a scale of 16 bits.
+    `zero_bits(bits)`: the bits that the peer's format stores for a zero point, in addition to a scale of 16 bits.
     """
     options = parser.parse_args()
     given = {name: getattr(options, name) for name in ("eval_data", "eval_tokens", "eval_seq_len")}

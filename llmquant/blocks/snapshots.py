@@ -44,8 +44,8 @@ class Snapshots:
     def save(self) -> None:
         """Keep the streams as they are after the last committed block.
 
-        A disk that is full of them only is named in the log, and the run goes on without; every other OSError is
-        raised, because commits would meet it too.
+        If there is no room for them on the disk, the log says so and the run continues without. Every other OSError is
+        raised, because commits of blocks would meet it too.
         """
         begin = time.monotonic()
         if problem := self._run.keep_streams(self._bytes()):

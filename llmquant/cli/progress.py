@@ -1,4 +1,4 @@
-"""What is said on stderr while a run goes on: a live display, plain lines, JSON lines, or nothing."""
+"""What a run says on stderr while it works: a live display, plain lines, JSON lines, or nothing."""
 
 import json
 import signal

@@ -1,8 +1,8 @@
 """Publishing a finished checkpoint on the Hub.
 
-Files of weights are sent first, one by one, and belong to no commit; then one commit makes everything visible at once,
-config and index included. A push that is killed leaves the repository as it was, and the next one sends only what is
-not there yet. A repository is made private; `--public` opens it after all files in it have been compared.
+Files of weights are sent first, one by one, and belong to no commit. Then one commit makes everything visible at once,
+config and index included. If a push is killed, the repository stays as it was, and the next push sends only what is
+missing. A new repository is private; `--public` opens it after all files in it have been compared.
 """
 
 import hashlib
@@ -65,7 +65,7 @@ def push(
     The folder is verified first, and compared with the repository afterwards. The card is made for the repository's
     name from report.json; the other files are sent as they are. `base_model` names the original on the Hub where the
     folder was made from a local one. `private`: see `check_target`.
-    Raises VerifyError, HubError (nothing is visible then, and the same call goes on) or RecipeError.
+    Raises VerifyError, RecipeError or HubError; after a HubError nothing is visible, and the same call continues.
     """
     from huggingface_hub import HfApi
 

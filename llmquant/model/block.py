@@ -1,6 +1,6 @@
 """One decoder block of a model: its weights in and out of memory, its forward, its linears.
 
-A newcomer runs one in two lines; the arguments beside the hidden states (masks, rope tables) are known since `embed`:
+A newcomer runs one in two lines; its other arguments (masks, rope tables) are known since `embed`:
 
 >>> from llmquant.model.skeleton import Skeleton
 >>> from llmquant.source.resolve import open_source
@@ -33,7 +33,7 @@ class Block:
     name     of its module in the model, such as `model.layers.0`
     module   the model's own, on the meta device except while it is `loaded`
     params   names of its parameters and persistent buffers in the model
-    calls    what it is called with beside the hidden states, by the shape [B, T] of a batch of tokens
+    calls    what it is called with besides the hidden states, by the shape [B, T] of a batch of tokens
     """
 
     def __init__(self, index: int, name: str, module: nn.Module, params: list[str], weights: Weights) -> None:

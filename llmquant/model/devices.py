@@ -38,7 +38,7 @@ def pick_products(choice: str, device: torch.device, dtype: torch.dtype, bits: i
     """auto: bfloat16 below 8 bits on a CPU that multiplies it natively, else the compute dtype.
 
     The streams of hidden states stay in the compute dtype. At 8 bits the rounding of the products is no longer small
-    beside that of the weights.
+    against that of the weights.
     """
     if device.type != "cpu" or dtype != torch.float32:
         if choice == "auto":

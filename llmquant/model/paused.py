@@ -1,4 +1,4 @@
-"""Forwards of a block that pause where a linear reads its input, and go on later, with other weights.
+"""Forwards of a block that pause where a linear reads its input, and continue later, with other weights.
 
 Linears are quantized step by step, and each step wants the inputs that the steps before it give once they are
 quantized. A forward that pauses does all of a block's work once; one that is run anew for each step does it up to six
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 class Paused:
     """One forward on its way. Make and resume it only within `pausing` of the modules that it is to pause at.
 
-    `around` is entered whenever it goes on and left whenever it pauses: settings of the thread that are its own.
+    `around` is entered whenever it continues and left whenever it pauses: settings of the thread while it runs.
     """
 
     def __init__(

@@ -85,8 +85,8 @@ def answer(hidden: Tensor, width: int) -> Any:
 class Tape:
     """Records the calls of all blocks in one forward, and whether hidden states are all that they share.
 
-    `width` is that of `answer`; None: the first block (it is loaded) is run for real, to learn it. `where` and
-    `model_class` are for errors.
+    `width` is that of `answer`. If it is None, the first block, which must be loaded, is run for real to learn it.
+    `where` and `model_class` are for errors.
     """
 
     def __init__(self, where: str, model_class: str, n_blocks: int, width: int | None) -> None:
@@ -95,7 +95,7 @@ class Tape:
         self.calls: list[Call] = []
         self.first = torch.empty(0)
         self._last: Tensor | None = None
-        self._others: list[Tensor] = []  # what the first block returned beside its hidden states
+        self._others: list[Tensor] = []  # what the first block returned besides its hidden states
 
     def stand_in(self, index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         hidden, at = take_hidden(args, kwargs)

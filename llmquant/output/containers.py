@@ -100,7 +100,7 @@ class Shards:
 
 
 class GGUFFile:
-    """One .gguf file: names, order of rows, metadata and tokenizer as llama.cpp wants them; the licence beside it."""
+    """One .gguf file: names, order of rows, metadata and tokenizer as llama.cpp wants them; and the licence."""
 
     def __init__(self, source: Source, skeleton: Skeleton, plan: Plan, pre: str | None = None) -> None:
         self.source, self.skeleton = source, skeleton

@@ -1,4 +1,4 @@
-"""report.json, cost.json and the card: what a run leaves beside the weights."""
+"""report.json, cost.json and the card: what a run writes next to the weights."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -57,7 +57,7 @@ def _plus_minus(se: float | None, digits: int) -> str:
 
 
 def describe_evaluation(evaluation: dict[str, Any]) -> str:
-    """One line that must stand beside every figure."""
+    """One line that says how figures were made; it must stand with every one of them."""
     revision = f"@{evaluation['revision'][:8]}" if evaluation["revision"] else ""
     floor = evaluation.get("noise_floor")
     noise = "" if floor is None else f"; noise floor of the compute dtype: KL {floor['kl_mean']:.5f}"
