@@ -68,6 +68,17 @@ def write_all(disk: Disk, fd: int, data: bytes | memoryview, at: int) -> None:
         rest, at = rest[count:], at + count
 
 
+def read_all(fd: int, data: memoryview, at: int) -> int:
+    """Fill `data` from the offset `at`, in as many reads as it takes (Linux gives at most 2 GiB in one).
+
+    Returns the number of bytes read, which is less than asked only where the file ends.
+    """
+    done = 0
+    while done < len(data) and (count := os.preadv(fd, [data[done:]], at + done)):
+        done += count
+    return done
+
+
 def replace_file(disk: Disk, target: Path, data: bytes) -> None:
     """Write a whole file: it is durable under its name, or not there at all. The caller syncs its folder."""
     temporary = target.with_name(target.name + ".tmp")

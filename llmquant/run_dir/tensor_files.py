@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import ResumeError, VerifyError
-from llmquant.run_dir.disk import Disk, write_all
+from llmquant.run_dir.disk import Disk, read_all, write_all
 from llmquant.source.header import TensorInfo
 
 
@@ -53,10 +53,11 @@ class TensorFiles:
     def read(self, name: str) -> Tensor:
         """A tensor that was written before, read back from the file."""
         place = self._places[name]
-        data = bytearray(place.nbytes)
-        if place.nbytes and os.preadv(self._fds[place.file], [data], place.start) != place.nbytes:
-            raise VerifyError(name, f"{place.file} ends early")
-        return torch.frombuffer(data, dtype=torch.uint8).view(place.dtype).view(place.shape)
+        data = torch.empty(place.nbytes, dtype=torch.uint8)
+        done = read_all(self._fds[place.file], data.numpy().data, place.start)
+        if done < place.nbytes:
+            raise VerifyError(name, f"{place.file} ends after {done} bytes of it", expected=f"{place.nbytes} bytes")
+        return data.view(place.dtype).view(place.shape)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one planned tensor to its place. VerifyError unless dtype and shape are the planned ones, and once."""

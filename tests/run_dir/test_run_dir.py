@@ -171,6 +171,26 @@ def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert short == tree(write(tmp_path / "whole", 100))
 
 
+def test_short_reads_are_continued_and_a_file_that_ends_early_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preadv = os.preadv
+    with RunDir(tmp_path / "out") as run:
+        run.open_shards(LAYOUT, 10**9)
+        for name, tensor in TENSORS.items():
+            run.tensors.write(name, tensor)
+        # As Linux does it beyond 2 GiB: one call reads only a part.
+        monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: preadv(fd, [memoryview(buffers[0])[:5]], at))
+        for name, tensor in TENSORS.items():
+            assert bits(run.tensors.read(name)) == bits(tensor)
+        file = run.path / "model.safetensors"
+        os.truncate(file, file.stat().st_size - 1)
+        with pytest.raises(
+            VerifyError, match=r"^j\.fp8: model\.safetensors ends after 8 bytes of it; expected 9 bytes"
+        ):
+            run.tensors.read("j.fp8")  # the last one
+
+
 # -- commit --------------------------------------------------------------------------------------------
 def test_the_manifest_holds_size_and_hash_of_every_file_but_no_hash_of_the_cost(tmp_path: Path) -> None:
     files = tree(write(tmp_path / "out", 100))
