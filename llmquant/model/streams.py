@@ -56,8 +56,19 @@ def _sum(hidden: Tensor) -> int:
     return int(hidden.contiguous().view(torch.int32 if hidden.dtype.itemsize == 4 else torch.int16).sum())
 
 
+def _replacement(index: int, result: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """`result` of an update of batch `index`, refused unless it has the batch's shape and dtype."""
+    if (tuple(result.shape), result.dtype) != (shape, dtype):
+        got = f"{result.dtype} {tuple(result.shape)}"
+        raise ValueError(f"batch {index} of a stream: {got}; expected {dtype} {shape}")
+    return result.detach()
+
+
 class Stream:
-    """Batches of hidden states [B, T, D] in memory. `update` replaces each by a function of it."""
+    """Batches of hidden states [B, T, D] in memory. `update` replaces each by a function of it.
+
+    The function must keep shape and dtype: nothing is cast or broadcast silently.
+    """
 
     def __init__(self) -> None:
         self._batches: list[Tensor] = []
@@ -81,7 +92,8 @@ class Stream:
 
     def update(self, function: Callable[[Tensor], Tensor]) -> None:
         for index, hidden in enumerate(self._batches):
-            hidden.copy_(function(hidden).detach())  # in place: no fragmentation
+            result = _replacement(index, function(hidden), tuple(hidden.shape), hidden.dtype)
+            hidden.copy_(result)  # in place: no fragmentation
             self._sums[index] = _sum(hidden)
 
     def close(self) -> None:
@@ -89,7 +101,7 @@ class Stream:
 
 
 class FileStream(Stream):
-    """The same in an (anonymous or scratch) file, double-buffered by one thread; `update` keeps shapes and dtypes."""
+    """The same in an (anonymous or scratch) file, double-buffered by one thread."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__()
@@ -125,11 +137,8 @@ class FileStream(Stream):
     def update(self, function: Callable[[Tensor], Tensor]) -> None:
         behind: Future[None] | None = None
         for index, hidden in enumerate(self):
-            result = function(hidden).detach().cpu().contiguous()
             _, shape, dtype = self._index[index]
-            if (tuple(result.shape), result.dtype) != (shape, dtype):  # it would run into the next batch
-                got = f"{result.dtype} {tuple(result.shape)}"
-                raise ValueError(f"batch {index} of a stream: {got}; expected {dtype} {shape}")
+            result = _replacement(index, function(hidden), shape, dtype).cpu().contiguous()
             if behind is not None:
                 behind.result()
             self._sums[index] = _sum(result)

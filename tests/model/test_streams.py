@@ -140,6 +140,24 @@ def test_gradients_are_not_kept(stream: Stream) -> None:
     assert not next(iter(stream)).requires_grad
 
 
+OTHER: dict[str, Callable[[Tensor], Tensor]] = {
+    "longer": lambda hidden: torch.cat([hidden, hidden]),
+    "shorter": lambda hidden: hidden[:1, :1],
+    "wider dtype": lambda hidden: hidden.double(),
+    "narrower dtype": lambda hidden: hidden.bfloat16(),
+    "one that broadcasts": lambda hidden: hidden[:, :1],
+    "transposed": lambda hidden: hidden.transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_an_update_to_another_shape_or_dtype_is_refused(stream: Stream, name: str) -> None:
+    fill(stream)
+    with pytest.raises(ValueError, match=r"^batch 0 of a stream: .*; expected torch.float32 \(2, 3, 5\)$"):
+        stream.update(OTHER[name])
+    assert_equal(stream, batches())
+
+
 # -- files ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("at_most", [1, 7, 50])
 def test_short_reads_and_writes_are_continued(
@@ -187,22 +205,6 @@ def test_a_write_error_in_the_background_comes_through(
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OSError, match="No space left"):
         file_stream.update(lambda hidden: hidden + 1)
-
-
-OTHER: dict[str, Callable[[Tensor], Tensor]] = {
-    "longer": lambda hidden: torch.cat([hidden, hidden]),
-    "shorter": lambda hidden: hidden[:1, :1],
-    "wider dtype": lambda hidden: hidden.double(),
-    "transposed": lambda hidden: hidden.transpose(0, 1),
-}
-
-
-@pytest.mark.parametrize("name", OTHER)
-def test_a_file_refuses_an_update_to_another_shape_or_dtype(file_stream: FileStream, name: str) -> None:
-    fill(file_stream)
-    with pytest.raises(ValueError, match=r"^batch 0 of a stream: .*; expected torch.float32 \(2, 3, 5\)$"):
-        file_stream.update(OTHER[name])
-    assert_equal(file_stream, batches())
 
 
 def test_closing_closes_the_file() -> None:
