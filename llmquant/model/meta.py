@@ -75,7 +75,7 @@ def names_of_tensors(model: Any, source: Source) -> dict[str, str]:
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     known = model.state_dict()
-    names: dict[str, str] = {}
+    keys: dict[str, str] = {}  # name in the model -> name in the checkpoint
     for key, info in source.tensors.items():
         name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
         if name not in known:
@@ -94,10 +94,10 @@ def names_of_tensors(model: Any, source: Source) -> dict[str, str]:
                 expected=f"{list(known[name].shape)} by config.json",
                 remedy="config.json and the weights do not belong together",
             )
-        if name in names.values():
+        if name in keys:
             raise SourceError(f"{source.name}: {key}", f"a second tensor for {name}")
-        names[key] = name
-    return names
+        keys[name] = key
+    return {key: name for name, key in keys.items()}
 
 
 def find_ties(model: Any, present: set[str], source: Source) -> dict[str, str]:
