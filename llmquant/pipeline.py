@@ -312,6 +312,7 @@ def _report(
 ) -> dict[str, Any]:
     """report.json: nothing in it differs between two runs of the same job on one machine."""
     specs, dense = job.plan.specs, job.plan.dense_linears
+    notes = {layer.name: list(layer.notes) for layer in layers if layer.notes}
     return {
         "schema_version": SCHEMA_VERSION,
         "model": {
@@ -335,11 +336,10 @@ def _report(
         "runtimes": {name: verdicts(specs, name, dense) for name in (job.recipe.format, *job.recipe.exports)},
         "files": files,
         "layers": [layer.as_dict() for layer in layers],
-        "tensors": [row.as_dict() | _notes(row, layers) for row in (*job.plan.rows, *job.output.left_out)],
+        "tensors": [row.as_dict() | _notes(row, notes) for row in (*job.plan.rows, *job.output.left_out)],
     }
 
 
-def _notes(row: Row, layers: Sequence[LayerReport]) -> dict[str, list[str]]:
-    """What was unusual about a quantized tensor, for its row of the ledger."""
-    notes = [note for layer in layers if row.spec is not None and layer.name == row.spec.module for note in layer.notes]
-    return {"notes": notes} if notes else {}
+def _notes(row: Row, notes: dict[str, list[str]]) -> dict[str, list[str]]:
+    """What was unusual about a quantized tensor, for its row of the ledger. `notes` are those of all, by module."""
+    return {"notes": notes[row.spec.module]} if row.spec is not None and row.spec.module in notes else {}

@@ -100,8 +100,8 @@ def make_plan(source: Source, skeleton: Skeleton, recipe: Recipe) -> Plan:
     for row in rows:
         info = source.tensors[row.name]
         new = fmt.layout(row.spec) if row.spec is not None else {row.name: (info.dtype, info.shape)}
-        if clash := set(new) & set(layout):
-            raise SourceError(source.name, f"the output would hold {sorted(clash)[0]} twice")
+        if clash := sorted(name for name in new if name in layout):  # not sets: `layout` grows to all tensors
+            raise SourceError(source.name, f"the output would hold {clash[0]} twice")
         layout |= new
     quantized = {spec.module for spec in specs}
     dense = [n for n, m in skeleton.model.named_modules() if is_linear(m) and n not in quantized]
