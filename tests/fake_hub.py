@@ -27,6 +27,7 @@ FAILURES = {
     "silent": ("api", 0, ""),  # never answers
     "foreign": ("resolve", 0, ""),  # answers without X-Repo-Commit
     "rangeless": ("cdn", 0, ""),  # ignores ranges
+    "flaky": ("cdn", 503, ""),  # at the first request for each whole file
     "stalled": ("cdn", 0, ""),  # stops halfway through a whole file
 }
 _LARGE = (".safetensors", ".gguf", ".parquet", ".gz")  # what Git LFS holds
@@ -165,6 +166,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _cdn(self, repo: str, file: str) -> None:
         path = self.server.repos[repo] / file
+        whole = [r for r in self.server.log if r.path == self.path and r.range is None]
+        if self.server.failures.get(repo) == "flaky" and self.headers.get("Range") is None and not whole:
+            return self._error(503, "")
         compressed = path.suffix == ".safetensors" and self.headers.get("Accept-Encoding") != "identity"
         self._send_file(path, {}, ranges=not compressed and self.server.failures.get(repo) != "rangeless")
 

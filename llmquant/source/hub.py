@@ -75,8 +75,10 @@ class HubSource(Source):
         return sum(info.nbytes for name, info in self.tensors.items() if not self.is_local(name))
 
     def _future(self, file: str) -> "Future[str]":
+        """The download of a file; a new one where the last has failed."""
         with self._lock:
-            if file not in self._fetched:
+            future = self._fetched.get(file)
+            if future is None or (future.done() and future.exception() is not None):
                 self._fetched[file] = Future()
                 self._waiting.append(file)
                 if not self._fetching:

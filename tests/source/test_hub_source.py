@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,13 @@ def message_of(model: str, revision: str | None = None) -> str:
     return "opened"
 
 
+def digest_or_message(source: Source, name: str) -> str:
+    try:
+        return digest(source.read(name))
+    except SourceError as error:
+        return str(error)
+
+
 def local_shards(source: Source) -> list[str]:
     return sorted({info.file for name, info in source.tensors.items() if source.is_local(name)})
 
@@ -75,6 +83,12 @@ def child_online(folder: Path) -> dict[str, Any]:
         "user/planned", llmquant.make_recipe("user/planned", flags=flags), RunOptions(folder / "planned")
     )
     rangeless = open_source("user/rangeless")
+    flaky = open_source("user/flaky")
+    one, other = ([name for name, info in flaky.tensors.items() if info.file == shard] for shard in SHARDS)
+    attempts = [digest_or_message(flaky, one[0]), digest_or_message(flaky, one[0])]
+    flaky.prefetch(other)
+    futures.wait([flaky._fetched[SHARDS[1]]], timeout=60)  # type: ignore[attr-defined]
+    attempts.append(digest_or_message(flaky, other[0]))
     errors = {f"user/{name}": message_of(f"user/{name}") for name in (*BAD, "unknown", "empty-shard")}
     errors |= {"revision": message_of("user/opened", "v9"), "id": message_of("not/a/hub/id")}
     hub_module.TIMEOUT = 0.3
@@ -90,6 +104,7 @@ def child_online(folder: Path) -> dict[str, Any]:
         "read": {"after_first": after_first, "tensors": {name: digest(read.read(name)) for name in read.tensors}},
         "prefetched": local_shards(prefetched),
         "planned": {"estimate": planned.as_dict(), "local_shards": local_shards(open_source("user/planned"))},
+        "flaky": {"asked": [one[0], one[0], other[0]], "got": attempts},
         "rangeless": {name: list(info.shape) for name, info in rangeless.tensors.items()},
         "errors": errors,
         "report": report.data,
@@ -224,14 +239,16 @@ def hub(folder: Path) -> Iterator[FakeHub]:
         damaged.mkdir()
         (damaged / "config.json").write_text("{}")
         (damaged / SINGLE).write_bytes(b"")
-        hub.repos = dict.fromkeys(("user/opened", "user/read", "user/prefetched", "user/stalled"), sharded)
+        hub.repos = dict.fromkeys(
+            ("user/opened", "user/read", "user/prefetched", "user/flaky", "user/stalled"), sharded
+        )
         hub.repos |= {f"user/{failure}": small for failure in (*BAD, "silent")} | {"user/empty-shard": damaged}
         hub.repos["user/llama"] = build(folder / "llama", ARCHITECTURES["llama"], shard="100KB")
         (hub.repos["user/llama"] / "README.md").write_text("---\nlicense: mit\n---\n")
         hub.repos["user/gguf"] = gguf_of(quantized(hub.repos["user/llama"], folder / "quantized")).parent
         hub.repos["user/planned"] = hub.repos["user/llama"]
         hub.repos["user/rangeless"] = write_large(folder / "large")
-        hub.failures = {f"user/{failure}": failure for failure in (*BAD, "silent", "rangeless", "stalled")}
+        hub.failures = {f"user/{failure}": failure for failure in (*BAD, "silent", "rangeless", "flaky", "stalled")}
         yield hub
 
 
@@ -317,6 +334,18 @@ def test_prefetch_fetches_the_named_shard_in_the_background(online: dict[str, An
     assert online["prefetched"] == [SHARDS[1]]
     whole = [r.path.rpartition("/")[2] for r in weight_requests(hub, "user/prefetched") if r.range is None]
     assert whole == [SHARDS[1]]
+
+
+def test_a_download_that_failed_is_tried_again_at_the_next_read(
+    online: dict[str, Any], hub: FakeHub, folder: Path
+) -> None:
+    here = open_source(folder / "sharded")
+    message, *digests = online["flaky"]["got"]
+    assert "503" in message
+    assert message.isprintable()
+    assert digests == [digest(here.read(name)) for name in online["flaky"]["asked"][1:]]
+    whole = [r.path.rpartition("/")[2] for r in weight_requests(hub, "user/flaky") if r.range is None]
+    assert whole == [SHARDS[0]] * 2 + [SHARDS[1]] * 2  # the second one failed while it was fetched ahead
 
 
 @pytest.mark.parametrize(
