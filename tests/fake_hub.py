@@ -57,6 +57,7 @@ class FakeHub(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    request_queue_size = 128  # connections may come faster than a busy machine takes them
 
     def __init__(self, handler: "type[Handler] | None" = None) -> None:
         super().__init__(("127.0.0.1", 0), handler or Handler)
@@ -109,8 +110,32 @@ def _etag(path: Path) -> str:
 
 
 class Handler(BaseHTTPRequestHandler):
+    """Reads the whole request before anything is answered, so that a connection is never closed with bytes unread.
+
+    A connection that will be closed after its answer says so (Connection: close); else the client would send its next
+    request into it.
+    """
+
     server: FakeHub
     protocol_version = "HTTP/1.1"
+    body = b""  # of the request
+
+    def parse_request(self) -> bool:
+        if not super().parse_request():
+            return False
+        self.body = self._read_body()
+        return True
+
+    def _read_body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        chunks = []
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        while self.rfile.readline().strip():  # trailers
+            pass
+        return b"".join(chunks)
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -209,7 +234,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, headers: dict[str, str], body: bytes, *, stalled: bool = False) -> None:
         self.send_response(status)
-        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+        closing = {"Connection": "close"} if self.close_connection else {}
+        for name, value in (headers | closing | {"Content-Length": str(len(body))}).items():
             self.send_header(name, value)
         self.end_headers()
         sent = 0

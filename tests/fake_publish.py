@@ -95,15 +95,14 @@ class _Handler(Handler):
     def _route(self) -> None:
         split = urlsplit(self.path)
         path = unquote(split.path)
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         with self._lock:
-            self.server.said.append(body)
+            self.server.said.append(self.body)
             if self._attacked(f"{self.command} {path}"):
                 return
             self.server.calls.append((self.command, self.path))
             for method, pattern, answer in _ROUTES:
                 if method == self.command.replace("HEAD", "GET") and (match := re.fullmatch(pattern, path)):
-                    return answer(self, body=body, query=parse_qs(split.query), **match.groupdict())
+                    return answer(self, body=self.body, query=parse_qs(split.query), **match.groupdict())
         self._error(404, "")
 
     def _attacked(self, request: str) -> bool:
@@ -114,8 +113,9 @@ class _Handler(Handler):
         if callable(attack):
             attack()
             return False
-        self.close_connection = True
-        if not isinstance(attack, str):
+        if attack == "drop":
+            self.close_connection = True
+        elif not isinstance(attack, str):
             status, message = attack
             token = self.headers.get("Authorization", "")
             self._send(status, {"X-Error-Message": message.replace("TOKEN", token)}, b"<html>")

@@ -91,6 +91,8 @@ def child_online(folder: Path) -> dict[str, Any]:
     (folder / "user/here").mkdir(parents=True)
     (folder / "user/here/train.jsonl").write_text('{"text": "not of the Hub"}\n')
     os.chdir(folder)
+    real = corpus._hub_answers
+    corpus._hub_answers = lambda: real(60.0)  # type: ignore[assignment, misc] # a busy machine may need more than 4 s
     answers = {name: answer_of(*asked) for name, asked in ASKED.items()}
     tokenizer = load_tokenizer(open_source("demo"))
     windows = {
@@ -103,7 +105,7 @@ def child_online(folder: Path) -> dict[str, Any]:
     refused[SILENT] = answer_of(SILENT, "train", ALL)
     corpus._WIKITEXT = SILENT
     begin = time.monotonic()
-    answers_when_silent = corpus._hub_answers(0.3)
+    answers_when_silent = real(0.3)
     return {
         "answers": answers,
         "refused": {spec: answer.get("refused") for spec, answer in refused.items()},
