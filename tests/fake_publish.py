@@ -118,7 +118,8 @@ class _Handler(Handler):
         elif not isinstance(attack, str):
             status, message = attack
             token = self.headers.get("Authorization", "")
-            self._send(status, {"X-Error-Message": message.replace("TOKEN", token)}, b"<html>")
+            headers = {"X-Error-Message": message.replace("TOKEN", token), "Content-Type": "text/html"}
+            self._send(status, headers, b"<html>")
         return True
 
     def _json(self, value: Any, status: int = 200) -> None:

@@ -206,7 +206,7 @@ def doctor(json: Json = False) -> None:
         return print_json(found)
     console, machine, hub = new_console(), found["machine"], found["hub"]
     versions = ", ".join(f"{name} {v or 'missing'}" for name, v in found["versions"].items())
-    online = f"{'offline' if hub['offline'] else 'online'}, token {'set' if hub['token'] else 'not set'}"
+    token = f"token {'set' if hub['token'] else 'not set'}"
     memory = "" if machine["memory_bytes"] is None else f", {size(machine['memory_bytes'])} memory"
     rows = [
         ["python", found["python"]],
@@ -214,7 +214,7 @@ def doctor(json: Json = False) -> None:
         ["machine", f"{machine['system']}, {machine['cores']} cores, {machine['instruction_set']}{memory}"],
         ["devices", ", ".join(f"{d['name']} ({d['what']})" for d in found["devices"])],
         ["disk", f"{size(found['disk']['free_bytes'])} free in {found['disk']['folder']}"],
-        ["Hub", f"{hub['endpoint']}, {online}, cache {hub['cache']}"],
+        ["Hub", f"{hub['endpoint']}, {_reached(hub)}, {token}, cache {hub['cache']}"],
         [
             "formats",
             ", ".join(
@@ -227,6 +227,13 @@ def doctor(json: Json = False) -> None:
         console.print(text, markup=False, soft_wrap=True)
     for problem in found["problems"]:
         console.print(f"note: {problem}", style="yellow", markup=False, soft_wrap=True)
+
+
+def _reached(hub: dict[str, Any]) -> str:
+    if hub["offline"]:
+        return "offline by HF_HUB_OFFLINE"
+    failure, seconds = hub["not_reached"], hub["answered_seconds"]
+    return f"online, {seconds:.1f} s" if failure is None else f"not reached: {failure}"
 
 
 def _shape(shape: Sequence[int]) -> str:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llmquant.errors import SourceError
+from llmquant.source.hub import reach_hub
 from llmquant.versions import installed
 
 PACKAGES = (
@@ -62,16 +64,29 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _hub() -> dict[str, Any]:
-    """Where the Hub is and whether a token is there; whether it is valid is not asked, which would need the network."""
+    """Where the Hub is, whether it answers, and whether a token is there; the token is not sent.
+
+    offline           HF_HUB_OFFLINE is set: nothing is asked
+    answered_seconds  how long the Hub took to answer; None where it did not, or was not asked
+    not_reached       why there was no answer; None where there was one, or nothing was asked
+    """
     from huggingface_hub import constants, get_token
 
     try:
         free = shutil.disk_usage(next(p for p in Path(constants.HF_HUB_CACHE).parents if p.is_dir())).free
     except (StopIteration, OSError):
         free = None
+    seconds = failure = None
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            seconds = reach_hub()
+        except SourceError as error:
+            failure = str(error).removeprefix("Hub: ")
     return {
         "endpoint": constants.ENDPOINT.rpartition("@")[2],  # a proxy's address may hold a password
         "offline": bool(constants.HF_HUB_OFFLINE),
+        "answered_seconds": seconds,
+        "not_reached": failure,
         "token": get_token() is not None,
         "cache": constants.HF_HUB_CACHE,
         "cache_free_bytes": free,
@@ -93,6 +108,8 @@ def _problems(found: dict[str, Any]) -> list[str]:
     problems = [f"{name} is not installed: pip install {name}" for name, v in found["versions"].items() if v is None]
     if found["hub"]["offline"]:
         problems.append("HF_HUB_OFFLINE is set: only local folders and what was downloaded before can be opened")
+    elif found["hub"]["not_reached"]:
+        problems.append("the Hub cannot be reached: only local folders and what was downloaded before can be opened")
     elif not found["hub"]["token"]:
         problems.append("no Hub token: gated models cannot be read; `hf auth login` or HF_TOKEN")
     if found["disk"]["free_bytes"] < 10e9:

@@ -1,11 +1,12 @@
 """A checkpoint on the Hub: one pinned commit, headers by range requests, shards downloaded one ahead."""
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from llmquant.errors import LLMQuantError, SourceError
 from llmquant.source.base import Source, relative
@@ -30,6 +31,36 @@ def dataset_commit(repo: str) -> str | None:
     from huggingface_hub import HfApi
 
     return HfApi().dataset_info(repo, timeout=TIMEOUT).sha
+
+
+def reach_hub(limit: float = 2.0) -> float:
+    """Seconds that the Hub at HF_ENDPOINT takes to answer a small request without a token.
+
+    SourceError, with the reason, where there is no answer of a Hub within `limit` seconds.
+    """
+    from huggingface_hub import constants, get_session
+
+    found: Future[Any] = Future()
+    url, session = f"{constants.ENDPOINT}/api/models?limit=1", get_session()
+
+    def ask() -> None:
+        try:
+            found.set_result(session.get(url, timeout=limit))
+        except Exception as error:  # any failure is the answer
+            found.set_exception(error)
+
+    begin = time.perf_counter()
+    threading.Thread(target=ask, daemon=True).start()  # looking a name up has no timeout of its own
+    try:
+        response = found.result(limit)
+    except TimeoutError:
+        raise SourceError("Hub", f"no answer within {limit:g} s") from None
+    except Exception as error:
+        raise SourceError("Hub", _brief(error)) from None
+    kind = response.headers.get("content-type", "")
+    if response.status_code >= 500 or kind.startswith("text/html"):  # a web page is a proxy's
+        raise SourceError("Hub", f"status {response.status_code} {kind}".rstrip(), expected="an answer of a Hub")
+    return time.perf_counter() - begin
 
 
 class HubSource(Source):

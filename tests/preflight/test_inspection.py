@@ -1,19 +1,28 @@
 """inspect and doctor: what they say is what is in the files, and never a token."""
 
 import json
-from collections.abc import Callable
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fake_hub import fake_hub
+from fake_publish import publishing_hub
+from huggingface_hub import close_session, constants
 
 import llmquant
 from llmquant.cli.app import main
 from llmquant.errors import SourceError
+from llmquant.preflight import doctor
 from llmquant.preflight.doctor import diagnose
 from llmquant.preflight.inspection import code_statistics, inspect_checkpoint, inspect_layer
 from llmquant.quant.grid import QuantScheme
+from llmquant.source import hub as hub_module
 
 FLAGS = {"method": "rtn", "eval_data": "none", "group_size": 32, "ignore": ["layers.0"]}
 LAYER = "model.layers.1.mlp.down_proj"
@@ -89,3 +98,80 @@ def test_doctor_never_says_the_token(monkeypatch: pytest.MonkeyPatch, capsys: py
     found: dict[str, Any] = diagnose()
     assert found["hub"]["token"] is True
     assert found["formats"]["compressed-tensors"] == {"opened_by": "compressed-tensors", "installed": True}
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Sets the endpoint of a Hub, which is not offline."""
+
+    def set_endpoint(endpoint: str) -> None:
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+    for name in [name for name in os.environ if "proxy" in name.lower()]:
+        monkeypatch.delenv(name)
+    close_session()  # the next one is made without a proxy
+    yield set_endpoint
+    close_session()
+
+
+def shown(capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, Any]]:
+    """What doctor says of the Hub, as text and as data."""
+    assert main(["doctor"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Hub ")]
+    assert main(["doctor", "--json"]) == 0
+    return line, json.loads(capsys.readouterr().out)
+
+
+def test_doctor_asks_the_hub_and_says_how_long_it_took(
+    at: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    monkeypatch.setattr(doctor, "reach_hub", partial(hub_module.reach_hub, 60.0))  # the machine may be busy
+    with fake_hub() as hub:
+        at(hub.endpoint)
+        line, found = shown(capsys)
+        assert len(hub.log) == 2
+        assert not any(request.authorized for request in hub.log)
+    assert re.search(rf"{hub.endpoint}, online, \d+\.\d s, token set", line)
+    assert found["hub"]["answered_seconds"] > 0
+    assert (found["hub"]["offline"], found["hub"]["not_reached"]) == (False, None)
+    assert not any("reached" in problem for problem in found["problems"])
+
+
+def test_doctor_says_why_the_hub_is_not_reached(at: Callable[[str], None], capsys: pytest.CaptureFixture[str]) -> None:
+    with fake_hub() as gone:
+        endpoint = gone.endpoint
+    at(endpoint.replace("://", "://me:TheSecret@"))
+    line, found = shown(capsys)
+    assert f"{endpoint.rpartition('/')[2]}, not reached: ConnectError: " in line
+    assert "online" not in line
+    assert "TheSecret" not in line + json.dumps(found)
+    assert found["hub"]["answered_seconds"] is None
+    assert "ConnectError" in found["hub"]["not_reached"]
+    assert any("the Hub cannot be reached" in problem for problem in found["problems"])
+
+
+def test_doctor_asks_nothing_offline(
+    at: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with fake_hub() as hub:
+        at(hub.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        line, found = shown(capsys)
+        assert hub.log == []
+    assert "offline by HF_HUB_OFFLINE, token" in line
+    assert (found["hub"]["answered_seconds"], found["hub"]["not_reached"]) == (None, None)
+
+
+def test_a_hub_that_does_not_answer_and_one_that_is_none_are_not_reached(at: Callable[[str], None]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        at(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(SourceError, match=r"^Hub: (no answer within 0\.2 s|ReadTimeout: )"):
+            hub_module.reach_hub(0.2)
+    for attack, said in (((503, ""), "status 503 text/html"), ((200, ""), "status 200 text/html")):
+        with publishing_hub() as hub:
+            at(hub.endpoint)
+            hub.attacks["GET /api/models"] = attack
+            with pytest.raises(SourceError, match=f"^Hub: {said}; expected an answer of a Hub"):
+                hub_module.reach_hub(60.0)
