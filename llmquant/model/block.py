@@ -103,7 +103,7 @@ class Block:
         """Linears of the loaded block by the input they share, in the order in which `forward` reaches them.
 
         Two linears share an input where they read the same elements of the same memory and nothing wrote into it in
-        between (torch counts writes in a tensor's version). SourceError where one runs more than once.
+        between. SourceError where one runs more than once.
         """
         seen: dict[tuple[Any, ...], list[str]] = {}
         alive: list[Tensor] = []  # inputs stay referenced, or another one could be born at the same address
@@ -111,7 +111,7 @@ class Block:
         def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]
             alive.append(x)
-            key = (x.data_ptr(), x.shape, x.stride(), x._version)
+            key = (x.data_ptr(), x.shape, x.stride(), _state(x))
             seen.setdefault(key, []).append(name)
 
         hooks = [m.register_forward_pre_hook(partial(note, name)) for name, m in self.linears.items()]
@@ -128,3 +128,13 @@ class Block:
                 remedy="keep it in 16 bit with --ignore",
             )
         return list(seen.values())
+
+
+def _state(x: Tensor) -> int:
+    """A number that changes when something is written into `x`: torch's count of writes to its memory.
+
+    Inference tensors have no such count; for them it is a hash of the values.
+    """
+    if not x.is_inference():
+        return x._version
+    return hash(x.cpu().contiguous().view(torch.uint8).numpy().tobytes())
