@@ -1,9 +1,10 @@
-"""Peak memory against depth and width: python eval/memory.py [--hidden 512] [--blocks 8 40] [--method gptq]
+"""Peak memory against depth and width: python eval/memory.py [--hidden 512] [--blocks 8 40] [--dtype float32] ...
 
 Builds random Llama checkpoints shard by shard, quantizes each on 32 windows of 512 tokens with four evaluation lanes
 and --max-ram 64MB, in a process of its own, and prints its peak RSS and the bound that `llmquant plan` gives:
 600 MB + 2 x largest block (compute dtype) + 8 bytes x (largest in_features)^2 + largest embedding or head
-+ activations of one batch + --max-ram.
++ activations of one batch + --max-ram, and with a compute dtype other than float32 what the pass for the noise floor
+needs beyond that.
 """
 
 import argparse
@@ -31,12 +32,14 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--blocks", type=int, nargs="+", default=[8, 40])
     parser.add_argument("--method", default="gptq", choices=["gptq", "rtn"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--vocab", type=int, default=4096)
     arguments = parser.parse_args()
     print(f"{'blocks':>6} {'weights MB':>10} {'peak RSS MB':>11} {'bound MB':>8} {'s':>6}")
     for blocks in arguments.blocks:
         with tempfile.TemporaryDirectory() as folder:
-            source = build(Path(folder) / "model", arguments.hidden, blocks)
-            cost = quantize(source, Path(folder) / "out", arguments.method)
+            source = build(Path(folder) / "model", arguments.hidden, blocks, vocab=arguments.vocab)
+            cost = quantize(source, Path(folder) / "out", method=arguments.method, dtype=arguments.dtype)
             size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
         peak, bound = cost["peak_rss_bytes"] / 1e6, cost["bound"] / 1e6
         print(f"{blocks:>6} {size / 1e6:>10.0f} {peak:>11.0f} {bound:>8.0f} {cost['total_seconds']:>6.1f}")
@@ -90,9 +93,9 @@ def build(
     return folder
 
 
-def quantize(source: Path, out: Path, method: str) -> dict[str, float]:
+def quantize(source: Path, out: Path, **chosen: str) -> dict[str, float]:
     """The job's cost.json and the plan's bound, from a fresh process."""
-    flags = {"method": method, "samples": 32, "seq_len": 512, "eval_tokens": 8192, "eval_seq_len": 512}
+    flags = {"samples": 32, "seq_len": 512, "eval_tokens": 8192, "eval_seq_len": 512, **chosen}
     command = [sys.executable, "-c", CHILD, str(source), str(out), json.dumps(flags)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     cost: dict[str, float] = json.loads(done.stdout.splitlines()[-1])

@@ -114,7 +114,8 @@ def noise_floor(source: Source, skeleton: Skeleton, windows: Windows, watch: Sto
     few = replace(windows, ids=windows.ids[:8])
     exact = Skeleton(source, skeleton.device, torch.float32)
     lanes = {"float32": Lane(source, exact), "compute": Lane(source, skeleton)}
-    with Streams({}, 0, _unnamed_file) as streams:
+    size = few.n_tokens * skeleton.hidden_size * torch.float32.itemsize
+    with Streams(dict.fromkeys(lanes, size), 0, _unnamed_file) as streams:  # in files: the run's own are still open
         scores = _stream(lanes, Lanes(tuple(lanes), few, streams), watch, silent)
     return figures(scores["compute"], scores["float32"])
 

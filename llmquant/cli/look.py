@@ -104,6 +104,7 @@ def _print_plan(found: "Estimate") -> None:
             ["bits per weight", f"{found.bits_per_weight:.3f} in the quantized linears, scales included"],
             ["opens in", ", ".join(name for name, yes in found.opens.items() if yes) or "none of the known runtimes"],
             ["peak memory", _sum_of(found.memory, size, "at most ")],
+            *([["on the device", _sum_of(found.device_memory, size, "at most ")]] if found.device_memory else []),
             ["disk", _sum_of(found.disk, size)],
             ["time", _sum_of(found.seconds, duration, "about ")],
         ]

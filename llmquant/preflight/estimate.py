@@ -18,9 +18,9 @@ from llmquant.formats.runtimes import RUNTIMES, lint, opens
 from llmquant.job import Draft, windows
 from llmquant.log import silent
 from llmquant.model.skeleton import Skeleton
-from llmquant.model.streams import spilled
 from llmquant.plan import Row
 from llmquant.preflight.flops import Tokens, Work, matmul_rate, work_of
+from llmquant.preflight.memory_bound import memory_bound
 from llmquant.preflight.trial import try_block
 from llmquant.recipe import Recipe, RunOptions
 from llmquant.report.verdict import without_numbers
@@ -29,11 +29,9 @@ from llmquant.source.resolve import open_source
 from llmquant.text.corpus import is_file
 from llmquant.text.mixture import parse_mixture
 from llmquant.text.tokenizer import has_tokenizer
-from llmquant.text.windows import windows_per_batch
 
 T = TypeVar("T")
 
-_BASE_BYTES = 600_000_000  # interpreter, torch, transformers, tokenizer
 _START_SECONDS = 4.0  # to import torch and transformers, open the model and cut the texts into windows
 _FULL_TOKENS = 300_000  # what --eval-tokens full is taken for: wikitext-2's test split has about that many
 _DISK_RATE = 300e6  # bytes per second, taken for reading the source twice and writing and re-reading the output
@@ -76,7 +74,8 @@ class Estimate:
     output_bytes: int = 0
     bits_per_weight: float | None = None
     opens: dict[str, bool] = field(default_factory=dict)
-    memory: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)  # of the machine
+    device_memory: dict[str, int] = field(default_factory=dict)  # of the accelerator; empty on a CPU
     disk: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     assumptions: list[str] = field(default_factory=list)
@@ -90,6 +89,7 @@ class Estimate:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {
             "memory_bytes": sum(self.memory.values()),
+            "device_memory_bytes": sum(self.device_memory.values()),
             "disk_bytes": sum(self.disk.values()),
             "total_seconds": sum(self.seconds.values()),
         }
@@ -212,43 +212,29 @@ def _tokens(found: Estimate, draft: Draft) -> Tokens:
 
 
 def _memory(found: Estimate, draft: Draft, tokens: Tokens, sizes: dict[str, int]) -> None:
-    """A bound by parts: base + 2 blocks + 8 bytes x widest input squared + largest outer tensor + a batch's activations
-    + at most --max-ram for streams and paused forwards."""
-    plan, skeleton, budget = draft.plan, draft.skeleton, draft.options.stream_budget
-    numel = {name: skeleton.weights.get(name).numel() for name in skeleton.weights.names}
-    width = skeleton.dtype.itemsize
-    blocks = Counter[int]()
-    for name, count in numel.items():
-        if (block := skeleton.block_of(name)) is not None:
-            blocks[block] += count * width
-    outer = max((count * width for name, count in numel.items() if skeleton.block_of(name) is None), default=0)
-    inner = max(max(spec.shape) for spec in plan.specs)
-    lengths = [
-        n for n, total in ((tokens.seq_len, tokens.calibration), (tokens.eval_seq_len, tokens.evaluation)) if total
-    ]
-    batch = max((windows_per_batch(n) * n for n in lengths), default=0)
-    widest = max(spec.shape[1] for spec in plan.specs) if "calibration" in sizes else 0
-    in_memory = sum(sizes.values()) - sum(spilled(sizes, budget).values())
-    # What a forward holds when it pauses at its last step: residual stream and norm, gate, up and their product.
-    held = sizes.get("calibration", 0) // skeleton.hidden_size * 3 * (widest + skeleton.hidden_size)
-    found.memory = {
-        "base": _BASE_BYTES,
-        "two copies of the largest block": 2 * max(blocks.values()),
-        "Hessian and drift of the widest input": 8 * widest**2,
-        "largest embedding or head": outer,
-        # Residual stream, norm, attention's inputs and result; gate, up, activation and product.
-        "activations of a batch": batch * width * (8 * skeleton.hidden_size + 4 * inner),
-        "streams in memory": in_memory,
-        "paused forwards": min(budget - in_memory, 2 * held) if widest else 0,
-    }
+    """The bounds, and what is wrong with them here."""
+    bound = memory_bound(draft, tokens, sizes)
+    found.memory, found.device_memory = bound.host, bound.device
     total, physical = sum(found.memory.values()), _physical_memory()
-    if skeleton.device.type == "cpu" and physical is not None and total > physical:
+    if physical is not None and total > physical:
+        remedy = "use a smaller --max-ram" + (" or --dtype bfloat16" if not found.device_memory else "")
         found.warn(
-            f"memory: up to {total / 1e9:.1f} GB; expected at most the machine's {physical / 1e9:.1f} GB; "
-            "use a smaller --max-ram or --dtype bfloat16"
+            f"memory: up to {total / 1e9:.1f} GB; expected at most the machine's {physical / 1e9:.1f} GB; {remedy}"
         )
-    if widest and found.recipe["samples"] * found.recipe["seq_len"] < widest:
+    total, physical = sum(found.device_memory.values()), _device_memory(draft.skeleton.device)
+    if physical is not None and total > physical:
+        found.warn(
+            f"memory of {draft.skeleton.device}: up to {total / 1e9:.1f} GB; expected at most its {physical / 1e9:.1f} "
+            "GB; use a smaller --max-ram (paused forwards) or --device cpu"
+        )
+    widest = max(spec.shape[1] for spec in draft.plan.specs)
+    if draft.calibrated and draft.recipe.samples * draft.recipe.seq_len < widest:
         found.warn(f"--samples: fewer calibration tokens than the {widest} inputs of the widest layer; use more")
+
+
+def _device_memory(device: torch.device) -> int | None:
+    """Bytes of an accelerator's memory, where torch tells them."""
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
 
 
 def _physical_memory() -> int | None:

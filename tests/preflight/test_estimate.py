@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import llmquant
+from llmquant import job
 from llmquant.cli.app import main
 from llmquant.demo import DEMO
 from llmquant.model.block import Block
+from llmquant.preflight import estimate as estimate_module
 from llmquant.preflight import trial
 from llmquant.preflight.estimate import estimate
 from llmquant.preflight.flops import Tokens
@@ -95,6 +97,53 @@ def test_70b_is_planned_from_its_headers_within_seconds(tmp_path: Path, monkeypa
     assert any("days on this CPU" in problem.message and not problem.blocking for problem in found.problems)
     assert found.exit_code == 0
     assert not (tmp_path / "big-W4A16-G128.partial").exists()
+
+
+FLOOR = "noise floor's pass in float32, beyond the run's own"
+
+
+def test_the_noise_floors_pass_is_in_the_bound(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    """It holds a block, and the heads of two models, where the run's own pass holds Hessians and paused forwards."""
+    folder, options = tiny_model("llama"), RunOptions(tmp_path / "out", max_ram="1KB")
+
+    def bound(**flags: Any) -> dict[str, int]:
+        return estimate(folder, llmquant.make_recipe("x", flags=FLAGS | flags), options).memory
+
+    exact, half = bound(), bound(dtype="bfloat16")
+    assert FLOOR not in exact
+    assert FLOOR not in bound(dtype="bfloat16", eval_data="none")
+    block, outer, hessian = exact["two copies of the largest block"], exact["largest embedding or head"], 8 * 96**2
+    activations = exact["activations of a batch"]
+    assert half["two copies of the largest block"] == block // 2
+    # in float32: a block, a head and that of the compute dtype, activations; less what the run has given back
+    pass_ = block // 2 + outer + outer // 2 + activations
+    own = block // 2 + hessian + outer // 2 + activations // 2 + half["paused forwards"]
+    assert half[FLOOR] == pass_ - own > 0
+
+
+def test_an_accelerators_memory_is_counted_apart(
+    tiny_model: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, options = llmquant.make_recipe("x", flags=FLAGS), RunOptions(tmp_path / "out")
+    here = estimate(tiny_model("llama"), recipe, options)
+    assert here.device_memory == {}
+    monkeypatch.setattr(job, "pick_device", lambda device: torch.device("meta"))
+    monkeypatch.setattr(estimate_module, "_time", lambda *arguments: None)
+    monkeypatch.setattr(estimate_module, "_physical_memory", lambda: 3)
+    monkeypatch.setattr(estimate_module, "_device_memory", lambda device: 4)
+    there = estimate(tiny_model("llama"), llmquant.make_recipe("x", flags=FLAGS | {"dtype": "float32"}), options)
+    on_the_way = {"largest tensor while it is read", "batches on their way"}
+    assert there.memory.keys() == {"base", "streams in memory"} | on_the_way
+    assert {name: size for name, size in there.memory.items() if name not in on_the_way} | there.device_memory == (
+        here.memory
+    )
+    assert there.memory["largest tensor while it is read"] == 4 * 4096 * 64
+    both = there.as_dict()
+    assert both["device_memory_bytes"] == sum(there.device_memory.values()) > 0
+    assert both["memory_bytes"] == sum(there.memory.values())
+    said = [problem.message for problem in there.problems]
+    assert any(message.startswith("memory: up to 0.6 GB; expected at most the machine's") for message in said)
+    assert any(message.startswith("memory of meta: up to 0.0 GB; expected at most its 0.0 GB") for message in said)
 
 
 def test_sizes_are_those_of_the_run(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:

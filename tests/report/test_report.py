@@ -3,13 +3,14 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jsonschema
 import pytest
 import torch
 
 import llmquant
+from llmquant import comparison
 from llmquant.comparison import noise_floor
 from llmquant.log import Stopwatch
 from llmquant.model.skeleton import Skeleton
@@ -73,6 +74,24 @@ def test_noise_floor_is_the_dtypes_own_divergence(tiny_model: Callable[[str], Pa
     floor = noise_floor(source, Skeleton(source, cpu, torch.bfloat16), windows, Stopwatch())
     assert floor is not None
     assert 0 < floor.kl_mean < 1e-2
+
+
+def test_streams_of_the_noise_floor_lie_in_files(
+    tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the run, which may fill --max-ram, are still open then."""
+    made: list[str] = []
+    real = comparison._unnamed_file
+
+    def unnamed_file(name: str) -> BinaryIO:
+        made.append(name)
+        return real(name)
+
+    monkeypatch.setattr(comparison, "_unnamed_file", unnamed_file)
+    source = open_source(tiny_model("llama"))
+    windows = Windows(torch.arange(3, 3 + 9 * 32).view(9, 32), "test", None, "none")
+    noise_floor(source, Skeleton(source, torch.device("cpu"), torch.bfloat16), windows, Stopwatch())
+    assert made == ["float32", "compute"]
 
 
 def test_auto_takes_the_builtin_text_where_no_hub_answers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,97 @@
+"""How much memory a run may take at most, by parts: that of the machine, and that of the accelerator it runs on."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from llmquant.job import Draft
+from llmquant.model.streams import spilled
+from llmquant.preflight.flops import Tokens
+from llmquant.text.windows import windows_per_batch
+
+_BASE_BYTES = 600_000_000  # interpreter, torch, transformers, tokenizer
+_BATCHES_ON_THE_WAY = 3  # of a stream in a file: the one at work, the next one, the last one
+
+
+@dataclass(frozen=True)
+class MemoryBound:
+    """Bytes by part. `device` is empty where the run computes on the CPU."""
+
+    host: dict[str, int]
+    device: dict[str, int]
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Numbers of elements that a bound is made of."""
+
+    block: int  # parameters of the largest block
+    outer: int  # of the largest tensor outside the blocks
+    widest: int  # inputs of the widest linear that wants a Hessian
+    activations: int  # that a forward of one batch holds
+    batch: int  # hidden states of one batch
+
+
+def memory_bound(draft: Draft, tokens: Tokens, streams: dict[str, int]) -> MemoryBound:
+    """The bound of a run with these `tokens` and `streams` (name -> bytes).
+
+    On a CPU: base + 2 blocks + 8 bytes x widest input squared + largest outer tensor + a batch's activations + at most
+    --max-ram for streams and paused forwards. On an accelerator weights, Hessians, activations and paused forwards
+    are its own; the machine holds streams, and one tensor on its way.
+    """
+    skeleton, budget = draft.skeleton, draft.options.stream_budget
+    sizes, width = _sizes(draft, tokens), skeleton.dtype.itemsize
+    in_memory = sum(streams.values()) - sum(spilled(streams, budget).values())
+    # What a forward holds when it pauses at its last step: residual stream and norm, gate, up and their product.
+    held = streams.get("calibration", 0) // skeleton.hidden_size * 3 * (sizes.widest + skeleton.hidden_size)
+    base, kept = {"base": _BASE_BYTES}, {"streams in memory": in_memory}
+    work = {
+        "two copies of the largest block": 2 * sizes.block * width,
+        "Hessian and drift of the widest input": 8 * sizes.widest**2,
+        "largest embedding or head": sizes.outer * width,
+        "activations of a batch": sizes.activations * width,
+    }
+    paused = {"paused forwards": min(budget - in_memory, 2 * held) if sizes.widest else 0}
+    floor = {}
+    if draft.lanes and skeleton.dtype != torch.float32:
+        more = _noise_floor(sizes, width) - sum((work | paused).values())
+        floor = {"noise floor's pass in float32, beyond the run's own": max(0, more)}
+    if skeleton.device.type == "cpu":
+        return MemoryBound(base | work | kept | paused | floor, {})
+    largest = max((info.numel for info in draft.source.tensors.values()), default=0)
+    on_the_way = {
+        "largest tensor while it is read": 4 * largest,
+        "batches on their way": _BATCHES_ON_THE_WAY * sizes.batch * width,
+    }
+    return MemoryBound(base | kept | on_the_way, work | paused | floor)
+
+
+def _sizes(draft: Draft, tokens: Tokens) -> _Sizes:
+    skeleton, plan = draft.skeleton, draft.plan
+    blocks, outer = Counter[int](), 0
+    for name in skeleton.weights.names:
+        count = skeleton.weights.get(name).numel()
+        if (block := skeleton.block_of(name)) is not None:
+            blocks[block] += count
+        else:
+            outer = max(outer, count)
+    lengths = [
+        n for n, total in ((tokens.seq_len, tokens.calibration), (tokens.eval_seq_len, tokens.evaluation)) if total
+    ]
+    batch = max((windows_per_batch(n) * n for n in lengths), default=0)
+    inner = max(max(spec.shape) for spec in plan.specs)
+    return _Sizes(
+        block=max(blocks.values()),
+        outer=outer,
+        widest=max(spec.shape[1] for spec in plan.specs) if draft.calibrated else 0,
+        # Residual stream, norm, attention's inputs and result; gate, up, activation and product.
+        activations=batch * (8 * skeleton.hidden_size + 4 * inner),
+        batch=batch * skeleton.hidden_size,
+    )
+
+
+def _noise_floor(sizes: _Sizes, width: int) -> int:
+    """Bytes of `comparison.noise_floor`, which runs when the rest is done: a block in float32 at a time, at the end the
+    heads of both models, and no Hessian. Its streams lie in files."""
+    return 4 * sizes.block + (4 + width) * sizes.outer + 4 * sizes.activations
