@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmquant.errors import SourceError
+from llmquant.errors import SourceError, option
 from llmquant.gguf.blocks import gguf
 from llmquant.gguf.source import open_gguf_file, open_gguf_of
 from llmquant.source.base import OnlyGGUFError, Source
@@ -95,7 +95,7 @@ class PackedSource(Source):
             quantization = config.get("quantization_config") or config["quantization"]
             return READERS[self.method](self.stored.tensors, quantization, self.stored.read)
         except SourceError as error:
-            raise SourceError(self.stored.name, str(error)) from None
+            raise SourceError(self.stored.name, error.message(option)) from None
 
     def _dense_view(self) -> dict[str, TensorInfo]:
         parts = {part for linear in self.packed.values() for part in linear.parts}

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from llmquant.checkpoint import bits_per_weight, open_checkpoint
-from llmquant.errors import SourceError
+from llmquant.errors import SourceError, option
 from llmquant.job import draft_model, evaluation_text
 from llmquant.lanes.scores import ORIGINAL, Figures, Lanes, TokenScores, bootstrap_ratio, figures, standard_error
 from llmquant.log import Event, Log, Stopwatch, silent, stages_of
@@ -100,7 +100,7 @@ def score_tokens(
         tokenizer = load_tokenizer(first.source)
         windows = evaluation_text(first.skeleton, tokenizer, recipe, log)
     size = windows.n_tokens * first.skeleton.hidden_size * first.skeleton.dtype.itemsize
-    with Streams(dict.fromkeys(lanes, size), parse_size("--max-ram", max_ram), _unnamed_file) as streams:
+    with Streams(dict.fromkeys(lanes, size), parse_size("max_ram", max_ram), _unnamed_file) as streams:
         return windows, lanes, _stream(lanes, Lanes(tuple(lanes), windows, streams), watch, log)
 
 
@@ -143,7 +143,7 @@ def _open(sources: Sequence[Source], recipe: Recipe, log: Log, *, named_referenc
                 lane.source.name,
                 f"context {lane.skeleton.context}",
                 expected=f"at least the {length} tokens of a window",
-                remedy=f"--seq-len {lane.skeleton.context}",
+                remedy=f"{option('seq_len')} {lane.skeleton.context}",
             )
     return lanes
 

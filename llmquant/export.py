@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from llmquant.checkpoint import PackedSource, open_checkpoint
-from llmquant.errors import FormatError, SourceError
+from llmquant.errors import FormatError, SourceError, option
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.formats.base import Layout
 from llmquant.formats.runtimes import verdicts
@@ -49,7 +49,7 @@ def export(
     exporter = Export(source, format_name, gguf_pre)
     run = RunDir(Path(out), overwrite=overwrite, needed_bytes=exporter.plan.output_bytes + source.side_bytes)
     with run:
-        exporter.write(run, parse_size("--max-shard-size", max_shard_size), log)
+        exporter.write(run, parse_size("max_shard_size", max_shard_size), log)
         report = exporter.report() | {"files": run.weight_files()}
         run.write_json("report.json", report)
         run.write_bytes("README.md", make_card(run.out.name, report).encode())
@@ -87,7 +87,7 @@ class Export:
 
     def __init__(self, source: PackedSource, format_name: str, gguf_pre: str | None = None) -> None:
         if format_name not in FORMATS:
-            raise FormatError("--format", repr(format_name), expected=f"one of {', '.join(FORMATS)}")
+            raise FormatError(option("format"), repr(format_name), expected=f"one of {', '.join(FORMATS)}")
         self.source, self.format_name, self.format = source, format_name, FORMATS[format_name]
         self.skeleton = Skeleton(source, torch.device("cpu"), torch.float32)
         self.output = open_output(format_name, source, self.skeleton, self._make_plan(), gguf_pre)

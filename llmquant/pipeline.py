@@ -18,7 +18,7 @@ from llmquant.blocks.snapshots import Snapshots, snapshot_bytes
 from llmquant.blocks.solve import Solved
 from llmquant.checkpoint import stored_forms
 from llmquant.comparison import noise_floor
-from llmquant.errors import ResumeError
+from llmquant.errors import ResumeError, option
 from llmquant.export import export_beside
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.formats.runtimes import verdicts
@@ -91,14 +91,14 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: L
         if run.records:
             log(f"going on after block {len(run.records)} of {len(job.skeleton.blocks)}")
             torch.set_num_threads(run.threads)
-        output.open(run, parse_size("--max-shard-size", recipe.max_shard_size))
+        output.open(run, parse_size("max_shard_size", recipe.max_shard_size))
         layers, lanes = _Pass(job, run, streams, watch, log).go()
         run.tensors.finish()
         with watch.stage("verify"):
             output.finish(run)
         log(f"verified: {len(job.plan.layout)} tensors re-read from disk, equal to what was computed")
         with watch.stage("export"):
-            size = parse_size("--max-shard-size", recipe.max_shard_size)
+            size = parse_size("max_shard_size", recipe.max_shard_size)
             export_beside(recipe.exports, run, size, log, trust_remote_code=options.trust_remote_code)
         floor = None if job.evaluation is None else noise_floor(job.source, job.skeleton, job.evaluation, watch)
         report = Report(_report(job, layers, lanes, floor, run.weight_files()), watch.cost(), run.out)
@@ -243,7 +243,7 @@ class _Pass:
                 raise ResumeError(
                     f"block {index + 1}, stream {name}",
                     "differs from what the interrupted run computed",
-                    remedy="start again with --resume never",
+                    remedy=f"start again with {option('resume')} never",
                 )
 
     def _specs(self, block: Block) -> list[LinearSpec]:

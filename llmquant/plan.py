@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from llmquant.errors import RecipeError, SourceError
+from llmquant.errors import RecipeError, SourceError, option
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.formats.base import Layout
 from llmquant.model.meta import is_conv1d, is_linear
@@ -87,11 +87,13 @@ def make_plan(source: Source, skeleton: Skeleton, recipe: Recipe) -> Plan:
         rows.append(_row(source, skeleton, recipe, key, ignored_by))
     if unused:
         raise RecipeError(
-            "--ignore", f"{sorted(unused)[0]!r} matches no tensor", expected="a regular expression that does"
+            option("ignore"), f"{sorted(unused)[0]!r} matches no tensor", expected="a regular expression that does"
         )
     specs = [row.spec for row in rows if row.spec is not None]
     if not specs:
-        raise RecipeError(source.name, "no linear is left to quantize", remedy="check --ignore")
+        raise RecipeError(
+            source.name, "no linear is left to quantize", remedy=f"check {option('ignore')}", field="ignore"
+        )
     _check_groups(specs, recipe)
 
     fmt = FORMATS[recipe.format]
@@ -164,9 +166,10 @@ def _check_groups(specs: list[LinearSpec], recipe: Recipe) -> None:
     kinds = sorted({f"{spec.module} ({spec.shape[1]})" for spec in bad}, key=natural_key)
     widths = {spec.shape[1] for spec in bad}
     fitting = [g for g in (128, 64, 32) if all(width % g == 0 for width in widths)]
-    other = f"--group-size {fitting[0]} or " if fitting else ""
+    other = f"{option('group_size')} {fitting[0]} or " if fitting else ""
     raise RecipeError(
         ", ".join(kinds),
         f"in_features not divisible by group size {recipe.group_size}",
-        remedy=f"use {other}--group-size -1, or keep them in 16 bit with --ignore",
+        remedy=f"use {other}{option('group_size')} -1, or keep them in 16 bit with {option('ignore')}",
+        field="group_size",
     )

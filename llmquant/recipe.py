@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from llmquant.errors import RecipeError, did_you_mean
+from llmquant.errors import RecipeError, did_you_mean, option
 
 # What the small built-in model changes: its context is short and its text fits in seconds.
 DEMO_DEFAULTS: dict[str, Any] = {"seq_len": 512, "eval_data": "builtin", "eval_tokens": 32768, "eval_seq_len": 512}
@@ -69,38 +69,44 @@ class Recipe:
         self._check_formats()
         for name, allowed in CHOICES.items():
             if (value := getattr(self, name)) not in allowed or isinstance(value, bool):
-                raise RecipeError(_flag(name), f"{value!r}", expected=f"one of {', '.join(map(str, allowed))}")
+                raise RecipeError(option(name), f"{value!r}", expected=f"one of {', '.join(map(str, allowed))}")
         for name in ("samples", "seq_len", "eval_seq_len"):
             if (value := getattr(self, name)) < 1 + (name != "samples"):
-                raise RecipeError(_flag(name), str(value), expected="a positive number (2 or more tokens in a window)")
+                raise RecipeError(option(name), str(value), expected="a positive number (2 or more tokens in a window)")
         if self.sweeps is not None and self.sweeps < 0:
-            raise RecipeError("--sweeps", str(self.sweeps), expected="0 or more")
+            raise RecipeError(option("sweeps"), str(self.sweeps), expected="0 or more")
         if self.eval_tokens != "full" and (
             not isinstance(self.eval_tokens, int) or self.eval_tokens < self.eval_seq_len
         ):
             raise RecipeError(
-                "--eval-tokens", f"{self.eval_tokens}", expected=f"'full' or at least one window of {self.eval_seq_len}"
+                option("eval_tokens"),
+                f"{self.eval_tokens}",
+                expected=f"'full' or at least one window of {self.eval_seq_len}",
             )
         if self.damp is not None and not 0 < self.damp < 1:
-            raise RecipeError("--damp", f"{self.damp}", expected="a share between 0 and 1")
+            raise RecipeError(option("damp"), f"{self.damp}", expected="a share between 0 and 1")
         if self.propagation != "auto" and not (
             isinstance(self.propagation, int | float) and 0 <= self.propagation <= 1
         ):
-            raise RecipeError("--propagation", repr(self.propagation), expected="auto, or a number from 0 (off) to 1")
+            raise RecipeError(
+                option("propagation"), repr(self.propagation), expected="auto, or a number from 0 (off) to 1"
+            )
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise RecipeError("--device", repr(self.device), expected="auto, cpu, cuda or cuda:N")
+            raise RecipeError(option("device"), repr(self.device), expected="auto, cpu, cuda or cuda:N")
         for pattern in self.ignore:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise RecipeError("--ignore", f"{pattern!r} ({error})", expected="a regular expression") from None
-        parse_size("--max-shard-size", self.max_shard_size)
+                raise RecipeError(option("ignore"), f"{pattern!r} ({error})", expected="a regular expression") from None
+        parse_size("max_shard_size", self.max_shard_size)
 
     def _check_formats(self) -> None:
         if unknown := [name for name in self.exports if name not in FORMAT_NAMES or name == self.format]:
-            raise RecipeError("--format", repr(unknown[0]), expected=f"other ones of {', '.join(FORMAT_NAMES)}")
+            raise RecipeError(option("format"), repr(unknown[0]), expected=f"other ones of {', '.join(FORMAT_NAMES)}")
         if self.exports and self.format not in EXPORTABLE:
-            raise RecipeError("--format", f"{self.format!r} first", expected=f"one of {', '.join(EXPORTABLE)} first")
+            raise RecipeError(
+                option("format"), f"{self.format!r} first", expected=f"one of {', '.join(EXPORTABLE)} first"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for reports, in the order of the fields."""
@@ -134,14 +140,14 @@ class RunOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        parse_size("--max-ram", self.max_ram)
+        parse_size("max_ram", self.max_ram)
         if self.resume not in ("auto", "required", "never"):
-            raise RecipeError("--resume", repr(self.resume), expected="auto, required or never")
+            raise RecipeError(option("resume"), repr(self.resume), expected="auto, required or never")
 
     @property
     def stream_budget(self) -> int:
         """`max_ram` in bytes."""
-        return parse_size("--max-ram", self.max_ram)
+        return parse_size("max_ram", self.max_ram)
 
 
 def make_recipe(model: str, file: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> Recipe:
@@ -161,7 +167,8 @@ def from_mapping(values: Mapping[str, Any]) -> Recipe:
             raise RecipeError(
                 f"recipe: {name}",
                 "a recipe cannot allow code to be run",
-                remedy="give --trust-remote-code on the command line, once you have read that code",
+                remedy=f"give {option('trust_remote_code')} on the command line, once you have read that code",
+                field=name,
             )
         if name not in known:
             raise RecipeError(f"recipe: {name}", "unknown key", remedy=did_you_mean(name, known))
@@ -180,7 +187,9 @@ def load_recipe(file: str | Path) -> dict[str, Any]:
         path = recipe_folder() / f"{file}.toml"
     if not path.is_file():
         names = sorted(p.stem for p in recipe_folder().glob("*.toml"))
-        raise RecipeError("--recipe", f"no recipe {str(file)!r}", expected=f"a .toml file or one of {', '.join(names)}")
+        raise RecipeError(
+            option("recipe"), f"no recipe {str(file)!r}", expected=f"a .toml file or one of {', '.join(names)}"
+        )
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -210,26 +219,22 @@ def _check_type(name: str, value: Any) -> None:
     wanted: tuple[type, ...] = (int,) if name in _INTEGERS else _TYPES.get(name, (str,))
     expected = " or ".join(kind.__name__ for kind in wanted)
     if not isinstance(value, wanted) or (isinstance(value, bool) and "bool" not in expected):
-        raise RecipeError(f"recipe: {name}", f"{value!r}", expected=expected)
+        raise RecipeError(f"recipe: {name}", f"{value!r}", expected=expected, field=name)
     if isinstance(value, list | tuple) and not all(isinstance(item, str) for item in value):
-        raise RecipeError(f"recipe: {name}", f"{value!r}", expected="a list of texts")
+        raise RecipeError(f"recipe: {name}", f"{value!r}", expected="a list of texts", field=name)
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def parse_size(field: str, text: str) -> int:
+    """Bytes of a size such as 5GB, 512MB or 4GiB (decimal units unless written with an i), the value of option `field`.
 
-
-def parse_size(where: str, text: str) -> int:
-    """Bytes of a size such as 5GB, 512MB or 4GiB (decimal units unless written with an i).
-
-    >>> parse_size("--max-ram", "5GB"), parse_size("--max-ram", "1.5MiB")
+    >>> parse_size("max_ram", "5GB"), parse_size("max_ram", "1.5MiB")
     (5000000000, 1572864)
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     if match is None:
-        raise RecipeError(where, repr(text), expected="a size such as 512MB, 5GB or 4GiB")
+        raise RecipeError(option(field), repr(text), expected="a size such as 512MB, 5GB or 4GiB")
     number, unit, binary = match.groups()
     size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
     if size < 1:
-        raise RecipeError(where, repr(text), expected="a size above zero")
+        raise RecipeError(option(field), repr(text), expected="a size above zero")
     return size

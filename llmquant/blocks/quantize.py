@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from llmquant.blocks.forwards import BlockForwards, CalibrationStreams, Step
 from llmquant.blocks.solve import Solved, solve_step
-from llmquant.errors import SourceError
+from llmquant.errors import SourceError, option
 from llmquant.formats import LinearSpec
 from llmquant.memory import SLACK, trim
 from llmquant.model.block import Block
@@ -59,7 +59,7 @@ def _steps(block: Block, specs: Sequence[LinearSpec], recipe: Recipe, streams: C
         raise SourceError(
             f"{block.where}: {missed[0]}",
             "the block's forward does not run it as a layer, so its input cannot be seen",
-            remedy="keep it in 16 bit with --ignore, or use --method rtn",
+            remedy=f"keep it in 16 bit with {option('ignore')}, or use {option('method')} rtn",
         )
 
     def strength(in_features: int) -> float:

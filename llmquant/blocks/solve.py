@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmquant.blocks.forwards import Step
 from llmquant.blocks.measure import Inputs, LayerReport, measure
-from llmquant.errors import SolveError
+from llmquant.errors import SolveError, option
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.model.block import Block
 from llmquant.quant.grid import QuantizedWeight
@@ -58,7 +58,11 @@ def _inputs(name: str, hessian: Hessian | None, recipe: Recipe) -> Inputs:
         return Inputs(hessian.mean(), hessian.n_tokens)
     note = f"{hessian.n_excluded} tokens with non-finite activations left out"
     if recipe.on_bad_layer == "fail":
-        raise SolveError(name, f"its input has {note}", remedy="another --dtype, or accept it with --on-bad-layer rtn")
+        raise SolveError(
+            name,
+            f"its input has {note}",
+            remedy=f"another {option('dtype')}, or accept it with {option('on_bad_layer')} rtn",
+        )
     return Inputs(hessian.mean(), hessian.n_tokens, (note,))
 
 

@@ -12,7 +12,7 @@ from llmquant.cli.options import EXAMPLES, JUDGE, MAKE, PUBLISH, RUN_EXAMPLES
 from llmquant.cli.progress import JsonLines
 from llmquant.cli.push import push
 from llmquant.cli.run import run
-from llmquant.cli.spellings import normalise, suggestion
+from llmquant.cli.spellings import naming, normalise, suggestion
 from llmquant.errors import Interrupted, LLMQuantError
 
 app = typer.Typer(
@@ -56,7 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     except typer.Abort:
         message, code = "aborted", 1
     except LLMQuantError as error:
-        message, code = str(error), error.exit_code
+        command = next((word for word in arguments if not word.startswith("-")), "")
+        message, code = error.message(naming(command, look.names_of_fields(app))), error.exit_code
         if "--debug" in arguments:
             traceback.print_exc()
     message = " ".join(message.split())

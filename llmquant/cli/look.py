@@ -10,6 +10,7 @@ import typer
 from llmquant.cli.console import new_console, print_json, print_rows
 from llmquant.cli.options import JUDGE, LOOK, MAKE, Debug
 from llmquant.cli.progress import duration, size
+from llmquant.cli.spellings import FIELDS
 from llmquant.recipe import Recipe, RunOptions
 
 if TYPE_CHECKING:
@@ -65,6 +66,18 @@ def options_of(app: typer.Typer) -> dict[str, list[str]]:
         name: [name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)]
         for name, command in group.commands.items()
     }
+
+
+def names_of_fields(app: typer.Typer) -> dict[str, dict[str, str]]:
+    """How every command spells its options, by the field that an error names: {"eval": {"eval_data": "--data"}}."""
+    group: Any = typer.main.get_command(app)
+    table: dict[str, dict[str, str]] = {}
+    for command, options in options_of(app).items():
+        names = {option.lstrip("-").replace("-", "_"): option for option in options if option.startswith("--")}
+        parameters = {p.name: p.opts[0] for p in group.commands[command].params if p.opts[0].startswith("--")}
+        names |= parameters
+        table[command] = names | {field: parameters[name] for field, name in FIELDS.get(command, {}).items()}
+    return table
 
 
 def show_plan(model: str, recipe: Recipe, options: RunOptions, *, as_json: bool, timed: bool) -> None:

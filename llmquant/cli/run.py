@@ -11,7 +11,7 @@ from llmquant.cli.options import DATA, TRUST, recipe_option, recipes_like
 from llmquant.cli.progress import progress, stoppable
 from llmquant.cli.push import check_login, push_result
 from llmquant.cli.spellings import count, strength
-from llmquant.errors import RecipeError
+from llmquant.errors import RecipeError, option
 from llmquant.log import calm_libraries
 from llmquant.recipe import Recipe, RunOptions, make_recipe
 
@@ -180,7 +180,9 @@ def run(
     targets = tuple(name.strip() for name in runtimes.split(",")) if runtimes else ()
     options = RunOptions(out, revision, max_ram, overwrite, resume, targets, trust_remote_code)
     if timed and not dry_run:
-        raise RecipeError("--time", "without a plan", remedy="llmquant plan --time, or --dry-run beside it")
+        raise RecipeError(
+            option("timed"), "without a plan", remedy=f"llmquant plan --time, or {option('dry_run')} beside it"
+        )
     if dry_run:
         return look.show_plan(model, settings, options, as_json=json, timed=timed)
     from llmquant.pipeline import quantize_with

@@ -1,7 +1,9 @@
-"""Spellings that people bring along from other tools, turned into ours before the command line is parsed."""
+"""How options are spelled: as people know them from other tools, and as errors name them for each command."""
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from llmquant.errors import flag
 
 # Names known from other quantizers -> ours; the first that the command has is taken.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -42,6 +44,30 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "--algorithm": ("--method",),
 }
 COMMANDS = {"quantize": "run", "quant": "run", "evaluate": "eval", "perplexity": "eval", "info": "inspect"}
+
+_RUN = {"symmetric": "asymmetric", "exports": "format", "repo": "push_to_hub"}
+_EVALUATION = {"eval_data": "data", "eval_tokens": "tokens", "eval_seq_len": "seq_len"}
+# Command -> field of the recipe or the API -> the command's parameter for it, where that has another name.
+FIELDS = {"eval": _EVALUATION, "compare": _EVALUATION, "run": _RUN, "plan": _RUN}
+
+
+def naming(command: str, names: Mapping[str, Mapping[str, str]]) -> Callable[[str], str]:
+    """What to call the fields in an error of `command`; `names` are the options of every command by field.
+
+    An option that the command does not have is shown together with the first command that has it.
+
+    >>> name = naming("eval", {"run": {"seed": "--seed"}, "eval": {"eval_data": "--data"}})
+    >>> name("eval_data"), name("seed")
+    ('--data', 'llmquant run --seed')
+    """
+
+    def name_of(field: str) -> str:
+        if (own := names.get(command, {}).get(field)) is not None:
+            return own
+        others = (f"llmquant {other} {options[field]}" for other, options in names.items() if field in options)
+        return next(others, flag(field))
+
+    return name_of
 
 
 def normalise(arguments: Sequence[str], options: Mapping[str, Collection[str]]) -> list[str]:

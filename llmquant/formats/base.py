@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from llmquant.errors import FormatError
+from llmquant.errors import FormatError, option
 from llmquant.quant.grid import QuantizedWeight, QuantScheme
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # tensor name -> dtype and shape
@@ -122,30 +122,36 @@ def require_plain(
         where, scheme = spec.module, spec.scheme
         if spec.transposed:
             raise FormatError(
-                where, f"{name} cannot hold {spec.kind} layers", expected="nn.Linear", remedy="use --format fake"
+                where,
+                f"{name} cannot hold {spec.kind} layers",
+                expected="nn.Linear",
+                remedy=f"use {option('format')} fake",
             )
         if scheme.bits not in bits:
             raise FormatError(
-                where, f"{scheme.bits} bits in {name}", expected=" or ".join(map(str, bits)), remedy="change --bits"
+                where,
+                f"{scheme.bits} bits in {name}",
+                expected=" or ".join(map(str, bits)),
+                remedy=f"change {option('bits')}",
             )
         if not scheme.symmetric and not asymmetric:
             raise FormatError(
                 where,
                 f"an asymmetric grid in {name}",
                 expected="a symmetric grid",
-                remedy="leave --asymmetric out, or use --format awq, mlx, gguf or fake",
+                remedy=f"leave {option('asymmetric')} out, or use {option('format')} awq, mlx, gguf or fake",
             )
         if columns % in_multiple or rows % out_multiple:
             raise FormatError(
                 where,
                 f"{rows} outputs, {columns} inputs in {name}",
                 expected=f"multiples of {out_multiple} and {in_multiple}",
-                remedy="keep it in 16 bit with --ignore, or use --format compressed-tensors",
+                remedy=f"keep it in 16 bit with {option('ignore')}, or use {option('format')} compressed-tensors",
             )
         if one_scheme and scheme != specs[0].scheme:
             raise FormatError(
                 where,
                 f"{scheme.bits} bits, group size {scheme.group_size}",
                 expected=f"{name} knows one scheme for all layers, as {specs[0].module} has",
-                remedy="use --format compressed-tensors",
+                remedy=f"use {option('format')} compressed-tensors",
             )

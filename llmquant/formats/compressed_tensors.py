@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.errors import FormatError
+from llmquant.errors import FormatError, option
 from llmquant.formats.base import Layout, LinearSpec, signed, unsigned
 from llmquant.formats.packing import pack_rows, unpack_rows
 from llmquant.quant.grid import QuantizedWeight, QuantScheme
@@ -24,14 +24,14 @@ class CompressedTensors:
                 odd[0].module,
                 f"compressed-tensors cannot hold {odd[0].kind} layers ({len(odd)} of them)",
                 expected="nn.Linear",
-                remedy="use --format fake",
+                remedy=f"use {option('format')} fake",
             )
         if any(not spec.scheme.symmetric for spec in specs):
             raise FormatError(
                 "compressed-tensors",
                 "an asymmetric grid, which its loader cannot open by default",
                 expected="a symmetric grid",
-                remedy="leave --asymmetric out, or use --format awq, mlx, gguf (4 bits) or fake",
+                remedy=f"leave {option('asymmetric')} out, or use {option('format')} awq, mlx, gguf (4 bits) or fake",
             )
 
     def layout(self, spec: LinearSpec) -> Layout:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.errors import FormatError
+from llmquant.errors import FormatError, option
 from llmquant.formats.base import Layout, LinearSpec, from_minima, require_plain, signed, unsigned
 from llmquant.quant.grid import QuantizedWeight, QuantScheme
 
@@ -38,7 +38,7 @@ class GGUF:
                     spec.module,
                     "an asymmetric grid of 8 bits in gguf",
                     expected="4 bits",
-                    remedy="leave --asymmetric out",
+                    remedy=f"leave {option('asymmetric')} out",
                 )
 
     def layout(self, spec: LinearSpec) -> Layout:
@@ -53,7 +53,7 @@ class GGUF:
         if weight.zeros_OG is not None:
             m = _minima(weight)
             if not bool(torch.isfinite(m).all()):
-                raise FormatError(spec.module, "a minimum that overflows fp16", remedy="use --format awq")
+                raise FormatError(spec.module, "a minimum that overflows fp16", remedy=f"use {option('format')} awq")
             parts.append(_bytes(m.repeat_interleave(blocks // m.shape[1], dim=1)))
         if spec.scheme.bits == 8:
             parts.append(weight.codes_OI.view(rows, blocks, BLOCK).view(torch.uint8))

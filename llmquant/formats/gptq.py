@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.errors import FormatError
+from llmquant.errors import FormatError, option
 from llmquant.formats.base import Layout, LinearSpec, half_dtype, in_block, require_plain, signed, unsigned
 from llmquant.formats.packing import pack_rows, unpack_rows
 from llmquant.quant.grid import QuantizedWeight
@@ -79,7 +79,7 @@ class GPTQ:
                 both[0],
                 "is quantized in some blocks and dense in others",
                 expected="gptq knows one list of linears for all blocks",
-                remedy="let --ignore match it in every block, or use --format compressed-tensors",
+                remedy=f"let {option('ignore')} match it in every block, or use {option('format')} compressed-tensors",
             )
         return {"modules_in_block_to_quantize": [[name] for name in dict.fromkeys(quantized)]}
 

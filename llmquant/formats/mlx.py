@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.errors import FormatError
+from llmquant.errors import FormatError, option
 from llmquant.formats.base import Layout, LinearSpec, from_minima, require_plain, signed, unsigned
 from llmquant.formats.packing import pack_rows, unpack_rows
 from llmquant.quant.grid import QuantizedWeight
@@ -30,14 +30,14 @@ class MLX:
                     spec.module,
                     "an asymmetric grid of 8 bits in mlx, whose bias bfloat16 would round by up to a step",
                     expected="a symmetric grid, or 4 bits",
-                    remedy="leave --asymmetric out",
+                    remedy=f"leave {option('asymmetric')} out",
                 )
             if spec.scheme.group_size not in (32, 64, 128):
                 raise FormatError(
                     spec.module,
                     f"group size {spec.scheme.group_size} in mlx",
                     expected="32, 64 or 128",
-                    remedy="change --group-size",
+                    remedy=f"change {option('group_size')}",
                 )
 
     def layout(self, spec: LinearSpec) -> Layout:
@@ -52,7 +52,7 @@ class MLX:
         biases = _biases(spec, weight)
         if not bool(torch.isfinite(biases).all()):
             raise FormatError(
-                spec.module, "a scale whose bias overflows fp16", remedy="use --format compressed-tensors"
+                spec.module, "a scale whose bias overflows fp16", remedy=f"use {option('format')} compressed-tensors"
             )
         return {
             f"{spec.prefix}weight": pack_rows(unsigned(weight), spec.scheme.bits).view(torch.uint32),

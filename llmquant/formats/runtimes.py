@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llmquant.errors import FormatError, RecipeError, did_you_mean
+from llmquant.errors import FormatError, RecipeError, did_you_mean, option
 from llmquant.formats import FORMATS, LinearSpec
 
 Breaks = Callable[[LinearSpec], bool]
@@ -293,11 +293,11 @@ def refuse_runtimes(
     """
     for runtime in runtimes:
         if runtime not in RUNTIMES:
-            raise RecipeError("--for", repr(runtime), remedy=did_you_mean(runtime, RUNTIMES))
+            raise RecipeError(option("runtimes"), repr(runtime), remedy=did_you_mean(runtime, RUNTIMES))
         if not any(opens(specs, name, dense_linears)[runtime] for name in formats):
             findings = [f for name in formats for f in lint(specs, name, dense_linears) if f.severity == "refuses"]
             first = next(f for f in findings if f.runtime in (runtime, "llmquant"))
-            raise FormatError(f"--for {runtime}", str(first))
+            raise FormatError(f"{option('runtimes')} {runtime}", str(first))
 
 
 def _mixed(specs: Sequence[LinearSpec], dense_linears: Sequence[str]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.errors import FormatError
+from llmquant.errors import FormatError, option
 
 ARCHITECTURES = {"mistral": "llama"} | {name: name for name in ("llama", "qwen2", "qwen3", "gemma2", "phi3")}
 _ACTIVATIONS = {"gemma2": "gelu_pytorch_tanh"}
@@ -52,7 +52,10 @@ class GGUFModel:
         kind = self.config.get("model_type")
         if kind not in ARCHITECTURES:
             raise FormatError(
-                "gguf", f"model type {kind!r}", expected=", ".join(ARCHITECTURES), remedy="use another --format"
+                "gguf",
+                f"model type {kind!r}",
+                expected=", ".join(ARCHITECTURES),
+                remedy=f"use another {option('format')}",
             )
         self._refuse_differences()
 
@@ -156,7 +159,7 @@ class GGUFModel:
                 return f"blk.{match[1]}.{table[match[2]]}.{match[3]}"
         elif match := re.fullmatch(r"(?:model\.)?(embed_tokens|norm|lm_head)\.(weight|bias)", key):
             return f"{OUTER[match[1]]}.{match[2]}"
-        raise FormatError(key, "llama.cpp knows no such tensor", remedy="use another --format")
+        raise FormatError(key, "llama.cpp knows no such tensor", remedy=f"use another {option('format')}")
 
     def heads_of(self, key: str) -> int | None:
         """The number of heads of a tensor whose rows must be permuted for llama.cpp; None for other tensors."""

@@ -30,6 +30,7 @@ def open_gguf_file(model: str | Path) -> Source | None:
 def open_gguf_of(found: OnlyGGUFError) -> Source:
     """The only GGUF file of a folder, or of a repository on the Hub, from which it is downloaded whole."""
     source, files = found.source, found.files
+    assert source is not None
     if len(files) > 1:
         raise SourceError(
             source.name,

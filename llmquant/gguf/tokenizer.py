@@ -8,7 +8,7 @@ without a byte-level step is SentencePiece's ("llama"); its scores are minus the
 import json
 from typing import Any
 
-from llmquant.errors import FormatError
+from llmquant.errors import FormatError, option
 from llmquant.source.base import Source
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -34,7 +34,7 @@ def tokenizer_metadata(source: Source, vocab_size: int, pre: str | None) -> dict
     model = table.get("model") or {}
     if model.get("type") != "BPE":
         raise FormatError(
-            "tokenizer.json", f"a {model.get('type')} model", expected="BPE", remedy="use another --format"
+            "tokenizer.json", f"a {model.get('type')} model", expected="BPE", remedy=f"use another {option('format')}"
         )
     steps = _steps(table)
     byte_level = any(step.startswith("ByteLevel") for step in steps)
@@ -54,7 +54,9 @@ def tokenizer_metadata(source: Source, vocab_size: int, pre: str | None) -> dict
 
 def _json(source: Source, file: str) -> dict[str, Any]:
     if file not in source.files():
-        raise FormatError(source.name, f"no {file}", expected="a fast tokenizer", remedy="use another --format")
+        raise FormatError(
+            source.name, f"no {file}", expected="a fast tokenizer", remedy=f"use another {option('format')}"
+        )
     loaded: dict[str, Any] = json.loads(source.local(file).read_text("utf-8"))
     return loaded
 
@@ -110,7 +112,7 @@ def _sentencepiece_space(table: dict[str, Any], model: dict[str, Any], steps: tu
         "tokenizer.json",
         "neither a byte-level BPE nor one of SentencePiece's",
         expected="a ByteLevel step, or byte fallback with spaces as \u2581",
-        remedy="use another --format",
+        remedy=f"use another {option('format')}",
     )
 
 

@@ -7,12 +7,12 @@ not known here is refused, never guessed.
 from collections.abc import Mapping
 from typing import Any
 
-from llmquant.errors import CalibrationError
+from llmquant.errors import CalibrationError, option
 from llmquant.gguf.tokenizer import BYTE_LEVEL, CONTROL, USER_DEFINED
 
 _ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2", "gpt2": "gpt-2"}
 _KEY = "tokenizer.ggml."
-_REMEDY = "name the original with --reference: its tokenizer is taken then"
+_REMEDY = f"name the original with {option('reference')}: its tokenizer is taken then"
 
 
 def tokenizer_of(metadata: Mapping[str, Any], where: str) -> Any:

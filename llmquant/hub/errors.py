@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from llmquant.errors import HubError, LLMQuantError, RecipeError
+from llmquant.errors import HubError, LLMQuantError, RecipeError, option
 
 AGAIN = "start the same command again: what is there already is not sent again"
 
 _STATUS: dict[int, tuple[str, str]] = {
     401: ("the Hub does not accept the token", "log in again with `hf auth login --force`; HF_TOKEN goes before it"),
-    403: ("the token may not do this", "use a token with write access to it, or --create-pr"),
+    403: ("the token may not do this", f"use a token with write access to it, or {option('create_pr')}"),
     404: ("no such repository, or it is not yours to see", "check owner/name and the token"),
     412: ("the repository was changed in the meantime", AGAIN),
     409: ("the repository is being changed by somebody else", AGAIN),
-    413: ("too large for the Hub", "use a smaller --max-shard-size"),
+    413: ("too large for the Hub", f"use a smaller {option('max_shard_size')}"),
     429: ("too many requests", f"wait some minutes, then {AGAIN}"),
 }
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from llmquant.errors import HubError, VerifyError
+from llmquant.errors import HubError, VerifyError, option
 from llmquant.hub.errors import AGAIN, clean, told
 from llmquant.hub.target import check_target
 from llmquant.log import Log, silent
@@ -151,7 +151,9 @@ def _compared(api: "HfApi", repo: str, items: Mapping[str, Item]) -> Change:
     if strange := [name for name in stale if name not in earlier]:
         some = ", ".join(strange[:3]) + (f" and {len(strange) - 3} more" if len(strange) > 3 else "")
         raise HubError(
-            repo, f"holds files that are not of this checkpoint ({some})", remedy="delete them, or use another --repo"
+            repo,
+            f"holds files that are not of this checkpoint ({some})",
+            remedy=f"delete them, or use another {option('repo')}",
         )
     return Change({n: item for n, item in items.items() if not item.is_at(there.get(n))}, tuple(stale), head)
 
@@ -169,7 +171,7 @@ def _check_tag(api: "HfApi", repo: str, tag: str, change: Change) -> None:
     """A tag may be there already only where it points at the very commit that would be tagged."""
     for known in api.list_repo_refs(repo).tags:
         if known.name == tag and (change.items or change.stale or known.target_commit != change.head):
-            raise HubError(repo, f"its tag {tag} is at another commit", remedy="choose another --tag")
+            raise HubError(repo, f"its tag {tag} is at another commit", remedy=f"choose another {option('tag')}")
 
 
 def _upload(api: "HfApi", repo: str, change: Change, create_pr: bool, log: Log) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmquant.errors import HubError, RecipeError
+from llmquant.errors import HubError, RecipeError, option
 from llmquant.hub.errors import told
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ def check_target(repo: str, *, private: bool | None = None, create_pr: bool = Fa
     from huggingface_hub.utils._validators import validate_repo_id
 
     if create_pr and tag is not None:
-        raise RecipeError("--tag", "beside --create-pr", remedy="tag the repository once the pull request is merged")
+        raise RecipeError(
+            option("tag"), f"beside {option('create_pr')}", remedy="tag the repository once the pull request is merged"
+        )
     if not re.fullmatch(r"[^/]+/[^/]+", repo):
         raise RecipeError(repr(repo), "no name of a repository", expected="owner/name")
     with told(repo):
@@ -66,7 +68,10 @@ def _check_rights(repo: str, me: Mapping[str, Any]) -> None:
     if owner != me.get("name") and owner not in orgs:
         names = ", ".join([str(me.get("name")), *orgs])
         raise HubError(
-            repo, f"{owner} is not yours", expected=f"an owner of {names}", remedy="check --repo, or use --create-pr"
+            repo,
+            f"{owner} is not yours",
+            expected=f"an owner of {names}",
+            remedy=f"check {option('repo')}, or use {option('create_pr')}",
         )
     token = (me.get("auth") or {}).get("accessToken") or {}
     scopes = (token.get("fineGrained") or {}).get("scoped") or []
@@ -89,9 +94,11 @@ def _find(api: "HfApi", repo: str) -> Target:
 
 def _check_visibility(target: Target, private: bool | None, create_pr: bool) -> None:
     if create_pr and not target.exists:
-        raise HubError(target.repo, "no such repository", remedy="a pull request needs one; check --repo")
+        raise HubError(target.repo, "no such repository", remedy=f"a pull request needs one; check {option('repo')}")
     if target.public and private is not False:
-        got, remedy = "is public", "pass --public to publish there, or name another repository"
+        got, remedy = "is public", f"pass {option('public')} to publish there, or name another repository"
         raise HubError(target.repo, got, expected="a private repository", remedy=remedy)
     if create_pr and target.exists and not target.public and private is False:
-        raise HubError(target.repo, "is private", remedy="a pull request does not change that; leave --public out")
+        raise HubError(
+            target.repo, "is private", remedy=f"a pull request does not change that; leave {option('public')} out"
+        )

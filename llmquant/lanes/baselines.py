@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmquant.errors import RecipeError
+from llmquant.errors import RecipeError, option
 from llmquant.formats import LinearSpec
 from llmquant.model.block import Block
 from llmquant.quant.grid import QuantScheme
@@ -82,5 +82,7 @@ def pick_baselines(recipe: Recipe) -> tuple[str, ...]:
         return default_baselines(recipe.bits)
     names = () if recipe.baselines == "none" else tuple(name.strip() for name in recipe.baselines.split(","))
     if unknown := [name for name in names if name not in BASELINES]:
-        raise RecipeError("--baselines", repr(unknown[0]), expected=f"auto, none or some of {', '.join(BASELINES)}")
+        raise RecipeError(
+            option("baselines"), repr(unknown[0]), expected=f"auto, none or some of {', '.join(BASELINES)}"
+        )
     return tuple(dict.fromkeys(names))

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmquant.errors import SolveError
+from llmquant.errors import SolveError, option
 from llmquant.memory import SLACK, trim
 from llmquant.model.streams import Stream, Streams
 from llmquant.text.windows import Windows
@@ -186,7 +186,7 @@ def figures(scores: TokenScores, original: TokenScores, seed: int = 0) -> Figure
         return np.array([row[mask].mean() for row, mask in zip(values, finite, strict=True) if mask.any()])
 
     if not any(kept):
-        raise SolveError("evaluation", "NaN or Inf logits at every token", remedy="try another --dtype")
+        raise SolveError("evaluation", "NaN or Inf logits at every token", remedy=f"try another {option('dtype')}")
     kl = np.sort(scores.kl[finite])
     nll = float(scores.nll[finite].mean())
     nll_se, kl_se = standard_error(by_window(scores.nll)), standard_error(by_window(scores.kl))

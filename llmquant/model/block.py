@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmquant.errors import SourceError
+from llmquant.errors import SourceError, option
 from llmquant.formats import LinearSpec
 from llmquant.model.meta import is_linear
 from llmquant.model.tape import Call
@@ -125,7 +125,7 @@ class Block:
             raise SourceError(
                 f"{self.where}: {twice}",
                 "runs more than once in a block",
-                remedy="keep it in 16 bit with --ignore",
+                remedy=f"keep it in 16 bit with {option('ignore')}",
             )
         return list(seen.values())
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from llmquant.errors import RecipeError
+from llmquant.errors import RecipeError, option
 from llmquant.source.base import Source
 
 
@@ -12,11 +12,13 @@ def pick_device(device: str) -> torch.device:
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
             raise RecipeError(
-                "--device", f"{device}, but this torch sees no GPU", remedy="use --device cpu or a CUDA build of torch"
+                option("device"),
+                f"{device}, but this torch sees no GPU",
+                remedy=f"use {option('device')} cpu or a CUDA build of torch",
             )
         if (torch.device(device).index or 0) >= torch.cuda.device_count():
             raise RecipeError(
-                "--device",
+                option("device"),
                 f"{device}, but there are {torch.cuda.device_count()} GPUs",
                 expected=f"an index below {torch.cuda.device_count()}",
             )
@@ -44,7 +46,9 @@ def pick_products(choice: str, device: torch.device, dtype: torch.dtype, bits: i
         if choice == "auto":
             return dtype
         if getattr(torch, choice) != dtype:
-            raise RecipeError("--products", choice, expected=f"auto, with --dtype {str(dtype).removeprefix('torch.')}")
+            raise RecipeError(
+                option("products"), choice, expected=f"auto, with {option('dtype')} {str(dtype).removeprefix('torch.')}"
+            )
     if choice == "auto":
         if bits >= 8:
             return dtype

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmquant.checkpoint import open_original
-from llmquant.errors import SourceError, VerifyError
+from llmquant.errors import SourceError, VerifyError, option
 from llmquant.formats import DENSE, FORMATS, LinearSpec
 from llmquant.log import Log, silent
 from llmquant.output.verify import DECODERS, Decoded, Place, digest, read_places
@@ -251,9 +251,11 @@ def _check_code(root: Path, trusted: bool) -> None:
             files = {path.name for path in root.iterdir()}
             code_files(root.name, files, lambda file: read_json(root, file), lambda file: root / file)
         except SourceError as error:
-            raise VerifyError(str(root), str(error)) from None
+            raise VerifyError(str(root), error.message(option)) from None
     elif any(references(read_json(root, "config.json"))):
-        raise VerifyError("config.json", "names code (auto_map), and the run was not told --trust-remote-code")
+        raise VerifyError(
+            "config.json", f"names code (auto_map), and the run was not told {option('trust_remote_code')}"
+        )
 
 
 def _check_ledger(source: Source, names: set[str]) -> None:

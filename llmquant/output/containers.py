@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llmquant.errors import FormatError
+from llmquant.errors import FormatError, option
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.formats.gguf import kind_of
 from llmquant.formats.mlx import flat_rope
@@ -56,7 +56,9 @@ def open_output(
     """The container of a format. FormatError where it cannot hold the model; nothing is written yet."""
     if format_name in ("gguf", "mlx") and "AutoModelForCausalLM" in (source.safe_config.get("auto_map") or {}):
         raise FormatError(
-            format_name, "a model of its own code (--trust-remote-code)", expected="a model that its runtimes know"
+            format_name,
+            f"a model of its own code ({option('trust_remote_code')})",
+            expected="a model that its runtimes know",
         )
     if format_name == "gguf":
         return GGUFFile(source, skeleton, plan, gguf_pre)

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from llmquant.errors import SourceError, VerifyError
+from llmquant.errors import SourceError, VerifyError, option
 from llmquant.gguf.config import FREQS, Described
 from llmquant.output.verify import Place, Record, verify_places
 from llmquant.plan import Plan
@@ -65,7 +65,7 @@ def gguf_places(root: Path) -> dict[str, Place]:
     try:
         names = Described(files[0].name, metadata, {name: place.shape for name, place in stored.items()}).names
     except SourceError as error:
-        raise VerifyError(str(root), str(error)) from None
+        raise VerifyError(str(root), error.message(option)) from None
     places: dict[str, Place] = {}
     for name, p in stored.items():
         key = name if name == ROPE else names.ours(name)

@@ -13,7 +13,7 @@ import torch
 from llmquant import job
 from llmquant.blocks.snapshots import snapshot_bytes
 from llmquant.checkpoint import stored_forms
-from llmquant.errors import CalibrationError, LLMQuantError, OutputError
+from llmquant.errors import CalibrationError, LLMQuantError, OutputError, flag, option
 from llmquant.formats.runtimes import RUNTIMES, lint, opens
 from llmquant.job import Draft, windows
 from llmquant.log import silent
@@ -181,22 +181,24 @@ def _tokens(found: Estimate, draft: Draft) -> Tokens:
     for. Problems with the texts are noted."""
     recipe, evaluated = draft.recipe, bool(draft.lanes)
     context = draft.skeleton.context or max(recipe.seq_len, recipe.eval_seq_len)
-    for flag, length, wanted in (
-        ("--seq-len", recipe.seq_len, draft.calibrated),
-        ("--eval-seq-len", recipe.eval_seq_len, evaluated),
+    for name, length, wanted in (
+        ("seq_len", recipe.seq_len, draft.calibrated),
+        ("eval_seq_len", recipe.eval_seq_len, evaluated),
     ):
         if wanted and length > context:
-            found.warn(f"{flag}: {length} is shortened to the model's context of {context}")
+            found.warn(f"{flag(name)}: {length} is shortened to the model's context of {context}")
     lengths = min(recipe.seq_len, context), min(recipe.eval_seq_len, context)
     parts = (found.attempt(lambda: parse_mixture(recipe.calibration)) or []) if draft.calibrated else []
-    texts = [("--calibration", name) for name, _ in parts] + ([("--eval-data", recipe.eval_data)] if evaluated else [])
-    missing = [(flag, spec) for flag, spec in texts if is_file(spec) and not Path(spec).expanduser().is_file()]
-    for flag, spec in missing:
-        found.refuse(CalibrationError(f"{flag} {spec}", "no such file"))
+    texts = [("calibration", part) for part, _ in parts] + ([("eval_data", recipe.eval_data)] if evaluated else [])
+    missing = [(name, spec) for name, spec in texts if is_file(spec) and not Path(spec).expanduser().is_file()]
+    for name, spec in missing:
+        found.refuse(CalibrationError(f"{option(name)} {spec}", "no such file"))
     if texts and not has_tokenizer(draft.source):
         found.refuse(
             CalibrationError(
-                draft.source.name, "no tokenizer", remedy="add its files, or use --method rtn --eval-data none"
+                draft.source.name,
+                "no tokenizer",
+                remedy=f"add its files, or use {option('method')} rtn {option('eval_data')} none",
             )
         )
     if not found.exit_code and all(spec == "builtin" or is_file(spec) for _, spec in texts):
@@ -248,7 +250,7 @@ def _check_target(target: Path, overwrite: bool, needed: int) -> None:
     try:
         RunDir(target, overwrite=overwrite, needed_bytes=needed)  # checks only: entering it would create the folder
     except OSError as error:
-        raise OutputError(str(target), error.strerror or str(error), remedy="choose another --out") from None
+        raise OutputError(str(target), error.strerror or str(error), remedy=f"choose another {option('out')}") from None
 
 
 def _replace_time(found: Estimate, measured: dict[str, float]) -> None:

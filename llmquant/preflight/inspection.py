@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmquant.checkpoint import PackedSource, bits_per_weight, open_checkpoint
-from llmquant.errors import SourceError, did_you_mean
+from llmquant.errors import SourceError, did_you_mean, option
 from llmquant.quant.grid import QuantScheme
 from llmquant.report.verdict import without_numbers
 from llmquant.source.base import Source
@@ -66,7 +66,9 @@ def inspect_layer(model: str | Path, layer: str, revision: str | None = None) ->
     source = open_checkpoint(model, revision)
     name = layer if layer in source.tensors else f"{layer}.weight"
     if name not in source.tensors:
-        raise SourceError(f"--layer {layer}", f"not in {source.name}", remedy=did_you_mean_long(layer, source))
+        raise SourceError(
+            f"{option('layer')} {layer}", f"not in {source.name}", remedy=did_you_mean_long(layer, source)
+        )
     info, scheme = source.tensors[name], _scheme(source, name)
     data: dict[str, Any] = {
         "name": name,
@@ -90,7 +92,11 @@ def inspect_layer(model: str | Path, layer: str, revision: str | None = None) ->
 def did_you_mean_long(layer: str, source: Source) -> str:
     """As `did_you_mean`, without a list of thousands of names."""
     remedy = did_you_mean(layer, source.tensors)
-    return remedy if remedy.startswith("did") else "`llmquant inspect` without --layer lists the kinds of tensors"
+    return (
+        remedy
+        if remedy.startswith("did")
+        else f"`llmquant inspect` without {option('layer')} lists the kinds of tensors"
+    )
 
 
 def code_statistics(codes_OI: Tensor, scheme: QuantScheme) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from llmquant.errors import OutputError
+from llmquant.errors import OutputError, option
 from llmquant.run_dir.manifest import json_bytes
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the errors that mean that there is no room
@@ -118,7 +118,9 @@ def disk_error(path: Path, error: OSError, kept: int = 0) -> OutputError:
     """An error that says what the system said, and how many finished blocks are kept."""
     what = f"{kept} blocks are kept: free space and start the same command again" if kept else "nothing was kept"
     return OutputError(
-        str(path), error.strerror or str(error), remedy=what if kept else f"{what}; free space or choose another --out"
+        str(path),
+        error.strerror or str(error),
+        remedy=what if kept else f"{what}; free space or choose another {option('out')}",
     )
 
 

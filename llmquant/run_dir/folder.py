@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from llmquant.errors import OutputError, RecipeError, ResumeError, VerifyError
+from llmquant.errors import OutputError, RecipeError, ResumeError, VerifyError, option
 from llmquant.formats.base import Layout
 from llmquant.run_dir.disk import FULL, Disk, disk_error, fsync_path, lock, replace_file
 from llmquant.run_dir.journal import Journal, Record
@@ -61,7 +61,7 @@ class RunDir:
         self.threads = threads
         self._overwrite, self._resume, self._disk = overwrite, resume, disk or Disk()
         if resume not in ("auto", "required", "never"):
-            raise RecipeError("--resume", repr(resume), expected="auto, required or never")
+            raise RecipeError(option("resume"), repr(resume), expected="auto, required or never")
         self._fingerprint = dict(fingerprint or {})
         self.tensors, self.streams = TensorFiles(self._disk, self.path), StreamFiles(self._disk, self.partial)
         self._given: set[str] = set()  # files beside the weights
@@ -82,7 +82,9 @@ class RunDir:
         """OutputError for a folder with the name of ours and no job.json, unless a kill at the start or end left it."""
         if not self.partial.exists():
             if self._resume == "required":
-                raise ResumeError(str(self.partial), "there is no interrupted run", remedy="leave --resume out")
+                raise ResumeError(
+                    str(self.partial), "there is no interrupted run", remedy=f"leave {option('resume')} out"
+                )
             return
         # These exist before job.json does, or after it is removed.
         early = {_JOURNAL, _JOB + ".tmp", "output"}
@@ -117,7 +119,9 @@ class RunDir:
                 fsync_path(self._disk, self.partial.parent)
         self._lock = lock(self.partial)
         if self._lock is None:
-            raise OutputError(str(self.partial), "another run is writing it", remedy="wait, or choose another --out")
+            raise OutputError(
+                str(self.partial), "another run is writing it", remedy=f"wait, or choose another {option('out')}"
+            )
         if self.out.is_dir() and any(self.out.iterdir()):
             check_exchange(self._disk, self.partial, self.out)
         if (self.partial / _JOB).is_file() and self._read():
@@ -158,7 +162,7 @@ class RunDir:
             raise ResumeError(
                 str(self.partial),
                 f"is an interrupted run of another job ({', '.join(names)} differ{'s' * (len(names) == 1)})",
-                remedy="choose another --out, or throw it away with --resume never",
+                remedy=f"choose another {option('out')}, or throw it away with {option('resume')} never",
             )
         self.records, self.threads = [r["body"] for r in records if r["kind"] == "block"], job["threads"]
         self.streams.find([record for record in records if record["kind"] == "streams"])

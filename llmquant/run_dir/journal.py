@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llmquant.errors import ResumeError
+from llmquant.errors import ResumeError, option
 from llmquant.run_dir.disk import Disk, write_all
 
 FIRST = "0" * 64  # what the first record names as the hash before it
@@ -80,7 +80,9 @@ def decode(data: bytes, where: str) -> tuple[list[Record], int, str]:
             if number == len(lines) - 2 and not _whole(line):  # torn, though its newline was written
                 break
             raise ResumeError(
-                where, f"record {number} is damaged", remedy="start again with --resume never, or delete the folder"
+                where,
+                f"record {number} is damaged",
+                remedy=f"start again with {option('resume')} never, or delete the folder",
             )
         records.append(record)
         at += len(line) + 1

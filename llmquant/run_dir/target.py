@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from llmquant.errors import OutputError
+from llmquant.errors import OutputError, option
 from llmquant.run_dir.disk import Disk
 from llmquant.run_dir.manifest import is_finished
 
@@ -17,10 +17,14 @@ def check_target(out: Path, *, overwrite: bool) -> None:
     if out.is_dir() and any(out.iterdir()):
         ours = is_finished(out)
         if not ours:
-            raise OutputError(str(out), "is not empty and not written by llmquant", remedy="choose another --out")
+            raise OutputError(
+                str(out), "is not empty and not written by llmquant", remedy=f"choose another {option('out')}"
+            )
         if not overwrite:
             raise OutputError(
-                str(out), "already holds a checkpoint", remedy="choose another --out, or pass --overwrite"
+                str(out),
+                "already holds a checkpoint",
+                remedy=f"choose another {option('out')}, or pass {option('overwrite')}",
             )
 
 
@@ -28,7 +32,7 @@ def check_space(out: Path, needed: int) -> int:
     """How many bytes are free; OutputError if that is fewer than `needed`."""
     folder = next(parent for parent in out.parents if parent.is_dir())
     if not os.access(folder, os.W_OK):
-        raise OutputError(str(folder), "is not writable", remedy="choose another --out")
+        raise OutputError(str(folder), "is not writable", remedy=f"choose another {option('out')}")
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(str(folder), f"{free} bytes free", expected=f"{needed} for the output and its scratch files")
@@ -42,7 +46,7 @@ def check_exchange(disk: Disk, partial: Path, out: Path) -> None:
     except OSError as error:
         if error.errno == errno.ENOTSUP:
             raise OutputError(
-                str(out), "cannot be replaced in one step on this file system", remedy="choose another --out"
+                str(out), "cannot be replaced in one step on this file system", remedy=f"choose another {option('out')}"
             ) from None
         raise
 

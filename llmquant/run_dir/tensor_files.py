@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmquant.errors import ResumeError, VerifyError
+from llmquant.errors import ResumeError, VerifyError, option
 from llmquant.run_dir.disk import Disk, read_all, write_all
 from llmquant.source.header import TensorInfo
 
@@ -40,7 +40,9 @@ class TensorFiles:
         """
         path = self._folder / file
         if not path.is_file() or path.stat().st_size != _size(places):
-            raise ResumeError(str(path), "is not the file that was begun", remedy="start again with --resume never")
+            raise ResumeError(
+                str(path), "is not the file that was begun", remedy=f"start again with {option('resume')} never"
+            )
         self._fds[file] = self._disk.open(path, os.O_RDWR)
         self._plan(file, places)
         self._unwritten -= set(written)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.errors import SourceError
+from llmquant.errors import SourceError, option
 from llmquant.log import Log
 from llmquant.source.header import MAX_HEADER_BYTES, TensorInfo, header_length, parse_header, parse_json
 from llmquant.source.remote_code import code_files, references
@@ -182,8 +182,9 @@ class Source:
 
     def code_remedy(self, file: str = "config.json") -> str:
         """The remedy of an error, if the checkpoint's own code would be needed; "" if `file` names no code."""
+        remedy = f"remote code is not run without {option('trust_remote_code')}: read it first"
         has_code = file in self.files() and any(references(self.json(file)))
-        return "remote code is not run without --trust-remote-code: read it first" if has_code and not self.code else ""
+        return remedy if has_code and not self.code else ""
 
     def _config(self) -> dict[str, Any]:
         if "config.json" not in self.files():
@@ -233,13 +234,18 @@ class OnlyGGUFError(SourceError):
     """A folder or repository whose weights are GGUF files. `open_checkpoint` reads one; a run cannot start from it."""
 
     def __init__(self, source: Source, files: list[str]) -> None:
-        self.source, self.files = source, files
+        self.source: Source | None = source  # through which the files are fetched; a copy in another process has none
+        self.files = files
         super().__init__(
             source.name,
             f"holds {files[0]!r} and no safetensors weights",
             expected="a Hugging Face checkpoint",
             remedy=NAME_THE_ORIGINAL,
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        make, (kind, args, state) = super().__reduce__()
+        return make, (kind, args, state | {"source": None})  # it may hold locks and threads
 
 
 def gguf_files(files: Iterable[str]) -> list[str]:

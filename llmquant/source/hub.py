@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llmquant.errors import LLMQuantError, SourceError
+from llmquant.errors import LLMQuantError, SourceError, option
 from llmquant.source.base import Source, relative
 from llmquant.source.header import header_length
 
@@ -172,7 +172,7 @@ def _hub(where: str, call: Callable[[], T]) -> T:
     except hub.GatedRepoError:
         got, remedy = "access is gated", "accept its terms on the Hub, then `hf auth login` or set HF_TOKEN"
     except hub.RevisionNotFoundError:
-        got, remedy = "no such revision", "check --revision"
+        got, remedy = "no such revision", f"check {option('revision')}"
     except hub.RepositoryNotFoundError:
         got, remedy = "no such model on the Hub, or it is private", "check the id, or log in with `hf auth login`"
     except (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError) as error:

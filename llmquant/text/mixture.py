@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from llmquant.errors import CalibrationError
+from llmquant.errors import CalibrationError, option
 
 _EXPECTED = "NAME:SHARE,NAME:SHARE,... with shares that add up to 1, such as builtin:0.5,notes.txt:0.5"
 
@@ -26,16 +26,18 @@ def parse_mixture(spec: str) -> list[tuple[str, float]]:
             parts.append((name, float(share)))
         except ValueError:
             raise CalibrationError(
-                f"--calibration {spec}", f"{part.strip()!r} has no share", expected=_EXPECTED
+                f"{option('calibration')} {spec}", f"{part.strip()!r} has no share", expected=_EXPECTED
             ) from None
     total = sum(share for _, share in parts)
     names = [name for name, _ in parts]
     if not all(names) or len(set(names)) < len(names) or not all(share > 0 for _, share in parts):
         raise CalibrationError(
-            f"--calibration {spec}", "a part without a name, twice the same, or not above zero", expected=_EXPECTED
+            f"{option('calibration')} {spec}",
+            "a part without a name, twice the same, or not above zero",
+            expected=_EXPECTED,
         )
     if not abs(total - 1) < 1e-3:
-        raise CalibrationError(f"--calibration {spec}", f"shares add up to {total:g}", expected=_EXPECTED)
+        raise CalibrationError(f"{option('calibration')} {spec}", f"shares add up to {total:g}", expected=_EXPECTED)
     return parts
 
 
@@ -47,7 +49,7 @@ def split_samples(parts: list[tuple[str, float]], samples: int) -> list[int]:
     """
     if samples < len(parts):
         raise CalibrationError(
-            "--samples", str(samples), expected=f"at least one window for each of {len(parts)} datasets"
+            option("samples"), str(samples), expected=f"at least one window for each of {len(parts)} datasets"
         )
     counts = [1] * len(parts)
     for _ in range(samples - len(parts)):  # the next window goes to the part that is furthest below its share

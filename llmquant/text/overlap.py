@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmquant.errors import CalibrationError
+from llmquant.errors import CalibrationError, option
 
 RUN = 32  # tokens in a run; unrelated texts share shorter ones: idioms, licences, addresses
 LIMIT = 0.01  # the highest share of evaluation tokens in shared runs; quotations and boilerplate stay below it
@@ -24,7 +24,7 @@ def refuse_overlap(calibration_ids: Tensor, evaluation_ids: Tensor, names: tuple
     share = overlap(calibration_ids, evaluation_ids)
     if share > LIMIT:
         raise CalibrationError(
-            f"--calibration {names[0]}, --eval-data {names[1]}",
+            f"{option('calibration')} {names[0]}, {option('eval_data')} {names[1]}",
             f"{share:.1%} of the evaluation tokens are in the calibration windows",
             expected=f"at most {LIMIT:.0%}",
             remedy="evaluate on text that was not calibrated on: another file, dataset or split",

@@ -10,6 +10,8 @@ from llmquant.errors import CalibrationError
 from llmquant.source.base import Source
 from llmquant.text.corpus import Text
 
+_WITHOUT = "`llmquant run --method rtn --eval-data none` needs none"
+
 
 def has_tokenizer(source: Source) -> bool:
     return any(file.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for file in source.side_files())
@@ -26,7 +28,7 @@ def load_tokenizer(source: Source) -> Any:
             source.name,
             "no tokenizer",
             expected="tokenizer files beside the weights",
-            remedy="add them, or use --method rtn --eval-data none",
+            remedy=f"add them; {_WITHOUT}",
         )
     try:
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=bool(source.code))
@@ -37,8 +39,7 @@ def load_tokenizer(source: Source) -> Any:
                 source.name,
                 "its tokenizer is code of its own, which is not run",
                 expected="a tokenizer that transformers knows",
-                remedy=f"{source.code_remedy('tokenizer_config.json')}; else convert it to tokenizer.json, or use "
-                "--method rtn --eval-data none",
+                remedy=f"{source.code_remedy('tokenizer_config.json')}; else convert it to tokenizer.json; {_WITHOUT}",
             ) from None
         raise CalibrationError(
             source.name,

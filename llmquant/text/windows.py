@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.errors import CalibrationError
+from llmquant.errors import CalibrationError, option
 from llmquant.text.corpus import Text, load_text
 from llmquant.text.mixture import parse_mixture, split_samples
 from llmquant.text.tokenizer import as_text, leading_bos, tokenize, tokenize_pieces
@@ -105,7 +105,9 @@ def _draw(tokenizer: Any, spec: str, samples: int, seq_len: int, seed: int) -> t
     text = load_text(spec, "train", samples * seq_len * 16)
     joined = as_text(tokenizer, text)
     if not joined.strip():
-        raise CalibrationError(spec, "no text in it", remedy="choose another --calibration")
+        raise CalibrationError(
+            spec, "no text in it", remedy=f"choose another {option('calibration')}", field="calibration"
+        )
     ids = tokenize_pieces(tokenizer, joined)
     n_slots, enough = ids.numel() // seq_len, max(seq_len + 1, samples * seq_len // 2)
     if n_slots >= samples:
@@ -117,7 +119,8 @@ def _draw(tokenizer: Any, spec: str, samples: int, seq_len: int, seed: int) -> t
             spec,
             f"{ids.numel()} tokens",
             expected=f"at least {enough} for {samples} windows of {seq_len}",
-            remedy="use fewer --samples, a shorter --seq-len or more text",
+            remedy=f"use fewer {option('samples')}, a shorter {option('seq_len')} or more text",
+            field="calibration",
         )
     return torch.stack([ids[start : start + seq_len] for start in starts]), text
 
@@ -140,7 +143,11 @@ def evaluation_windows(tokenizer: Any, spec: str, max_tokens: int | None, seq_le
         count = min(count, max_tokens // seq_len)
     if count == 0:
         raise CalibrationError(
-            spec, f"{ids.numel()} tokens", expected=f"at least one window of {seq_len}", remedy="more evaluation text"
+            spec,
+            f"{ids.numel()} tokens",
+            expected=f"at least one window of {seq_len}",
+            remedy="more evaluation text",
+            field="eval_data",
         )
     bos = leading_bos(tokenizer)
     return Windows(

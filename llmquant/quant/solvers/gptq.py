@@ -35,7 +35,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llmquant.errors import SolveError
+from llmquant.errors import SolveError, option
 from llmquant.quant.grid import QuantizedWeight, QuantScheme, plain_grid, search_grid, stacked
 from llmquant.quant.hessian import default_damp, factor, quadratic, ridge
 from llmquant.quant.matmul import matmul
@@ -215,7 +215,8 @@ def _bad_layer(task: LayerTask, options: SolveOptions, got: str) -> Solution:
             task.name,
             got,
             expected="finite calibration activations",
-            remedy="more --samples, another --calibration text, --ignore it, or accept --on-bad-layer rtn",
+            remedy=f"more {option('samples')}, another {option('calibration')} text, {option('ignore')} it, or accept "
+            f"{option('on_bad_layer')} rtn",
         )
     H_II = task.H_II
     finite = H_II is not None and bool(torch.isfinite(H_II).all())
