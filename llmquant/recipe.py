@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmquant.errors import RecipeError, did_you_mean, option
+from llmquant.paths import expanded
 
 # What the small built-in model changes: its context is short and its text fits in seconds.
 DEMO_DEFAULTS: dict[str, Any] = {"seq_len": 512, "eval_data": "builtin", "eval_tokens": 32768, "eval_seq_len": 512}
@@ -182,7 +183,7 @@ def from_mapping(values: Mapping[str, Any]) -> Recipe:
 
 def load_recipe(file: str | Path) -> dict[str, Any]:
     """The keys of a TOML recipe, by path or by the name of a built-in one."""
-    path = Path(file)
+    path = expanded(file, RecipeError)
     if path.suffix != ".toml":
         path = recipe_folder() / f"{file}.toml"
     if not path.is_file():

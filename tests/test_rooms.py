@@ -13,7 +13,7 @@ PACKAGE = ROOT / "llmquant"
 # A room, or a module at the top level, imports from lower ranks only: no exceptions.
 RANK = {
     **dict.fromkeys(("errors", "memory", "versions", "demo"), 0),
-    "log": 1,
+    **dict.fromkeys(("log", "paths"), 1),
     "quant": 2,
     "formats": 3,
     "recipe": 4,

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import llmquant
+from llmquant.errors import SourceError
 from llmquant.formats.packing import unpack_rows
 from llmquant.memory import peak_rss
+from llmquant.paths import expanded
 from llmquant.report.tables import describe_evaluation, lanes_table
 from llmquant.source.base import Source
 from llmquant.source.resolve import open_source
@@ -81,7 +83,7 @@ def main(
     options = parser.parse_args()
     given = {name: getattr(options, name) for name in ("eval_data", "eval_tokens", "eval_seq_len")}
     recipe = llmquant.make_recipe(options.model, flags={k: v for k, v in given.items() if v is not None})
-    source = open_source("demo" if options.model == "demo" else Path(options.model).expanduser().resolve())
+    source = open_source("demo" if options.model == "demo" else expanded(options.model, SourceError).resolve())
     group = "channel" if options.group_size == -1 else f"G{options.group_size}"
     out = options.out or Path(f"{source.folder.name}-{tool}-W{options.bits}A16-{group}-dense")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -9,7 +9,9 @@ from llmquant.cli.console import show_report
 from llmquant.cli.options import DATA, TRUST, Debug, Quiet
 from llmquant.cli.progress import progress
 from llmquant.cli.spellings import count
+from llmquant.errors import OutputError
 from llmquant.log import calm_libraries
+from llmquant.paths import expanded
 from llmquant.recipe import Recipe, make_recipe
 
 _DEFAULTS = Recipe()
@@ -70,6 +72,7 @@ def compare(
     }
     given = {name: value for name, value in flags.items() if value is not None}
     settings = make_recipe(reference or models[0], None, given)
+    file = None if json is None else expanded(json, OutputError)
     from llmquant.comparison import compare as score
     from llmquant.run_dir import write_json_file
 
@@ -84,5 +87,5 @@ def compare(
             log=log,
         )
     show_report(report)
-    if json is not None:
-        write_json_file(json, report.data)
+    if file is not None:
+        write_json_file(file, report.data)

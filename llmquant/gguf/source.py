@@ -11,6 +11,7 @@ from llmquant.gguf.config import FACTORS, Described
 from llmquant.gguf.file import FLOATS
 from llmquant.gguf.header import GGUFHeader, read_header
 from llmquant.gguf.vocabulary import tokenizer_of
+from llmquant.paths import expanded
 from llmquant.source.base import OnlyGGUFError, Source
 from llmquant.source.header import TensorInfo
 
@@ -20,7 +21,7 @@ CONFIG = "config.json"
 
 def open_gguf_file(model: str | Path) -> Source | None:
     """The checkpoint in the file at this path, with the config.json of its folder; None if it is no GGUF file."""
-    path = Path(model).expanduser()
+    path = expanded(model, SourceError)
     if not path.is_file() or path.suffix != ".gguf":
         return None
     beside = path.parent / CONFIG

@@ -19,6 +19,7 @@ from llmquant.hub.errors import AGAIN, clean, told
 from llmquant.hub.target import check_target
 from llmquant.log import Log, silent
 from llmquant.output.check import read_json, verify_folder
+from llmquant.paths import expanded
 from llmquant.report.card import make_card
 from llmquant.run_dir.manifest import COST, MANIFEST, json_bytes, sha256
 
@@ -69,7 +70,7 @@ def push(
     """
     from huggingface_hub import HfApi
 
-    root = Path(folder)
+    root = expanded(folder, VerifyError)
     _refuse_unfinished(root)
     target = check_target(repo, private=private, create_pr=create_pr, tag=tag)
     items = _items(root, _verified(root, log), repo, base_model)

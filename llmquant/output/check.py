@@ -20,6 +20,7 @@ from llmquant.formats import DENSE, FORMATS, LinearSpec
 from llmquant.log import Log, silent
 from llmquant.output.verify import DECODERS, Decoded, Place, digest, read_places
 from llmquant.output.verify_gguf import ROPE, gguf_places
+from llmquant.paths import expanded
 from llmquant.quant.grid import QuantScheme
 from llmquant.run_dir.manifest import COST, MANIFEST, sha256
 from llmquant.source.base import Source
@@ -42,7 +43,7 @@ def verify_folder(folder: str | Path, original: str | Path | None = None, log: L
     With `original` also: side files, config and copied tensors equal the original's, and every quantized tensor is as
     far from it as the report says (||W - W^||^2 / ||W||^2, to one part in a thousand).
     """
-    root = Path(folder)
+    root = expanded(folder, VerifyError)
     n_files, manifest = verify_files(root), read_json(root, MANIFEST)
     log(f"{n_files} files are those of the manifest")
     report = read_json(root, "report.json")

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from llmquant.formats.runtimes import RUNTIMES, lint, opens
 from llmquant.job import Draft, windows
 from llmquant.log import silent
 from llmquant.model.skeleton import Skeleton
+from llmquant.paths import expanded
 from llmquant.plan import Row
 from llmquant.preflight.flops import Tokens, Work, matmul_rate, work_of
 from llmquant.preflight.memory_bound import memory_bound
@@ -151,10 +153,7 @@ def estimate(
         "snapshots of streams, where there is room": snapshot_bytes(sizes),
         "download into the Hub's cache": source.download_bytes(),
     }
-    if Path(f"{draft.target}.partial").exists():  # not for us to touch, and RunDir would tidy up what is no run
-        found.warn(f"{draft.target}.partial exists: a run is working there, or `run` would continue an interrupted one")
-    else:
-        found.attempt(lambda: _check_target(draft.target, options.overwrite, draft.needed_bytes(sizes)))
+    found.attempt(lambda: _check_target(found, draft.target, options.overwrite, draft.needed_bytes(sizes)))
     _time(found, work_of(plan, skeleton, recipe, tokens, len(lanes)), skeleton)
     if not timed or found.exit_code:
         return found
@@ -190,9 +189,8 @@ def _tokens(found: Estimate, draft: Draft) -> Tokens:
     lengths = min(recipe.seq_len, context), min(recipe.eval_seq_len, context)
     parts = (found.attempt(lambda: parse_mixture(recipe.calibration)) or []) if draft.calibrated else []
     texts = [("calibration", part) for part, _ in parts] + ([("eval_data", recipe.eval_data)] if evaluated else [])
-    missing = [(name, spec) for name, spec in texts if is_file(spec) and not Path(spec).expanduser().is_file()]
-    for name, spec in missing:
-        found.refuse(CalibrationError(f"{option(name)} {spec}", "no such file"))
+    for name, spec in texts:
+        found.attempt(partial(_check_text, name, spec))
     if texts and not has_tokenizer(draft.source):
         found.refuse(
             CalibrationError(
@@ -246,7 +244,16 @@ def _physical_memory() -> int | None:
         return None
 
 
-def _check_target(target: Path, overwrite: bool, needed: int) -> None:
+def _check_text(field: str, spec: str) -> None:
+    if is_file(spec) and not expanded(spec, CalibrationError).is_file():
+        raise CalibrationError(f"{option(field)} {spec}", "no such file")
+
+
+def _check_target(found: Estimate, target: Path, overwrite: bool, needed: int) -> None:
+    if Path(f"{expanded(target, OutputError)}.partial").exists():
+        # Not for us to touch, and RunDir would tidy up what is no run.
+        found.warn(f"{target}.partial exists: a run is working there, or `run` would continue an interrupted one")
+        return
     try:
         RunDir(target, overwrite=overwrite, needed_bytes=needed)  # checks only: entering it would create the folder
     except OSError as error:

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from llmquant.errors import OutputError, RecipeError, ResumeError, VerifyError, option
 from llmquant.formats.base import Layout
+from llmquant.paths import expanded
 from llmquant.run_dir.disk import FULL, Disk, disk_error, fsync_path, lock, replace_file
 from llmquant.run_dir.journal import Journal, Record
 from llmquant.run_dir.manifest import COST, MANIFEST, facts, files_in, json_bytes, sha256
@@ -53,7 +54,7 @@ class RunDir:
         disk: Disk | None = None,
     ) -> None:
         # Follow links: a rename would replace the link, not the folder that it points to.
-        self.out = out.expanduser().resolve()
+        self.out = expanded(out, OutputError).resolve()
         self.partial = Path(f"{self.out}.partial")
         self.path = self.partial / "output"
         self.records: list[Record] = []

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from llmquant.demo import DEMO
 from llmquant.errors import SourceError
+from llmquant.paths import expanded
 from llmquant.source.base import NAME_THE_ORIGINAL, Source
 from llmquant.source.hub import open_hub
 
@@ -18,7 +19,7 @@ def open_source(model: str | Path, revision: str | None = None, *, trust_remote_
     """
     if str(model) == "demo":
         return Source("llmquant/demo", DEMO)
-    path = Path(model).expanduser()
+    path = expanded(model, SourceError)
     if path.is_dir():
         return Source(path.resolve().name, path, trust_remote_code=trust_remote_code)
     if path.is_file() and path.suffix == ".gguf":

@@ -14,6 +14,7 @@ from typing import Any
 
 from llmquant.demo import DEMO
 from llmquant.errors import CalibrationError
+from llmquant.paths import expanded
 from llmquant.source.hub import dataset_commit
 
 _WIKITEXT = "Salesforce/wikitext"
@@ -102,7 +103,7 @@ def load_text(spec: str, split: str, limit: int) -> Text:
     """
     if spec in DATASETS:
         return DATASETS[spec](split, limit)
-    path = Path(spec).expanduser()
+    path = expanded(spec, CalibrationError)
     if is_file(spec):
         if not path.is_file():
             raise CalibrationError(spec, "no such file")
@@ -137,7 +138,8 @@ def _hub_dataset(
     from datasets import load_dataset
 
     repo, config, split, column = (spec.split(":") + [""] * 3)[:4]
-    if repo and Path(repo).is_dir():  # `datasets` would read this folder in place of the Hub's dataset
+    # `datasets` would read this folder in place of the Hub's dataset.
+    if repo and expanded(repo, CalibrationError).is_dir():
         raise CalibrationError(
             spec,
             f"{repo} is a local folder",

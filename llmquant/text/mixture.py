@@ -1,8 +1,7 @@
 """Calibration text from several datasets: `a:0.5,b:0.5` takes half of the windows from each."""
 
-from pathlib import Path
-
 from llmquant.errors import CalibrationError, option
+from llmquant.paths import expanded
 
 _EXPECTED = "NAME:SHARE,NAME:SHARE,... with shares that add up to 1, such as builtin:0.5,notes.txt:0.5"
 
@@ -17,7 +16,7 @@ def parse_mixture(spec: str) -> list[tuple[str, float]]:
     >>> parse_mixture("wikitext2")
     [('wikitext2', 1.0)]
     """
-    if "," not in spec or Path(spec).expanduser().is_file():
+    if "," not in spec or expanded(spec, CalibrationError).is_file():
         return [(spec, 1.0)]
     parts: list[tuple[str, float]] = []
     for part in spec.split(","):
