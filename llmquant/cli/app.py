@@ -7,6 +7,7 @@ import typer
 
 from llmquant.cli import look
 from llmquant.cli.compare import compare, evaluate
+from llmquant.cli.console import say
 from llmquant.cli.export import export
 from llmquant.cli.options import EXAMPLES, JUDGE, MAKE, PUBLISH, RUN_EXAMPLES
 from llmquant.cli.progress import JsonLines
@@ -64,5 +65,5 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["run"] and "--json" in arguments:
         JsonLines().say("error", message=message, exit_code=code)
     else:
-        print(f"llmquant: {message}", file=sys.stderr)
+        say(f"llmquant: {message}")
     return code

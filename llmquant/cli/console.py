@@ -1,9 +1,13 @@
-"""Tables and JSON on stdout."""
+"""What goes to stdout and stderr, in such a way that no finished run fails because it cannot be printed."""
 
+import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
+
+from llmquant.errors import OutputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -11,10 +15,76 @@ if TYPE_CHECKING:
     from llmquant.report.data import Report
 
 
-def new_console() -> "Console":
+class Screen:
+    """stdout or stderr, for people: what cannot be written there is given up, and the program goes on.
+
+    That is so for a pipe whose reader has gone (`llmquant run ... | head`), a full disk under a log, and a stream that
+    was closed or never open. Characters that the stream's encoding does not have are escaped.
+
+    product   what is written is the very thing that was asked for, so a full disk is an OutputError
+    """
+
+    def __init__(self, stream: IO[str] | None, *, product: bool = False) -> None:
+        self._stream, self._product = stream, product
+
+    @property
+    def encoding(self) -> str:
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        return self._stream is not None and not getattr(self._stream, "closed", False) and self._stream.isatty()
+
+    def write(self, text: str) -> int:
+        try:
+            text.encode(self.encoding, getattr(self._stream, "errors", None) or "strict")
+        except UnicodeEncodeError:
+            text = text.replace("±", "+-").encode(self.encoding, "backslashreplace").decode(self.encoding)
+        self._attempt(lambda stream: stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(lambda stream: stream.flush())
+
+    def _attempt(self, call: Callable[[IO[str]], object]) -> None:
+        if self._stream is None or getattr(self._stream, "closed", False):
+            return
+        try:
+            call(self._stream)
+        except OSError as error:
+            # What is still in its buffer goes nowhere, or the interpreter would complain of it at its end.
+            with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+            self._stream = None
+            if self._product and not isinstance(error, BrokenPipeError):
+                raise OutputError("stdout", error.strerror or str(error)) from None
+
+
+def say(message: str) -> None:
+    """A line on stderr."""
+    _line(Screen(sys.stderr), message)
+
+
+def answer(message: str) -> None:
+    """A line on stdout."""
+    _line(Screen(sys.stdout), message)
+
+
+def _line(screen: Screen, message: str) -> None:
+    screen.write(f"{message}\n")
+    screen.flush()
+
+
+def new_console(width: int = 160, *, product: bool = True) -> "Console":
+    """For stdout; `width` is that of a file or a pipe."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+    screen = Screen(sys.stdout, product=product)
+    return Console(file=cast(IO[str], screen), width=None if screen.isatty() else width, highlight=False)
+
+
+def as_json(value: Any, stream: IO[str] | None, **layout: Any) -> str:
+    """JSON for the stream: where that is not UTF-8, in ASCII, which says the same."""
+    return json.dumps(value, ensure_ascii=Screen(stream).encoding.lower() not in ("utf-8", "utf8"), **layout)
 
 
 def print_rows(
@@ -31,17 +101,16 @@ def print_rows(
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    _line(Screen(sys.stdout, product=True), as_json(value, sys.stdout, indent=2, allow_nan=False))
 
 
 def show_report(report: "Report") -> None:
     """The closing table, on stdout."""
-    from rich.console import Console
     from rich.table import Table
 
     from llmquant.report.tables import describe_evaluation, differences_table, lanes_table
 
-    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    console = new_console(100, product=False)
     for rows in (lanes_table(report.lanes), differences_table(report.data.get("differences", []))):
         if len(rows) > 1:
             table = Table(*rows[0], box=None, pad_edge=False)

@@ -1,12 +1,13 @@
 """The `export` command."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
+from llmquant.cli.console import answer, say
 from llmquant.cli.options import Debug, Quiet
+from llmquant.log import silent
 from llmquant.recipe import CHOICES
 
 
@@ -36,6 +37,6 @@ def export(
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
-        log=(lambda message: None) if quiet else (lambda message: print(message, file=sys.stderr, flush=True)),
+        log=silent if quiet else say,
     )
-    print(f"wrote {written}")
+    answer(f"wrote {written}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from llmquant.cli.console import new_console, print_json, print_rows
+from llmquant.cli.console import answer, new_console, print_json, print_rows
 from llmquant.cli.options import JUDGE, LOOK, MAKE, Debug
 from llmquant.cli.progress import duration, size
 from llmquant.cli.spellings import FIELDS
@@ -208,7 +208,7 @@ def verify_command(
     found = verify_folder(checkpoint, source)
     beside = "" if found.against is None else f", compared with {found.against}"
     tensors = f"{found.quantized} quantized and {found.copied} copied tensors"
-    print(f"{checkpoint}: {found.files} files, {tensors} are right{beside}")
+    answer(f"{checkpoint}: {found.files} files, {tensors} are right{beside}")
 
 
 def doctor(json: Json = False) -> None:

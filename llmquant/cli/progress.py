@@ -1,13 +1,13 @@
 """What a run says on stderr while it works: a live display, plain lines, JSON lines, or nothing."""
 
-import json
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
+from llmquant.cli.console import Screen, as_json, say
 from llmquant.errors import Interrupted
 from llmquant.log import Event, Log, Scored
 from llmquant.memory import peak_rss
@@ -20,12 +20,12 @@ class JsonLines:
     """One JSON object per line: {"event": "stage" | "block" | "scored" | "message" | "done" | "error", ...}."""
 
     def __init__(self, write: Callable[[str], object] | None = None) -> None:
-        self._write = write or (lambda line: print(line, file=sys.stderr, flush=True))
+        self._write = write or say
         self._start = time.perf_counter()
 
     def say(self, event: str, **facts: Any) -> None:
         facts |= {"elapsed_seconds": round(time.perf_counter() - self._start, 3), "peak_rss_bytes": peak_rss()}
-        self._write(json.dumps({"event": event, **facts}, ensure_ascii=False))
+        self._write(as_json({"event": event, **facts}, sys.stderr))
 
     def __call__(self, message: str) -> None:
         if isinstance(message, Event):
@@ -88,22 +88,18 @@ def progress(quiet: bool, as_json: bool = False) -> Iterator[Log]:
         yield lambda message: None
     elif as_json:
         yield JsonLines()
-    elif sys.stderr.isatty():
+    elif Screen(sys.stderr).isatty():
         from rich.console import Console
 
-        console = Console(stderr=True)
+        console = Console(file=cast(IO[str], Screen(sys.stderr)))
         if console.is_dumb_terminal:
-            yield _plain
+            yield say
         else:
             live = Live(console)
             with live.display:
                 yield live
     else:
-        yield _plain
-
-
-def _plain(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+        yield say
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from llmquant.cli.console import Screen, answer, say
 from llmquant.cli.options import Debug, Quiet
 from llmquant.errors import LLMQuantError
 from llmquant.log import Log, silent
@@ -35,7 +36,7 @@ def push(
     from llmquant.hub.push import push as publish
 
     log = _log(quiet)
-    print(publish(checkpoint, repo, private=private, create_pr=create_pr, tag=tag, base_model=base_model, log=log))
+    answer(publish(checkpoint, repo, private=private, create_pr=create_pr, tag=tag, base_model=base_model, log=log))
 
 
 def check_login(repo: str) -> None:
@@ -50,9 +51,9 @@ def push_result(folder: Path, repo: str, quiet: bool) -> None:
     from llmquant.hub.push import push as publish
 
     try:
-        print(publish(folder, repo, log=_log(quiet)))
+        answer(publish(folder, repo, log=_log(quiet)))
     except LLMQuantError:
-        _say(f"{folder} is finished; to publish it: llmquant push {folder} --repo {repo}")
+        say(f"{folder} is finished; to publish it: llmquant push {folder} --repo {repo}")
         raise
 
 
@@ -61,10 +62,6 @@ def _log(quiet: bool) -> Log:
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    if quiet or not sys.stderr.isatty():
+    if quiet or not Screen(sys.stderr).isatty():
         disable_progress_bars()
-    return silent if quiet else _say
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    return silent if quiet else say

@@ -1,0 +1,138 @@
+"""What cannot be printed does not fail what was done."""
+
+import ast
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import pytest
+from rich.console import Console
+
+import llmquant
+from llmquant.cli import console
+from llmquant.cli.progress import JsonLines, Live, progress
+from llmquant.errors import OutputError
+from llmquant.report.data import Report
+
+SMALL = {"samples": 4, "seq_len": 32, "eval_tokens": 64, "eval_seq_len": 32, "group_size": 32, "method": "rtn"}
+
+
+@pytest.fixture(scope="module")
+def report(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Report:
+    out = tmp_path_factory.mktemp("console") / "größe"
+    recipe = llmquant.make_recipe("x", flags=SMALL | {"eval_data": "builtin"})
+    return llmquant.quantize(tiny_model("llama"), recipe, out)
+
+
+@pytest.fixture
+def broken() -> Iterator[IO[str]]:
+    """A pipe whose reader has gone. Closing it would raise, too, if anything were left in its buffer."""
+    read, write = os.pipe()
+    os.close(read)
+    stream = os.fdopen(write, "w", encoding="utf-8")
+    yield stream
+    stream.close()
+
+
+@pytest.fixture
+def ascii_stream() -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+
+
+def shown(stream: io.TextIOWrapper) -> str:
+    assert isinstance(stream.buffer, io.BytesIO)
+    return stream.buffer.getvalue().decode("ascii")
+
+
+def test_the_closing_table_in_ascii(
+    report: Report, ascii_stream: io.TextIOWrapper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", ascii_stream)
+    console.show_report(report)
+    assert "+- is one standard error" in shown(ascii_stream)
+    assert "gr\\xf6\\xdfe in " in shown(ascii_stream)
+
+
+def test_the_closing_table_into_a_closed_pipe(report: Report, broken: IO[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", broken)
+    console.show_report(report)
+    console.print_json({"a": 1})
+    console.answer("done")
+
+
+@pytest.mark.parametrize("stream", [None, "closed"])
+def test_the_closing_table_without_a_stdout(
+    report: Report, stream: str | None, ascii_stream: io.TextIOWrapper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ascii_stream.close()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, ascii_stream if stream else None)
+    console.show_report(report)
+    console.print_json({"a": 1})
+    with progress(False) as log:
+        log("hello")
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_progress_into_a_closed_pipe(as_json: bool, broken: IO[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", broken)
+    with progress(False, as_json) as log:
+        for _ in range(3):
+            log("hello")
+
+
+def test_the_live_display_into_a_closed_pipe(broken: IO[str]) -> None:
+    screen: IO[str] = console.Screen(broken)  # type: ignore[assignment]
+    live = Live(Console(file=screen, force_terminal=True, width=140))
+    with live.display:
+        live("hello")
+
+
+def test_progress_in_ascii(ascii_stream: io.TextIOWrapper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", ascii_stream)
+    with progress(False) as log:
+        log("größe ± 1 \udcff")
+    assert shown(ascii_stream) == "gr\\xf6\\xdfe +- 1 \\udcff\n"
+
+
+def test_json_says_the_same_in_any_encoding(ascii_stream: io.TextIOWrapper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", ascii_stream)
+    JsonLines()("größe ±")
+    assert json.loads(shown(ascii_stream))["message"] == "größe ±"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_fails_what_was_made_to_be_printed_only(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        console.show_report(report)
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(OutputError, match="stdout: No space left on device"):
+            console.print_json({"a": 1})
+
+
+def test_a_run_whose_readers_have_gone_is_finished(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    words = ["--model", str(tiny_model("llama")), "--method", "rtn", "--group-size", "32", "--eval-data", "none"]
+    command = [sys.executable, "-m", "llmquant", "run", *words, "--out", str(tmp_path / "out")]
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as gone:
+        done = subprocess.run(command, stdout=gone, stderr=gone, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "out" / "report.json").is_file()
+
+
+def test_everything_is_printed_by_the_console() -> None:
+    for file in Path(console.__file__).parent.glob("*.py"):
+        names = {
+            n.func.id
+            for n in ast.walk(ast.parse(file.read_text("utf-8")))
+            if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+        }
+        assert "print" not in names, file.name
