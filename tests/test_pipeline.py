@@ -91,6 +91,7 @@ def test_every_width_and_group_opens(bits: int, group: int, tmp_path: Path) -> N
         assert torch.equal(loaded(ids).logits, dequantized_model(source, tmp_path / "out")(ids).logits)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_a_rerun_is_byte_identical_except_for_its_cost(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     outs = [tmp_path / name / "out" for name in ("a", "b")]
     for out in outs:

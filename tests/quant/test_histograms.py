@@ -38,6 +38,7 @@ def test_all_alike_is_one_bin() -> None:
     assert sum(n > 0 for n in found["weights"]["counts"]) == sum(n > 0 for n in found["scales"]["counts"]) == 1
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_page_draws_the_three_worst_layers(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = llmquant.make_recipe("x", flags={"group_size": 32, "method": "rtn", "eval_data": "none"})
     llmquant.quantize(tiny_model("llama"), recipe, tmp_path / "out")

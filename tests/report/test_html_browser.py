@@ -18,6 +18,8 @@ import llmquant
 from llmquant.report.html import make_html
 from llmquant.report.verdict import verdict
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 FLAGS = {"group_size": 32, "samples": 4, "seq_len": 32, "eval_tokens": 640, "eval_seq_len": 64}
 EVIL = "x.<script>alert(1)</script><img src=x onerror=alert(2)>" + "w" * 200
 LOOK = """(() => {

@@ -17,6 +17,8 @@ from llmquant.report.html import make_html
 from llmquant.report.tables import lanes_table
 from llmquant.report.verdict import command_of, health, verdict
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 FLAGS = {"group_size": 32, "samples": 4, "seq_len": 32, "eval_tokens": 640, "eval_seq_len": 64}
 VOID = {"meta", "input", "br", "use", "link"}
 EVIL = "x.<script>alert(1)</script>.\"'&$\\alpha$_"
