@@ -3,25 +3,22 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 import torch
 from broken import files, run
-from torch import Tensor
+from once import DRAW, once
 
 from llmquant import pipeline
 from llmquant.blocks import snapshots
 from llmquant.report import plots
-from llmquant.text import windows
 from llmquant.text.corpus import DATASETS, Text
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network; the fake Hub's run in a child process
 # One core per worker of pytest-xdist; a forked child could not use the threads of its parent.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for other children
 torch.set_num_threads(1)
-DRAW = plots._svg
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,22 +27,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def once() -> Iterator[None]:
-    """What every run does alike and no test looks at: a page's dozen of drawings (`drawn` has them made) are left
-    out, and the built-in text, a whole book, is cut into tokens once for each tokenizer."""
-    tokenize, known = windows.tokenize_pieces, dict[tuple[str, str], Tensor]()
-
-    def tokens(tokenizer: Any, text: str) -> Tensor:
-        if not hasattr(tokenizer, "backend_tokenizer"):
-            return tokenize(tokenizer, text)
-        key = tokenizer.backend_tokenizer.to_str(), text
-        if key not in known:
-            known[key] = tokenize(tokenizer, text)
-        return known[key].clone()
-
+def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(windows, "tokenize_pieces", tokens)
-        patch.setattr(plots, "_svg", lambda name, draw: f'<svg id="{name}"></svg>')
+        once(patch)
         yield
 
 

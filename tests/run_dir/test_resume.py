@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -79,12 +80,13 @@ def test_a_replacement_killed_at_its_end_leaves_the_old_or_the_new_checkpoint(
     old = tmp_path / "old" / "out"
     run(model, old, bits=8)
     before, manifest = files(old), (old / "manifest.json").read_bytes()
-    total = len(changes(model, old, monkeypatch, overwrite=True))
-    assert (old / "manifest.json").read_bytes() != manifest
+    new = shutil.copytree(old, tmp_path / "new" / "out")
+    total = len(changes(model, new, monkeypatch, overwrite=True))
+    assert (new / "manifest.json").read_bytes() != manifest
     for number in range(total - 10, total):
         for at in (number + number % 2 / 2,):
             out = tmp_path / str(at) / "out"
-            run(model, out, bits=8)
+            shutil.copytree(old, out)
             run_killed_at(at, model, out, monkeypatch, overwrite=True)
             assert files(out) in (before, wanted), at  # never neither
             if (out.parent / "out.partial").exists() or files(out) == before:
@@ -368,8 +370,6 @@ def test_another_job_is_refused_by_name(flags: dict[str, Any], named: str, model
 def test_changed_weights_and_versions_are_another_job(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     source = tmp_path / "model"
     shutil.copytree(model, source)
     cut(source, tmp_path / "out")
