@@ -1,24 +1,28 @@
 """`llmquant push` and `run --push-to-hub`, through the real client against the fake Hub.
 
-The client reads its endpoint at import, so commands run in child processes: this file as a script takes a list of
-[token, arguments] and writes exit code, stdout and stderr of each. Tests look at those and at what the Hub then holds.
+The client reads its endpoint at import, so commands run in child processes: a task of this file as a script is a list
+of [token, arguments], and its answer exit code, stdout and stderr of each. Tests look at those and at what the Hub
+then holds.
 """
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import signal
-import subprocess
-import sys
 import time
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import Queue
 from typing import Any, NamedTuple
 
 import pytest
-from fake_publish import PublishingHub, publishing_hub
+from fake_hub import serve
+from fake_publish import PublishingHub
 from huggingface_hub import ModelCard
+from once import once
+from warm import Task, Warm, serve_tasks, without_pauses
 
 import llmquant
 from llmquant.export import export
@@ -36,15 +40,10 @@ class Said(NamedTuple):
 
 # -- the child -------------------------------------------------------------------------------------------------
 def child(steps: list[tuple[str, list[str]]]) -> list[Said]:
-    import contextlib
     import io
-
-    from huggingface_hub.utils import _http
 
     from llmquant.cli.app import main
 
-    # Without the client's pauses between attempts; the module's own view of `time` only.
-    _http.time = types.SimpleNamespace(**(vars(time) | {"sleep": lambda seconds: None}))  # type: ignore[assignment]
     said = []
     for token, arguments in steps:
         os.environ["HF_TOKEN"] = token
@@ -69,21 +68,32 @@ def digests(model: str, revision: str | None = None) -> int:
     return 0
 
 
-def start(hub: PublishingHub, folder: Path, steps: list[Any], **env: str) -> subprocess.Popen[str]:
+class Hub(PublishingHub):
+    """And a process that has the real client, with this Hub's endpoint."""
+
+    home: Path
+    warm: Warm
+
+
+def child_of(hub: Hub, **env: str) -> Warm:
     here = Path(__file__).parents[1]
     clean = {name: value for name, value in os.environ.items() if "proxy" not in name.lower() and name[:3] != "HF_"}
-    settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_XET": "1"}
+    settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(hub.home), "HF_HUB_DISABLE_XET": "1"}
     settings["PYTHONPATH"] = os.pathsep.join((str(here.parent), str(here)))
+    return Warm(__file__, clean | settings | env)
+
+
+def start(warm: Warm, folder: Path, steps: list[Any]) -> Task:
     (folder / "steps.json").write_text(json.dumps(steps))
-    command = [sys.executable, __file__, str(folder / "steps.json")]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=clean | settings | env, stdout=pipe, stderr=pipe, text=True, cwd=folder)
+    return warm.task([str(folder / "steps.json")], folder)
 
 
-def run(hub: PublishingHub, folder: Path, steps: list[Any], **env: str) -> list[Said]:
-    process = start(hub, folder, steps, **env)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
+def run(hub: Hub, folder: Path, steps: list[Any], **env: str) -> list[Said]:
+    warm = child_of(hub, **env) if env else hub.warm
+    code, out, err = start(warm, folder, steps).wait()
+    assert code == 0, err
+    if env:
+        warm.close()
     return [Said(*said) for said in json.loads(out)]
 
 
@@ -125,11 +135,23 @@ def made(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
     return folder
 
 
-@pytest.fixture
-def hub() -> Iterator[PublishingHub]:
-    with publishing_hub() as hub:
-        hub.accounts[WRITER] = ACCOUNT
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    with serve(Hub()) as hub:
+        hub.home = tmp_path_factory.mktemp("home") / "hf"
+        hub.warm = child_of(hub)
         yield hub
+        hub.warm.close()
+
+
+@pytest.fixture
+def hub(served: Hub) -> Hub:
+    """Empty, and no cache of the client's."""
+    for held in (served.models, served.lfs, served.attacks, served.calls, served.said, served.log, served.accounts):
+        held.clear()
+    shutil.rmtree(served.home, ignore_errors=True)
+    served.accounts[WRITER] = ACCOUNT
+    return served
 
 
 def push(made: Path, folder: str, repo: str, *options: str, token: str = WRITER) -> tuple[str, list[str]]:
@@ -152,7 +174,7 @@ def assert_holds(files: dict[str, bytes], folder: Path, repo: str) -> None:
 
 
 # -- what is published -------------------------------------------------------------------------------------------
-def test_a_push_is_private_whole_and_seen_all_at_once(hub: PublishingHub, made: Path, tmp_path: Path) -> None:
+def test_a_push_is_private_whole_and_seen_all_at_once(hub: Hub, made: Path, tmp_path: Path) -> None:
     first, again, other = run(
         hub, tmp_path, [push(made, "old", "me/m"), push(made, "old", "me/m"), push(made, "gguf", "team/g")]
     )
@@ -174,9 +196,7 @@ def test_a_push_is_private_whole_and_seen_all_at_once(hub: PublishingHub, made: 
     assert hub.lfs.keys() == {sha256(file) for file in [*shards, *(made / "gguf").glob("*.gguf")]}
 
 
-def test_a_new_checkpoint_replaces_the_old_and_a_pinned_revision_keeps_it(
-    hub: PublishingHub, made: Path, tmp_path: Path
-) -> None:
+def test_a_new_checkpoint_replaces_the_old_and_a_pinned_revision_keeps_it(hub: Hub, made: Path, tmp_path: Path) -> None:
     steps = [push(made, "old", "me/m", "--tag", "v1"), push(made, "new", "me/m", "--tag", "v1")]
     steps += [push(made, "new", "me/m", "--tag", "v2")] * 2
     steps += [(WRITER, ["digests", *words]) for words in (["me/m", "v1"], [str(made / "old")], ["me/m"])]
@@ -199,7 +219,7 @@ def test_a_new_checkpoint_replaces_the_old_and_a_pinned_revision_keeps_it(
     assert old.out != new.out
 
 
-def test_public_only_when_asked_and_only_once_it_is_compared(hub: PublishingHub, made: Path, tmp_path: Path) -> None:
+def test_public_only_when_asked_and_only_once_it_is_compared(hub: Hub, made: Path, tmp_path: Path) -> None:
     hub.add("me/open", private=False)
     seen: list[bool] = []
     hub.attacks["GET /api/models/me/new/tree"] = lambda: seen.append(hub.models["me/new"].private)
@@ -222,7 +242,7 @@ def test_public_only_when_asked_and_only_once_it_is_compared(hub: PublishingHub,
     assert len(hub.models["me/draft"].commits) == 2
 
 
-def test_a_pull_request_leaves_the_branch_as_it_is(hub: PublishingHub, made: Path, tmp_path: Path) -> None:
+def test_a_pull_request_leaves_the_branch_as_it_is(hub: Hub, made: Path, tmp_path: Path) -> None:
     hub.add("you/theirs", private=False)
     before = dict(hub.models["you/theirs"].main)
     steps = [
@@ -242,7 +262,7 @@ def test_a_pull_request_leaves_the_branch_as_it_is(hub: PublishingHub, made: Pat
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------
-def test_folders_that_verify_rejects_are_not_published(hub: PublishingHub, made: Path, tmp_path: Path) -> None:
+def test_folders_that_verify_rejects_are_not_published(hub: Hub, made: Path, tmp_path: Path) -> None:
     names = ("changed", "bare", "nothing", "early")
     changed, bare, nothing, early = run(hub, tmp_path, [push(made, name, "me/m") for name in names])
     assert [said.code for said in (changed, bare, nothing, early)] == [8, 8, 8, 8]
@@ -253,7 +273,7 @@ def test_folders_that_verify_rejects_are_not_published(hub: PublishingHub, made:
     assert hub.models == {}
 
 
-def test_strangers_files_stay(hub: PublishingHub, made: Path, tmp_path: Path) -> None:
+def test_strangers_files_stay(hub: Hub, made: Path, tmp_path: Path) -> None:
     hub.add("me/mine", files={"pytorch_model.bin": b"x", "manifest.json": b"[]"})
     hub.add("me/notes", files={"README.md": b"# draft"})
     before = dict(hub.models["me/mine"].main)
@@ -265,7 +285,7 @@ def test_strangers_files_stay(hub: PublishingHub, made: Path, tmp_path: Path) ->
     assert_holds(hub.models["me/notes"].main, made / "small", "me/notes")
 
 
-def test_damage_on_the_way_is_found_and_not_made_public(hub: PublishingHub, made: Path, tmp_path: Path) -> None:
+def test_damage_on_the_way_is_found_and_not_made_public(hub: Hub, made: Path, tmp_path: Path) -> None:
     def damage() -> None:
         repo = hub.models.get("me/m")
         if repo is not None and "model.safetensors" in repo.main:
@@ -322,7 +342,7 @@ TOKENS: dict[str, tuple[Any, str]] = {
 NAMES = {"m": "expected owner/name", "me/a b": "expected owner/name in letters", "club/m": "the token may only read"}
 
 
-def test_every_failure_is_one_line_of_its_own_without_the_token(hub: PublishingHub, made: Path, tmp_path: Path) -> None:
+def test_every_failure_is_one_line_of_its_own_without_the_token(hub: Hub, made: Path, tmp_path: Path) -> None:
     for name, (pattern, attack, _, _) in FAILURES.items():
         hub.add(f"me/{name}")
         hub.attacks[pattern] = attack
@@ -345,7 +365,7 @@ def test_every_failure_is_one_line_of_its_own_without_the_token(hub: PublishingH
     assert "me/m" not in hub.models
 
 
-def test_offline_and_unreachable_make_no_connection_and_say_so(hub: PublishingHub, made: Path, tmp_path: Path) -> None:
+def test_offline_and_unreachable_make_no_connection_and_say_so(hub: Hub, made: Path, tmp_path: Path) -> None:
     steps = [push(made, "small", "me/m"), (WRITER, ["run", "--model", "demo", "--push-to-hub", "me/m"])]
     for said in run(hub, tmp_path, steps, HF_HUB_OFFLINE="1"):
         assert (said.code, "me/m: HF_HUB_OFFLINE is set; unset it to publish" in said.err) == (10, True)
@@ -355,22 +375,28 @@ def test_offline_and_unreachable_make_no_connection_and_say_so(hub: PublishingHu
 
 
 # -- kills -------------------------------------------------------------------------------------------------------
-def test_a_killed_push_shows_nothing_and_the_next_sends_only_the_rest(
-    hub: PublishingHub, made: Path, tmp_path: Path
-) -> None:
+def end(pid: int) -> None:
+    """Kill the process; it is gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+        while True:
+            os.kill(pid, 0)
+            time.sleep(0.01)
+
+
+def test_a_killed_push_shows_nothing_and_the_next_sends_only_the_rest(hub: Hub, made: Path, tmp_path: Path) -> None:
     sent: list[int] = []
-    process: list[subprocess.Popen[str]] = []
+    pids: Queue[int] = Queue()
 
     def kill_at_third() -> None:
         sent.append(1)
         if len(sent) == 3:
-            process[0].send_signal(signal.SIGKILL)
-            process[0].wait()
+            end(pids.get())
 
     hub.attacks["PUT /lfs/"] = kill_at_third
-    process.append(start(hub, tmp_path, [push(made, "old", "me/m")]))
-    process[0].communicate(timeout=600)
-    assert process[0].returncode == -signal.SIGKILL
+    task = start(hub.warm, tmp_path, [push(made, "old", "me/m")])
+    pids.put(task.pid)
+    assert task.wait()[0] == -signal.SIGKILL
     assert hub.models["me/m"].main.keys() == {".gitattributes"}  # no config, no index, no weights
     there = set(hub.lfs)
     assert len(there) in (2, 3)
@@ -384,19 +410,17 @@ def test_a_killed_push_shows_nothing_and_the_next_sends_only_the_rest(
     assert_holds(hub.models["me/m"].main, made / "old", "me/m")
 
 
-def test_a_push_killed_before_its_commit_only_commits_the_next_time(
-    hub: PublishingHub, made: Path, tmp_path: Path
-) -> None:
-    process: list[subprocess.Popen[str]] = []
+def test_a_push_killed_before_its_commit_only_commits_the_next_time(hub: Hub, made: Path, tmp_path: Path) -> None:
+    pids: Queue[int] = Queue()
 
     def kill() -> None:
-        process[0].send_signal(signal.SIGKILL)
-        process[0].wait()
+        end(pids.get())
         raise ConnectionAbortedError  # the request is lost with the process
 
     hub.attacks["POST /api/models/me/m/commit"] = kill
-    process.append(start(hub, tmp_path, [push(made, "old", "me/m")]))
-    process[0].communicate(timeout=600)
+    task = start(hub.warm, tmp_path, [push(made, "old", "me/m")])
+    pids.put(task.pid)
+    task.wait()
     assert hub.models["me/m"].main.keys() == {".gitattributes"}
     hub.attacks.clear()
     hub.calls.clear()
@@ -407,9 +431,7 @@ def test_a_push_killed_before_its_commit_only_commits_the_next_time(
 
 
 # -- runs --------------------------------------------------------------------------------------------------------
-def test_a_run_checks_first_and_publishes_last(
-    hub: PublishingHub, tiny_model: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_a_run_checks_first_and_publishes_last(hub: Hub, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     hub.accounts["hf_CANARYreader"] = account({"role": "read"})
     hub.add("me/late")
     hub.attacks["POST /api/models/me/late/commit"] = (507, ECHO)
@@ -434,7 +456,7 @@ def test_a_run_checks_first_and_publishes_last(
     )
     assert (tmp_path / "late" / "manifest.json").is_file()
     # the token is in nothing that was said, written or sent as content
-    for path in tmp_path.rglob("*"):
+    for path in (*tmp_path.rglob("*"), *hub.home.rglob("*")):
         if path.is_file() and path.name != "steps.json":
             assert b"CANARY" not in path.read_bytes(), path
     assert not any(b"CANARY" in body for body in hub.said)
@@ -443,4 +465,6 @@ def test_a_run_checks_first_and_publishes_last(
 
 
 if __name__ == "__main__":
-    print(json.dumps(child(json.loads(Path(sys.argv[1]).read_text()))))
+    without_pauses()
+    once(pytest.MonkeyPatch())
+    serve_tasks(lambda words: print(json.dumps(child(json.loads(Path(words[0]).read_text())))))
