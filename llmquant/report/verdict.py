@@ -80,7 +80,7 @@ def _evaluation_notes(report: dict[str, Any]) -> list[str]:
         notes.append(f"Only {windows} evaluation windows: standard errors are rough.")
     if (floor := evaluation["noise_floor"]) is not None and ours["kl_mean"] < 2 * floor["kl_mean"]:
         notes.append(f"The divergence is near the noise of the compute dtype (KL {floor['kl_mean']:.2g}).")
-    if calibration is not None and calibration["dataset"] == evaluation["dataset"]:
+    if calibration is not None and _repository(calibration) == _repository(evaluation):
         notes.append(
             f"Calibration and evaluation text come from the same dataset ({evaluation['dataset']}), from parts that "
             "share next to no runs of text: text of another kind may fare worse."
@@ -89,6 +89,12 @@ def _evaluation_notes(report: dict[str, Any]) -> list[str]:
         if lane["n_nonfinite"]:
             notes.append(f"{name}: {lane['n_nonfinite']} tokens with NaN or Inf logits were left out.")
     return notes
+
+
+def _repository(text: dict[str, Any]) -> str:
+    """The dataset without its config, split and column."""
+    name: str = text["dataset"].partition(":")[0]
+    return name
 
 
 def _layer_notes(layers: list[dict[str, Any]]) -> list[str]:

@@ -98,7 +98,9 @@ def is_file(spec: str) -> bool:
 def load_text(spec: str, split: str, limit: int) -> Text:
     """Text of `spec`: a name in DATASETS, FILE.txt, FILE.jsonl, or HUB_ID[:config[:split[:column]]].
 
-    `split` ("train" or "test") and `limit` (characters) are for the names in DATASETS; a Hub id names its split itself.
+    `split` is "train" or "test", `limit` the number of characters that are enough. A Hub id may name its split itself;
+    where it names none, "test" is the dataset's test, else its validation, else its train split, and the name of the
+    text says which.
     CalibrationError where the text cannot be loaded.
     """
     if spec in DATASETS:
@@ -113,7 +115,7 @@ def load_text(spec: str, split: str, limit: int) -> Text:
         except UnicodeDecodeError as error:
             raise CalibrationError(spec, f"not UTF-8 text ({error.reason} at byte {error.start})") from None
         return Text(path.name, documents)
-    return _hub_dataset(spec, limit, spec)
+    return _hub_dataset(spec, limit, spec, evaluated=split == "test")
 
 
 def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -132,10 +134,18 @@ def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _hub_dataset(
-    spec: str, limit: int, name: str, pick: Callable[[str, Any, str | None, int], Iterator[str]] | None = None
+    spec: str,
+    limit: int,
+    name: str,
+    pick: Callable[[str, Any, str | None, int], Iterator[str]] | None = None,
+    *,
+    evaluated: bool = False,
 ) -> Text:
-    """A dataset of the Hub, streamed: fetches only as many rows as `pick` asks for (default: `_column`)."""
-    from datasets import load_dataset
+    """A dataset of the Hub, streamed: fetches only as many rows as `pick` asks for (default: `_column`).
+
+    `evaluated`: where `spec` names no split, one that is not for training is looked for.
+    """
+    from datasets import get_dataset_split_names, load_dataset
 
     repo, config, split, column = (spec.split(":") + [""] * 3)[:4]
     # `datasets` would read this folder in place of the Hub's dataset.
@@ -148,6 +158,10 @@ def _hub_dataset(
         )
     try:
         revision = dataset_commit(repo)
+        if evaluated and not split:
+            known = get_dataset_split_names(repo, config or None, revision=revision)
+            split = next((one for one in ("test", "validation") if one in known), "train")
+            name = f"{repo}:{config}:{split}:{column}".rstrip(":")
         rows = load_dataset(repo, config or None, split=split or "train", streaming=True, revision=revision)
         documents = list((pick or _column)(spec, rows, column or None, limit))
     except CalibrationError:

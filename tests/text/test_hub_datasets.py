@@ -50,6 +50,15 @@ ASKED = {
     "ultrachat train": ("ultrachat", "train", ALL),
     "ultrachat test": ("ultrachat", "test", 10),
 }
+# evaluation text that names no split: the name of what is read, and its first document
+EVALUATED = {
+    "user/tested": ("user/tested::test", "test 0"),
+    "user/tested:::title": ("user/tested::test:title", "title of test 0"),
+    "user/texts": ("user/texts::validation", "a/valid text 0"),
+    "user/texts:default": ("user/texts:default:validation", "a/valid text 0"),
+    "user/texts::train": ("user/texts::train", "a/train-0 text 0"),
+    "user/lines": ("user/lines::train", "line 0"),  # it has no other
+}
 # what load_text is asked: what its message says
 REFUSED = {
     "user/unknown": "404 Client Error. Repository Not Found for url",
@@ -94,6 +103,7 @@ def child_online(folder: Path) -> dict[str, Any]:
     real = corpus._hub_answers
     corpus._hub_answers = lambda: real(60.0)  # type: ignore[assignment, misc] # a busy machine may need more than 4 s
     answers = {name: answer_of(*asked) for name, asked in ASKED.items()}
+    evaluated = {spec: answer_of(spec, "test", 1) for spec in EVALUATED}
     tokenizer = load_tokenizer(open_source("demo"))
     windows = {
         "evaluation": evaluation_windows(tokenizer, "wikitext2", None, SEQ_LEN),
@@ -108,6 +118,7 @@ def child_online(folder: Path) -> dict[str, Any]:
     answers_when_silent = real(0.3)
     return {
         "answers": answers,
+        "evaluated": evaluated,
         "refused": {spec: answer.get("refused") for spec, answer in refused.items()},
         "windows": {name: made.as_dict() | {"ids": made.ids.tolist()} for name, made in windows.items()},
         "silent": {"answers": answers_when_silent, "seconds": time.monotonic() - begin},
@@ -206,7 +217,12 @@ def write_others(folder: Path) -> dict[str, Path]:
     write(folder / "ambiguous/train.jsonl", [{"question": "q", "answer": "a"}])
     write_card(folder / "no-files", {})
     write(folder / "no-rows/train.jsonl", [])
-    names = ("texts", "lines", "zipped", "gaps", "shards", "ambiguous", "no-files", "no-rows")
+    for split in ("train", "validation", "test"):
+        write(
+            folder / f"tested/{split}.jsonl",
+            [{"text": f"{split} {n}", "title": f"title of {split} {n}"} for n in (0, 1)],
+        )
+    names = ("tested", "texts", "lines", "zipped", "gaps", "shards", "ambiguous", "no-files", "no-rows")
     return {f"datasets/user/{name}": folder / name for name in names}
 
 
@@ -288,6 +304,14 @@ def test_documents_are_the_rows_of_the_asked_config_split_and_column(
     online: dict[str, Any], asked: str, documents: list[str]
 ) -> None:
     assert online["answers"][asked].get("documents", online["answers"][asked]) == documents
+
+
+@pytest.mark.parametrize(("spec", "expected"), EVALUATED.items())
+def test_evaluation_text_comes_from_a_split_for_it(
+    online: dict[str, Any], spec: str, expected: tuple[str, str]
+) -> None:
+    answer = online["evaluated"][spec]
+    assert (answer.get("name", answer), answer.get("documents", [])[:1]) == (expected[0], [expected[1]])
 
 
 def test_every_dataset_has_its_name_and_its_commit(online: dict[str, Any]) -> None:
