@@ -16,7 +16,7 @@ from llmquant.checkpoint import bits_per_weight, open_checkpoint
 from llmquant.errors import SourceError, option
 from llmquant.job import draft_model, evaluation_text
 from llmquant.lanes.scores import ORIGINAL, Figures, Lanes, TokenScores, bootstrap_ratio, figures, standard_error
-from llmquant.log import Event, Log, Stopwatch, silent, stages_of
+from llmquant.log import SILENT, BlockDone, Log, Progress, Stopwatch, progress_of
 from llmquant.memory import trim
 from llmquant.model.skeleton import Skeleton
 from llmquant.model.streams import Streams
@@ -48,7 +48,7 @@ def compare(
     recipe: Recipe | None = None,
     max_ram: str = "4GB",
     trust_remote_code: bool = False,
-    log: Log = silent,
+    log: Log = SILENT,
 ) -> Report:
     """Score `models` on the evaluation windows of `recipe` (eval_data, eval_tokens, eval_seq_len, device, dtype).
 
@@ -57,7 +57,7 @@ def compare(
     memory at a time, and at the end the heads of all lanes. The report's `differences` are paired over windows.
     trust_remote_code   Python code of any of them may be run
     """
-    watch = Stopwatch(stages_of(log))
+    watch = Stopwatch(progress_of(log).stage)
     options: dict[str, Any] = {"max_ram": max_ram, "trust_remote_code": trust_remote_code, "log": log, "watch": watch}
     windows, lanes, scores = score_tokens(models, reference, recipe, **options)
     first = next(iter(scores.values()))
@@ -86,22 +86,23 @@ def score_tokens(
     *,
     max_ram: str = "4GB",
     trust_remote_code: bool = False,
-    log: Log = silent,
+    log: Log = SILENT,
     watch: Stopwatch | None = None,
 ) -> tuple[Windows, dict[str, Lane], dict[str, TokenScores]]:
     """What `compare` sums up: the windows, the lanes, and every token's scores by lane, the reference first."""
-    watch = watch or Stopwatch(stages_of(log))
+    progress = progress_of(log)
+    watch = watch or Stopwatch(progress.stage)
     paths = [*([reference] if reference is not None else []), *models]
     recipe = recipe or make_recipe(str(paths[0]))
     with watch.stage("prepare"):
         sources = [open_checkpoint(path, trust_remote_code=trust_remote_code) for path in paths]
-        lanes = _open(sources, recipe, log, named_reference=reference is not None)
+        lanes = _open(sources, recipe, progress, named_reference=reference is not None)
         first = next(iter(lanes.values()))
         tokenizer = load_tokenizer(first.source)
-        windows = evaluation_text(first.skeleton, tokenizer, recipe, log)
+        windows = evaluation_text(first.skeleton, tokenizer, recipe, progress)
     size = windows.n_tokens * first.skeleton.hidden_size * first.skeleton.dtype.itemsize
     with Streams(dict.fromkeys(lanes, size), parse_size("max_ram", max_ram), _unnamed_file) as streams:
-        return windows, lanes, _stream(lanes, Lanes(tuple(lanes), windows, streams), watch, log)
+        return windows, lanes, _stream(lanes, Lanes(tuple(lanes), windows, streams), watch, progress)
 
 
 def noise_floor(source: Source, skeleton: Skeleton, windows: Windows, watch: Stopwatch) -> Figures | None:
@@ -116,7 +117,7 @@ def noise_floor(source: Source, skeleton: Skeleton, windows: Windows, watch: Sto
     lanes = {"float32": Lane(source, exact), "compute": Lane(source, skeleton)}
     size = few.n_tokens * skeleton.hidden_size * torch.float32.itemsize
     with Streams(dict.fromkeys(lanes, size), 0, _unnamed_file) as streams:  # in files: the run's own are still open
-        scores = _stream(lanes, Lanes(tuple(lanes), few, streams), watch, silent)
+        scores = _stream(lanes, Lanes(tuple(lanes), few, streams), watch, SILENT)
     return figures(scores["compute"], scores["float32"])
 
 
@@ -125,7 +126,7 @@ def _unnamed_file(name: str) -> BinaryIO:
     return file
 
 
-def _open(sources: Sequence[Source], recipe: Recipe, log: Log, *, named_reference: bool) -> dict[str, Lane]:
+def _open(sources: Sequence[Source], recipe: Recipe, log: Progress, *, named_reference: bool) -> dict[str, Lane]:
     lanes: dict[str, Lane] = {}
     for position, source in enumerate(sources):
         name = ORIGINAL if position == 0 and named_reference else _fresh(source.name, lanes)
@@ -156,7 +157,7 @@ def _fresh(name: str, taken: dict[str, Lane]) -> str:
     return fresh
 
 
-def _stream(lanes: dict[str, Lane], streams: Lanes, watch: Stopwatch, log: Log) -> dict[str, TokenScores]:
+def _stream(lanes: dict[str, Lane], streams: Lanes, watch: Stopwatch, log: Progress) -> dict[str, TokenScores]:
     """All lanes through all blocks, then through their heads."""
     batches = streams.windows.batches()
     with watch.stage("embed"):
@@ -171,7 +172,7 @@ def _stream(lanes: dict[str, Lane], streams: Lanes, watch: Stopwatch, log: Log) 
                     _advance(name, lane, index, streams)
         trim()
         line, seconds = f"block {index + 1}/{max(n_blocks)}", time.perf_counter() - begin
-        log(Event(line, done=index + 1, total=max(n_blocks), seconds=seconds))
+        log.block(BlockDone(line, index + 1, max(n_blocks), seconds))
     with watch.stage("head"), ExitStack() as heads:
         logits_of = {name: heads.enter_context(lane.skeleton.head()) for name, lane in lanes.items()}
         return streams.score(lambda name, hidden: logits_of[name](hidden))

@@ -15,7 +15,7 @@ from llmquant.errors import FormatError, SourceError, option
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.formats.base import Layout
 from llmquant.formats.runtimes import verdicts
-from llmquant.log import Log, silent
+from llmquant.log import SILENT, Log, Progress, progress_of
 from llmquant.model.meta import is_linear
 from llmquant.model.skeleton import Skeleton
 from llmquant.output.containers import open_output
@@ -37,7 +37,7 @@ def export(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     trust_remote_code: bool = False,
-    log: Log = silent,
+    log: Log = SILENT,
 ) -> Path:
     """Write the checkpoint `model`, which llmquant made, to the folder `out` in another format, and verify it.
 
@@ -45,11 +45,12 @@ def export(
     Raises SourceError where `model` holds no integer grid, FormatError where the format cannot hold it.
     """
     source = open_packed(model, trust_remote_code=trust_remote_code)
-    source.announce_code(log)
+    progress = progress_of(log)
+    source.announce_code(progress)
     exporter = Export(source, format_name, gguf_pre)
     run = RunDir(Path(out), overwrite=overwrite, needed_bytes=exporter.plan.output_bytes + source.side_bytes)
     with run:
-        exporter.write(run, parse_size("max_shard_size", max_shard_size), log)
+        exporter.write(run, parse_size("max_shard_size", max_shard_size), progress)
         report = exporter.report() | {"files": run.weight_files()}
         run.write_json("report.json", report)
         run.write_bytes("README.md", make_card(run.out.name, report).encode())
@@ -58,7 +59,7 @@ def export(
 
 
 def export_beside(
-    names: Sequence[str], run: RunDir, max_shard_bytes: int, log: Log, *, trust_remote_code: bool = False
+    names: Sequence[str], run: RunDir, max_shard_bytes: int, log: Progress, *, trust_remote_code: bool = False
 ) -> None:
     """The checkpoint that `run` holds, which is written and verified, in other formats, each in its own folder."""
     for name in names:
@@ -137,7 +138,7 @@ class Export:
         except ValueError as error:
             raise SourceError(spec.key, str(error), expected="a grid as llmquant makes it") from None
 
-    def write(self, run: RunDir, max_shard_bytes: int, log: Log, folder: str = "") -> None:
+    def write(self, run: RunDir, max_shard_bytes: int, log: Progress, folder: str = "") -> None:
         """All files of the format into `folder` of the output ("" or a name with a slash), verified."""
         self.output.open(run, max_shard_bytes, folder)
         for row in self.plan.rows:
@@ -147,7 +148,7 @@ class Export:
                 self.output.copied(run, row)
         run.tensors.finish()
         self.output.finish(run, folder)
-        log(f"verified: {len(self.plan.layout)} tensors re-read from disk, equal to those of {self.source.name}")
+        log.line(f"verified: {len(self.plan.layout)} tensors re-read from disk, equal to those of {self.source.name}")
 
     def report(self) -> dict[str, Any]:
         """The report of the checkpoint that was exported: its figures hold, since the numbers are the same."""

@@ -19,7 +19,7 @@ from llmquant.formats import FORMATS
 from llmquant.formats.runtimes import refuse_runtimes
 from llmquant.lanes.baselines import pick_baselines
 from llmquant.lanes.scores import ORIGINAL, OURS
-from llmquant.log import Log
+from llmquant.log import Progress
 from llmquant.model.devices import pick_device, pick_dtype, pick_products
 from llmquant.model.skeleton import Skeleton
 from llmquant.model.streams import spilled
@@ -100,7 +100,7 @@ def refuse(check: Callable[[], T]) -> T:
 
 
 def draft(
-    stored: Source, recipe: Recipe, options: RunOptions, *, log: Log, attempt: Callable[..., Any] = refuse
+    stored: Source, recipe: Recipe, options: RunOptions, *, log: Progress, attempt: Callable[..., Any] = refuse
 ) -> Draft:
     """Check and plan the quantization of an open checkpoint; nothing but headers and side files has been read.
 
@@ -118,7 +118,7 @@ def draft(
     return Draft(recipe, options, source, skeleton, output, lanes, products or skeleton.dtype)
 
 
-def draft_model(source: Source, recipe: Recipe, log: Log) -> Skeleton:
+def draft_model(source: Source, recipe: Recipe, log: Progress) -> Skeleton:
     """The model of an open checkpoint, without weights, on the recipe's device and in its compute dtype."""
     source.announce_code(log)
     device = pick_device(recipe.device)
@@ -132,7 +132,7 @@ def check_exports(names: tuple[str, ...], source: Source, skeleton: Skeleton, pl
         open_output(name, source, skeleton, plan)
 
 
-def prepare(model: str | Path, recipe: Recipe, options: RunOptions, log: Log) -> Job:
+def prepare(model: str | Path, recipe: Recipe, options: RunOptions, log: Progress) -> Job:
     """Open, check, plan, and cut the texts; every error that can be known before hours of work is raised here."""
     stored = open_source(model, options.revision, trust_remote_code=options.trust_remote_code)
     drawn = draft(stored, recipe, options, log=log)
@@ -140,7 +140,7 @@ def prepare(model: str | Path, recipe: Recipe, options: RunOptions, log: Log) ->
     return Job(**vars(drawn), calibration=calibration, evaluation=evaluation, card=read_card(drawn.source, log))
 
 
-def windows(draft: Draft, log: Log) -> tuple[Windows | None, Windows | None]:
+def windows(draft: Draft, log: Progress) -> tuple[Windows | None, Windows | None]:
     """The texts of a draft as token windows (calibration, evaluation); None where it wants none."""
     recipe, skeleton = draft.recipe, draft.skeleton
     calibration = evaluation = None
@@ -155,11 +155,11 @@ def windows(draft: Draft, log: Log) -> tuple[Windows | None, Windows | None]:
     if calibration is not None and evaluation is not None:
         share = refuse_overlap(calibration.ids, evaluation.ids, (recipe.calibration, recipe.eval_data))
         if share:
-            log(f"evaluation: {share:.2%} of its tokens are in runs that the calibration text holds too")
+            log.line(f"evaluation: {share:.2%} of its tokens are in runs that the calibration text holds too")
     return calibration, evaluation
 
 
-def evaluation_text(skeleton: Skeleton, tokenizer: object, recipe: Recipe, log: Log) -> Windows:
+def evaluation_text(skeleton: Skeleton, tokenizer: object, recipe: Recipe, log: Progress) -> Windows:
     """Evaluation windows, within the model's context and vocabulary."""
     seq_len = clip_to_context(skeleton, "evaluation", recipe.eval_seq_len, log)
     tokens = None if recipe.eval_tokens == "full" else int(recipe.eval_tokens)
@@ -168,11 +168,11 @@ def evaluation_text(skeleton: Skeleton, tokenizer: object, recipe: Recipe, log: 
     return found
 
 
-def clip_to_context(skeleton: Skeleton, what: str, seq_len: int, log: Log) -> int:
+def clip_to_context(skeleton: Skeleton, what: str, seq_len: int, log: Progress) -> int:
     """`seq_len`, or the model's context where that is shorter, and a line that says so."""
     if skeleton.context is None or seq_len <= skeleton.context:
         return seq_len
-    log(f"{what}: windows of {seq_len} tokens shortened to the model's context of {skeleton.context}")
+    log.line(f"{what}: windows of {seq_len} tokens shortened to the model's context of {skeleton.context}")
     return skeleton.context
 
 

@@ -1,64 +1,83 @@
-"""What a run says of itself: a log is any function of a line of text; it may also want to hear of stages."""
+"""What a run says of itself while it works: `Progress`, and how a plain function of a line becomes one."""
 
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from llmquant.memory import peak_rss
 
-Log = Callable[[str], None]
 
+@dataclass(frozen=True)
+class BlockDone:
+    """A finished block: `done` of `total`, in `seconds`.
 
-def silent(message: str) -> None:
-    """A log that says nothing."""
-
-
-class Event(str):
-    """The line of a finished block, with its numbers for logs that show more than lines.
-
+    line     what it is for people, in one line
     errors   ||h_lane - h|| / ||h|| of the evaluation's hidden states behind the block, by lane
     """
 
+    line: str
     done: int
     total: int
     seconds: float
-    errors: dict[str, float]
-
-    def __new__(
-        cls, line: str, *, done: int, total: int, seconds: float, errors: dict[str, float] | None = None
-    ) -> "Event":
-        event = super().__new__(cls, line)
-        event.done, event.total, event.seconds, event.errors = done, total, seconds, errors or {}
-        return event
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "done": self.done,
-            "total": self.total,
-            "seconds": round(self.seconds, 3),
-            "relative_errors": self.errors,
-        }
+    errors: Mapping[str, float] = field(default_factory=dict)
 
 
-class Scored(str):
-    """The line after the last block, with the mean KL of every lane in nats."""
+@runtime_checkable
+class Progress(Protocol):
+    """Hears what a run does. Nothing that it does changes the result; an exception that it raises ends the run."""
 
-    kl: dict[str, float]
+    def line(self, text: str) -> None:
+        """A line for people."""
 
-    def __new__(cls, kl: dict[str, float]) -> "Scored":
-        event = super().__new__(cls, "KL: " + ", ".join(f"{lane} {value:.5f}" for lane, value in kl.items()))
-        event.kl = kl
-        return event
+    def stage(self, name: str) -> None:
+        """A stage begins: prepare, embed, quantize, evaluate, ..."""
+
+    def block(self, done: BlockDone) -> None:
+        """A block is finished."""
+
+    def scored(self, kl: Mapping[str, float]) -> None:
+        """The evaluation is finished: the mean KL of every lane in nats."""
 
 
-def stages_of(log: Log) -> Callable[[str], None]:
-    """Where stages are told: the log's own `stage`, or nowhere."""
-    listener: Callable[[str], None] = getattr(log, "stage", silent)
-    return listener
+@dataclass(frozen=True)
+class Lines:
+    """A function of a line as Progress: it gets blocks and scores as lines, and does not hear of stages."""
+
+    write: Callable[[str], object]
+
+    def line(self, text: str) -> None:
+        self.write(text)
+
+    def stage(self, name: str) -> None:
+        pass
+
+    def block(self, done: BlockDone) -> None:
+        self.write(done.line)
+
+    def scored(self, kl: Mapping[str, float]) -> None:
+        self.write(scores_line(kl))
+
+
+Log = Progress | Callable[[str], object]  # what the Python API takes
+SILENT: Progress = Lines(lambda text: None)
+
+
+def progress_of(log: Log) -> Progress:
+    """The Progress that was given to the Python API, or one that gives its lines to a plain function.
+
+    >>> progress_of(print).scored({"rtn": 0.125})
+    KL: rtn 0.12500
+    """
+    return log if isinstance(log, Progress) else Lines(log)
+
+
+def scores_line(kl: Mapping[str, float]) -> str:
+    """`Progress.scored` as a line for people."""
+    return "KL: " + ", ".join(f"{lane} {value:.5f}" for lane, value in kl.items())
 
 
 def calm_libraries() -> None:
@@ -71,7 +90,7 @@ def calm_libraries() -> None:
 class Stopwatch:
     """Seconds by stage; `on_stage` hears of each as it begins."""
 
-    on_stage: Callable[[str], None] = silent
+    on_stage: Callable[[str], object] = SILENT.stage
     seconds: dict[str, float] = field(default_factory=dict)
     start: float = field(default_factory=time.perf_counter)
 

@@ -25,7 +25,7 @@ from llmquant.formats.runtimes import verdicts
 from llmquant.job import Job, fingerprint, prepare, refuse_damaged_weights
 from llmquant.lanes.baselines import BASELINES, dequantized
 from llmquant.lanes.scores import ORIGINAL, OURS, Figures, Lanes, figures
-from llmquant.log import Event, Log, Scored, Stopwatch, silent, stages_of
+from llmquant.log import SILENT, BlockDone, Log, Progress, Stopwatch, progress_of
 from llmquant.memory import trim
 from llmquant.model.block import Block
 from llmquant.model.streams import Stream, Streams
@@ -50,7 +50,7 @@ def quantize(
     resume: str = "auto",
     runtimes: Sequence[str] = (),
     trust_remote_code: bool = False,
-    log: Log = silent,
+    log: Log = SILENT,
 ) -> Report:
     """Quantize `model` by `recipe` and write a verified checkpoint to `out` (default ./<name>-<scheme>).
 
@@ -60,12 +60,12 @@ def quantize(
     was before, and finished blocks are kept in `<out>.partial`.
     """
     options = RunOptions(out, revision, max_ram, overwrite, resume, tuple(runtimes), trust_remote_code)
-    return quantize_with(model, recipe or make_recipe(str(model)), options, log)
+    return quantize_with(model, recipe or make_recipe(str(model)), options, progress_of(log))
 
 
-def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: Log = silent) -> Report:
+def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: Progress = SILENT) -> Report:
     """`quantize` with its options as one object."""
-    watch = Stopwatch(stages_of(log))
+    watch = Stopwatch(log.stage)
     with watch.stage("prepare"):
         job = prepare(model, recipe, options, log)
         output = job.output
@@ -86,17 +86,17 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: L
         Streams(sizes, options.stream_budget, run.scratch) as streams,
     ):
         if run.finished:
-            log(f"{run.out}: was finished by the interrupted run")
+            log.line(f"{run.out}: was finished by the interrupted run")
             return load_report(run.out)
         if run.records:
-            log(f"going on after block {len(run.records)} of {len(job.skeleton.blocks)}")
+            log.line(f"going on after block {len(run.records)} of {len(job.skeleton.blocks)}")
             torch.set_num_threads(run.threads)
         output.open(run, parse_size("max_shard_size", recipe.max_shard_size))
         layers, lanes = _Pass(job, run, streams, watch, log).go()
         run.tensors.finish()
         with watch.stage("verify"):
             output.finish(run)
-        log(f"verified: {len(job.plan.layout)} tensors re-read from disk, equal to what was computed")
+        log.line(f"verified: {len(job.plan.layout)} tensors re-read from disk, equal to what was computed")
         with watch.stage("export"):
             size = parse_size("max_shard_size", recipe.max_shard_size)
             export_beside(recipe.exports, run, size, log, trust_remote_code=options.trust_remote_code)
@@ -113,13 +113,13 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: L
 
 
 @contextmanager
-def kept_blocks_named(run: RunDir, n_blocks: int, log: Log) -> Iterator[None]:
+def kept_blocks_named(run: RunDir, n_blocks: int, log: Progress) -> Iterator[None]:
     """Whatever ends the run: one line that says what is kept, where, and how to go on."""
     try:
         yield
     except BaseException:
         if run.partial.exists() and run.records:
-            log(f"{len(run.records)} of {n_blocks} blocks are kept in {run.partial}; the same command goes on")
+            log.line(f"{len(run.records)} of {n_blocks} blocks are kept in {run.partial}; the same command goes on")
         raise
 
 
@@ -132,7 +132,7 @@ def load_report(out: Path) -> Report:
 class _Pass:
     """THE loop: one pass over the weights, one block in memory."""
 
-    def __init__(self, job: Job, run: RunDir, streams: Streams, watch: Stopwatch, log: Log) -> None:
+    def __init__(self, job: Job, run: RunDir, streams: Streams, watch: Stopwatch, log: Progress) -> None:
         self.job, self.run, self.watch, self.log = job, run, watch, log
         self.skeleton, self.output, self.record = job.skeleton, job.output, job.output.record
         self.streams: CalibrationStreams | None = None
@@ -141,7 +141,7 @@ class _Pass:
             self.streams = CalibrationStreams(streams.new("calibration"), original, streams.spare_bytes, job.products)
         self.lanes = Lanes(job.lanes, job.evaluation, streams) if job.evaluation is not None else None
         for name in streams.spilled:
-            log(f"--max-ram: the {name} stream is kept in a file")
+            log.line(f"--max-ram: the {name} stream is kept in a file")
         self.snapshots = Snapshots(run, self._all_streams(), log)
 
     def go(self) -> tuple[list[LayerReport], dict[str, LaneReport]]:
@@ -164,7 +164,7 @@ class _Pass:
             if index >= behind and self._all_streams():
                 self._replay(self.skeleton.blocks[index])
                 self._check_streams(index, body)
-            self.log(f"block {index + 1}: finished before")
+            self.log.line(f"block {index + 1}: finished before")
             layers += [LayerReport.from_dict(layer) for layer in body["layers"]]
         for index in range(len(committed), n_blocks):
             begin = time.perf_counter()
@@ -280,7 +280,7 @@ class _Pass:
         reports = {
             lane: LaneReport(figures(score, scores[ORIGINAL]), *_size(self.job, lane)) for lane, score in scores.items()
         }
-        self.log(Scored({lane: report.figures.kl_mean for lane, report in reports.items() if lane != ORIGINAL}))
+        self.log.scored({lane: report.figures.kl_mean for lane, report in reports.items() if lane != ORIGINAL})
         return reports
 
     def _say(self, index: int, n_blocks: int, solved: Sequence[Solved], seconds: float) -> None:
@@ -288,10 +288,10 @@ class _Pass:
         worst = f", largest relative error {max(errors):.2e}" if errors else ""
         line = f"block {index + 1}/{n_blocks}: {len(solved)} linears, {seconds:.1f} s{worst}"
         off = self.lanes.relative_errors() if self.lanes is not None else {}
-        self.log(Event(line, done=index + 1, total=n_blocks, seconds=seconds, errors=off))
+        self.log.block(BlockDone(line, index + 1, n_blocks, seconds, off))
         for item in solved:
             for note in item.report.notes:
-                self.log(f"  {item.report.name}: {note}")
+                self.log.line(f"  {item.report.name}: {note}")
 
 
 def _size(job: Job, lane: str) -> tuple[float, int]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import ResumeError
-from llmquant.log import Log
+from llmquant.log import Progress
 from llmquant.model.streams import Stream
 from llmquant.run_dir import RunDir
 
@@ -30,13 +30,15 @@ def snapshot_bytes(sizes: Mapping[str, int]) -> int:
 class Snapshots:
     """Saves and loads `streams`, which stay the same objects for the whole run."""
 
-    def __init__(self, run: RunDir, streams: Mapping[str, Stream], log: Log) -> None:
+    def __init__(self, run: RunDir, streams: Mapping[str, Stream], log: Progress) -> None:
         self._run, self._streams, self._log = run, streams, log
         self._on = bool(streams)
         self._next = time.monotonic() + MIN_SECONDS
         if self._on and not run.room_for_streams:
             self._on = False
-            log("no snapshots of streams: the disk has no room for them; a resumed run goes through all blocks again")
+            log.line(
+                "no snapshots of streams: the disk has no room for them; a resumed run goes through all blocks again"
+            )
 
     def due(self) -> bool:
         return self._on and time.monotonic() >= self._next
@@ -50,7 +52,7 @@ class Snapshots:
         begin = time.monotonic()
         if problem := self._run.keep_streams(self._bytes()):
             self._on = False
-            self._log(f"no snapshot of streams after block {len(self._run.records)}, nor later: {problem}")
+            self._log.line(f"no snapshot of streams after block {len(self._run.records)}, nor later: {problem}")
         now = time.monotonic()
         self._next = now + max(MIN_SECONDS, PAUSE * (now - begin))
 
@@ -62,15 +64,15 @@ class Snapshots:
         for record in reversed(self._run.streams.kept):
             blocks = int(record["blocks"])
             if problem := self._run.streams.problem(record):
-                self._log(f"snapshot of streams after block {blocks}: {problem}; it is not used")
+                self._log.line(f"snapshot of streams after block {blocks}: {problem}; it is not used")
                 continue
             with FileIO(self._run.streams.path(blocks)) as file:
                 for stream in self._streams.values():
                     stream.update(lambda hidden, file=file: _read_like(hidden, file))  # type: ignore[misc]
-            self._log(f"streams after block {blocks}: from the snapshot")
+            self._log.line(f"streams after block {blocks}: from the snapshot")
             return blocks
         if self._run.streams.kept:
-            self._log("no snapshot is sound: finished blocks are gone through again from the embeddings")
+            self._log.line("no snapshot is sound: finished blocks are gone through again from the embeddings")
         return 0
 
     def _bytes(self) -> Iterator[memoryview]:

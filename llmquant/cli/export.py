@@ -7,7 +7,7 @@ import typer
 
 from llmquant.cli.console import answer, say
 from llmquant.cli.options import Debug, Quiet
-from llmquant.log import silent
+from llmquant.log import SILENT
 from llmquant.recipe import CHOICES
 
 
@@ -37,6 +37,6 @@ def export(
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
-        log=silent if quiet else say,
+        log=SILENT if quiet else say,
     )
     answer(f"wrote {written}")

@@ -3,13 +3,13 @@
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from llmquant.cli.console import Screen, as_json, say
 from llmquant.errors import Interrupted
-from llmquant.log import Event, Log, Scored
+from llmquant.log import SILENT, BlockDone, Lines, Progress, scores_line
 from llmquant.memory import peak_rss
 
 if TYPE_CHECKING:
@@ -27,54 +27,59 @@ class JsonLines:
         facts |= {"elapsed_seconds": round(time.perf_counter() - self._start, 3), "peak_rss_bytes": peak_rss()}
         self._write(as_json({"event": event, **facts}, sys.stderr))
 
-    def __call__(self, message: str) -> None:
-        if isinstance(message, Event):
-            self.say("block", message=str(message), **message.as_dict())
-        elif isinstance(message, Scored):
-            self.say("scored", message=str(message), kl=message.kl)
-        else:
-            self.say("message", message=str(message))
+    def line(self, text: str) -> None:
+        self.say("message", message=text)
 
     def stage(self, name: str) -> None:
         self.say("stage", stage=name)
+
+    def block(self, done: BlockDone) -> None:
+        seconds, errors = round(done.seconds, 3), dict(done.errors)
+        self.say("block", message=done.line, done=done.done, total=done.total, seconds=seconds, relative_errors=errors)
+
+    def scored(self, kl: Mapping[str, float]) -> None:
+        self.say("scored", message=scores_line(kl), kl=dict(kl))
 
 
 class Live:
     """A bar over the blocks with stage, time left and peak memory; other messages scroll by above it."""
 
     def __init__(self, console: "Console") -> None:
-        from rich.progress import BarColumn, Progress, TextColumn
+        from rich import progress as bars
 
         columns = (
-            TextColumn("{task.fields[stage]:9}", markup=False),
-            BarColumn(bar_width=30),
-            TextColumn("{task.fields[blocks]}", markup=False),
-            TextColumn("{task.fields[left]}", markup=False),
-            TextColumn("{task.fields[errors]}", markup=False),
-            TextColumn("{task.fields[memory]}", markup=False),
+            bars.TextColumn("{task.fields[stage]:9}", markup=False),
+            bars.BarColumn(bar_width=30),
+            bars.TextColumn("{task.fields[blocks]}", markup=False),
+            bars.TextColumn("{task.fields[left]}", markup=False),
+            bars.TextColumn("{task.fields[errors]}", markup=False),
+            bars.TextColumn("{task.fields[memory]}", markup=False),
         )
-        self.display = Progress(*columns, console=console, transient=True, refresh_per_second=2)
+        self.display = bars.Progress(*columns, console=console, transient=True, refresh_per_second=2)
         self._task = self.display.add_task("", total=None, stage="", blocks="", left="", errors="", memory="")
         self._seconds, self._blocks = 0.0, 0  # of this process: an interrupted run may have done others
 
-    def __call__(self, message: str) -> None:
-        if not isinstance(message, Event):
-            self.display.console.print(message, markup=False, highlight=False, soft_wrap=True)
-            return
-        self._seconds, self._blocks = self._seconds + message.seconds, self._blocks + 1
-        left = duration(self._seconds / self._blocks * (message.total - message.done))
-        self.display.update(
-            self._task,
-            completed=message.done,
-            total=message.total,
-            blocks=f"block {message.done}/{message.total}",
-            left=f"{left} left for the blocks",
-            errors=", ".join(f"{lane} {error:.2%} off" for lane, error in message.errors.items()),
-            memory=_memory(),
-        )
+    def line(self, text: str) -> None:
+        self.display.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def stage(self, name: str) -> None:
         self.display.update(self._task, stage=name, memory=_memory())
+
+    def block(self, done: BlockDone) -> None:
+        self._seconds, self._blocks = self._seconds + done.seconds, self._blocks + 1
+        left = duration(self._seconds / self._blocks * (done.total - done.done))
+        self.display.update(
+            self._task,
+            completed=done.done,
+            total=done.total,
+            blocks=f"block {done.done}/{done.total}",
+            left=f"{left} left for the blocks",
+            errors=", ".join(f"{lane} {error:.2%} off" for lane, error in done.errors.items()),
+            memory=_memory(),
+        )
+
+    def scored(self, kl: Mapping[str, float]) -> None:
+        self.line(scores_line(kl))
 
 
 def _memory() -> str:
@@ -82,10 +87,10 @@ def _memory() -> str:
 
 
 @contextmanager
-def progress(quiet: bool, as_json: bool = False) -> Iterator[Log]:
+def progress(quiet: bool, as_json: bool = False) -> Iterator[Progress]:
     """The log for a run: nothing, JSON lines, a live display on a terminal, or plain lines."""
     if quiet:
-        yield lambda message: None
+        yield SILENT
     elif as_json:
         yield JsonLines()
     elif Screen(sys.stderr).isatty():
@@ -93,13 +98,13 @@ def progress(quiet: bool, as_json: bool = False) -> Iterator[Log]:
 
         console = Console(file=cast(IO[str], Screen(sys.stderr)))
         if console.is_dumb_terminal:
-            yield say
+            yield Lines(say)
         else:
             live = Live(console)
             with live.display:
                 yield live
     else:
-        yield say
+        yield Lines(say)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import typer
 from llmquant.cli.console import Screen, answer, say
 from llmquant.cli.options import Debug, Quiet
 from llmquant.errors import LLMQuantError
-from llmquant.log import Log, silent
+from llmquant.log import SILENT, Log
 
 
 def push(
@@ -64,4 +64,4 @@ def _log(quiet: bool) -> Log:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if quiet or not Screen(sys.stderr).isatty():
         disable_progress_bars()
-    return silent if quiet else say
+    return SILENT if quiet else say

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from llmquant.errors import HubError, VerifyError, option
 from llmquant.hub.errors import AGAIN, clean, told
 from llmquant.hub.target import check_target
-from llmquant.log import Log, silent
+from llmquant.log import SILENT, Log, Progress, progress_of
 from llmquant.output.check import read_json, verify_folder
 from llmquant.paths import expanded
 from llmquant.report.card import make_card
@@ -59,7 +59,7 @@ def push(
     create_pr: bool = False,
     tag: str | None = None,
     base_model: str | None = None,
-    log: Log = silent,
+    log: Log = SILENT,
 ) -> str:
     """Publish what `llmquant` wrote to `folder` as the model `repo`, and return its address.
 
@@ -70,26 +70,27 @@ def push(
     """
     from huggingface_hub import HfApi
 
+    progress = progress_of(log)
     root = expanded(folder, VerifyError)
     _refuse_unfinished(root)
     target = check_target(repo, private=private, create_pr=create_pr, tag=tag)
-    items = _items(root, _verified(root, log), repo, base_model)
+    items = _items(root, _verified(root, progress), repo, base_model)
     api = HfApi()
     with told(repo):
         if not target.exists:
             api.create_repo(repo, private=True)
-            log(f"{repo}: made, private")
+            progress.line(f"{repo}: made, private")
         change = _compared(api, repo, items)
         if tag is not None:
             _check_tag(api, repo, tag, change)
-        url, revision = _upload(api, repo, change, create_pr, log)
+        url, revision = _upload(api, repo, change, create_pr, progress)
         _refuse_differences(_tree(api, repo, revision), items, repo)
-        log(f"{len(items)} files compared with those of the repository: all are equal")
+        progress.line(f"{len(items)} files compared with those of the repository: all are equal")
         if tag is not None:
             api.create_tag(repo, tag=tag, revision=revision, exist_ok=True)
         if private is False and not target.public and not create_pr:
             api.update_repo_settings(repo, private=False)
-            log(f"{repo}: is public now")
+            progress.line(f"{repo}: is public now")
     return url
 
 
@@ -99,13 +100,13 @@ def _refuse_unfinished(root: Path) -> None:
         raise VerifyError(str(root), got, expected="a folder that `llmquant run` or `llmquant export` finished")
 
 
-def _verified(root: Path, log: Log) -> dict[str, Any]:
+def _verified(root: Path, log: Progress) -> dict[str, Any]:
     """The files of the manifest, all as they were computed."""
     report = read_json(root, "report.json")
     if not {"runtimes", "files"} <= report.keys():
         raise VerifyError(str(root / "report.json"), "is an earlier version's", remedy="quantize or export again")
     n_files = verify_folder(root).files
-    log(f"{root}: {n_files} files are right")
+    log.line(f"{root}: {n_files} files are right")
     files: dict[str, Any] = read_json(root, MANIFEST)["files"]
     return files
 
@@ -175,22 +176,22 @@ def _check_tag(api: "HfApi", repo: str, tag: str, change: Change) -> None:
             raise HubError(repo, f"its tag {tag} is at another commit", remedy=f"choose another {option('tag')}")
 
 
-def _upload(api: "HfApi", repo: str, change: Change, create_pr: bool, log: Log) -> tuple[str, str]:
+def _upload(api: "HfApi", repo: str, change: Change, create_pr: bool, log: Progress) -> tuple[str, str]:
     """Weights one by one, then one commit of all that differs. The address and the revision of it."""
     from huggingface_hub import CommitOperationDelete, ModelCard, constants
 
     address = f"{_endpoint(constants.ENDPOINT)}/{repo}"
     if not change.items and not change.stale:
-        log(f"{repo}: all files are there already")
+        log.line(f"{repo}: all files are there already")
         return address, change.head or "main"
     if isinstance(card := getattr(change.items.get(_CARD), "data", None), bytes):
         _check_card(ModelCard(card.decode()), repo)
     new = {name: _operation(name, item) for name, item in change.items.items()}
     weights = [name for name in new if name.endswith((".safetensors", ".gguf"))]
     for number, name in enumerate(weights, 1):
-        log(f"{name}: {change.items[name].bytes / 1e6:.1f} MB, file {number} of {len(weights)}")
+        log.line(f"{name}: {change.items[name].bytes / 1e6:.1f} MB, file {number} of {len(weights)}")
         api.preupload_lfs_files(repo, [new[name]], create_pr=create_pr, free_memory=False)
-    log(f"committing {len(new)} files" + (f", removing {len(change.stale)}" if change.stale else ""))
+    log.line(f"committing {len(new)} files" + (f", removing {len(change.stale)}" if change.stale else ""))
     with warnings.catch_warnings(record=True) as notes:  # the Hub's about the card
         done = api.create_commit(
             repo,
@@ -200,7 +201,7 @@ def _upload(api: "HfApi", repo: str, change: Change, create_pr: bool, log: Log) 
             parent_commit=change.head,
         )
     for note in notes:
-        log(f"the Hub notes: {clean(str(note.message))}")
+        log.line(f"the Hub notes: {clean(str(note.message))}")
     if not create_pr:
         return address, done.oid
     if done.pr_num is None or done.pr_revision is None:

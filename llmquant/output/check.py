@@ -17,7 +17,7 @@ from torch import Tensor
 from llmquant.checkpoint import open_original
 from llmquant.errors import SourceError, VerifyError, option
 from llmquant.formats import DENSE, FORMATS, LinearSpec
-from llmquant.log import Log, silent
+from llmquant.log import SILENT, Log, progress_of
 from llmquant.output.verify import DECODERS, Decoded, Place, digest, read_places
 from llmquant.output.verify_gguf import ROPE, gguf_places
 from llmquant.paths import expanded
@@ -37,7 +37,7 @@ class Checked:
     against: str | None
 
 
-def verify_folder(folder: str | Path, original: str | Path | None = None, log: Log = silent) -> Checked:
+def verify_folder(folder: str | Path, original: str | Path | None = None, log: Log = SILENT) -> Checked:
     """VerifyError unless everything in `folder` is what the run that wrote it computed.
 
     With `original` also: side files, config and copied tensors equal the original's, and every quantized tensor is as
@@ -45,7 +45,7 @@ def verify_folder(folder: str | Path, original: str | Path | None = None, log: L
     """
     root = expanded(folder, VerifyError)
     n_files, manifest = verify_files(root), read_json(root, MANIFEST)
-    log(f"{n_files} files are those of the manifest")
+    progress_of(log).line(f"{n_files} files are those of the manifest")
     report = read_json(root, "report.json")
     format_name = report["recipe"]["format"]
     trusted = bool(report["compute"].get("trust_remote_code"))

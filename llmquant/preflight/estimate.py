@@ -17,7 +17,7 @@ from llmquant.checkpoint import stored_forms
 from llmquant.errors import CalibrationError, LLMQuantError, OutputError, flag, option
 from llmquant.formats.runtimes import RUNTIMES, lint, opens
 from llmquant.job import Draft, windows
-from llmquant.log import silent
+from llmquant.log import SILENT, Lines
 from llmquant.model.skeleton import Skeleton
 from llmquant.paths import expanded
 from llmquant.plan import Row
@@ -129,7 +129,7 @@ def estimate(
     """
     stored = open_source(model, options.revision, trust_remote_code=options.trust_remote_code)
     found = Estimate(stored.name, stored.revision, stored.weight_bytes, recipe.as_dict())
-    draft = found.attempt(lambda: job.draft(stored, recipe, options, log=found.warn, attempt=found.attempt))
+    draft = found.attempt(lambda: job.draft(stored, recipe, options, log=Lines(found.warn), attempt=found.attempt))
     if draft is None:  # nothing else about it would make sense
         return found
     source, skeleton, plan, lanes = draft.source, draft.skeleton, draft.plan, draft.lanes
@@ -200,7 +200,7 @@ def _tokens(found: Estimate, draft: Draft) -> Tokens:
             )
         )
     if not found.exit_code and all(spec == "builtin" or is_file(spec) for _, spec in texts):
-        cut = found.attempt(lambda: windows(draft, silent))
+        cut = found.attempt(lambda: windows(draft, SILENT))
         calibration, evaluation = (0 if text is None else text.n_tokens for text in cut or (None, None))
         return Tokens(calibration, evaluation, *lengths)
     n_calibration = recipe.samples * lengths[0] if draft.calibrated else 0

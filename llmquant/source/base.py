@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import SourceError, option
-from llmquant.log import Log
+from llmquant.log import Progress
 from llmquant.source.header import MAX_HEADER_BYTES, TensorInfo, header_length, parse_header, parse_json
 from llmquant.source.remote_code import code_files, references
 
@@ -172,13 +172,13 @@ class Source:
         """`config` as transformers and the output may see it. auto_map stays only if its code may be run."""
         return safe_config(self.config, keep_code=bool(self.code))
 
-    def announce_code(self, log: Log) -> None:
+    def announce_code(self, log: Progress) -> None:
         """Say which Python code of the checkpoint is run, before it is."""
         if self.code:
             at = f"@{self.revision[:12]}" if self.revision else ""
-            log(f"--trust-remote-code: code of {self.name}{at} is run: {', '.join(self.code)}")
+            log.line(f"--trust-remote-code: code of {self.name}{at} is run: {', '.join(self.code)}")
         elif self.trust_remote_code:
-            log(f"--trust-remote-code: {self.name} brings no code of its own")
+            log.line(f"--trust-remote-code: {self.name} brings no code of its own")
 
     def code_remedy(self, file: str = "config.json") -> str:
         """The remedy of an error, if the checkpoint's own code would be needed; "" if `file` names no code."""

@@ -18,6 +18,7 @@ from llmquant import pipeline
 from llmquant.blocks import snapshots
 from llmquant.blocks.snapshots import Snapshots
 from llmquant.errors import ResumeError
+from llmquant.log import Lines
 from llmquant.model.streams import Stream
 from llmquant.run_dir import RunDir, folder
 from llmquant.run_dir.disk import Disk
@@ -268,7 +269,7 @@ def test_snapshots_take_at_most_a_twentieth_of_the_time(monkeypatch: pytest.Monk
     stream = Stream()
     stream.append(torch.ones(1, 2, 3))
     fake: Any = SimpleNamespace(keep_streams=keep, room_for_streams=True, records=[])
-    kept_by = Snapshots(fake, {"one": stream}, print)
+    kept_by = Snapshots(fake, {"one": stream}, Lines(print))
     for second in range(400):
         now = max(now, float(second))
         if kept_by.due():

@@ -75,7 +75,7 @@ def test_the_closing_table_without_a_stdout(
     console.show_report(report)
     console.print_json({"a": 1})
     with progress(False) as log:
-        log("hello")
+        log.line("hello")
 
 
 @pytest.mark.parametrize("as_json", [True, False])
@@ -83,26 +83,26 @@ def test_progress_into_a_closed_pipe(as_json: bool, broken: IO[str], monkeypatch
     monkeypatch.setattr(sys, "stderr", broken)
     with progress(False, as_json) as log:
         for _ in range(3):
-            log("hello")
+            log.line("hello")
 
 
 def test_the_live_display_into_a_closed_pipe(broken: IO[str]) -> None:
     screen: IO[str] = console.Screen(broken)  # type: ignore[assignment]
     live = Live(Console(file=screen, force_terminal=True, width=140))
     with live.display:
-        live("hello")
+        live.line("hello")
 
 
 def test_progress_in_ascii(ascii_stream: io.TextIOWrapper, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", ascii_stream)
     with progress(False) as log:
-        log("größe ± 1 \udcff")
+        log.line("größe ± 1 \udcff")
     assert shown(ascii_stream) == "gr\\xf6\\xdfe +- 1 \\udcff\n"
 
 
 def test_json_says_the_same_in_any_encoding(ascii_stream: io.TextIOWrapper, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", ascii_stream)
-    JsonLines()("größe ±")
+    JsonLines().line("größe ±")
     assert json.loads(shown(ascii_stream))["message"] == "größe ±"
 
 

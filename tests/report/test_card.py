@@ -15,6 +15,7 @@ import llmquant
 from llmquant.export import export
 from llmquant.formats import FORMATS
 from llmquant.formats.runtimes import RUNTIMES
+from llmquant.log import Lines
 from llmquant.report.card import make_card
 from llmquant.report.tables import lanes_table
 from llmquant.run_dir.manifest import sha256
@@ -193,7 +194,7 @@ def test_what_is_taken_over(
     readme: str | bytes | None, expected: dict[str, Any] | None, tmp_path: Path, tiny_model: Callable[[str], Path]
 ) -> None:
     said: list[str] = []
-    found = read_card(source_with(readme, tmp_path / "source", tiny_model), said.append)
+    found = read_card(source_with(readme, tmp_path / "source", tiny_model), Lines(said.append))
     assert found == (expected or {})
     assert bool(said) is (expected is None)
     assert all("the licence is not taken over" in line for line in said)
