@@ -32,6 +32,7 @@ class Row:
     spec: LinearSpec | None = None
 
     def as_dict(self) -> dict[str, Any]:
+        """The row as report.json holds it. `module`, of quantized rows, is the name under which `layers` lists it."""
         row = {
             "name": self.name,
             "action": self.action,
@@ -40,7 +41,7 @@ class Row:
             "shape": list(self.shape),
         }
         if self.spec is not None:
-            row |= asdict(self.spec.scheme)
+            row |= {"module": self.spec.module, **asdict(self.spec.scheme)}
         return row
 
 

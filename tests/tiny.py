@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from llmquant.demo import DEMO
 
@@ -83,4 +84,14 @@ def build(
     model.save_pretrained(folder, max_shard_size=shard)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / file, folder / file)
+    return folder
+
+
+def of_base_model(source: Path, folder: Path) -> Path:
+    """The checkpoint as GPT-2 and BLOOM are on the Hub, with the names of the base model: h.0..., without lm_head."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

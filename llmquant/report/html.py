@@ -141,7 +141,7 @@ def _ledger(report: dict[str, Any]) -> list[dict[str, Any]]:
     errors = {layer["name"]: layer["relative_error"] for layer in report["layers"]}
     rows = []
     for row in report["tensors"]:
-        error = errors.get(row["name"].removesuffix(".weight"))
+        error = errors.get(row.get("module", row["name"].removesuffix(".weight")))
         what = row["action"]
         if row["action"] == "quantized":
             group = "rows" if row["group_size"] == -1 else f"groups of {row['group_size']}"

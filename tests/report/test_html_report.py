@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import typer
 
 import llmquant
@@ -83,6 +84,21 @@ def test_the_page_shows_the_reports_figures(report: dict[str, Any], text: str) -
     assert command_of(report) in page.text["provenance"]
     assert report["evaluation"]["ids_sha256"] in page.text["provenance"]
     assert sum(tag == "svg" for tag, _ in page.tags) == 3 + 3 * 3  # and the histograms of three layers
+
+
+@pytest.mark.parametrize(("name", "flags"), [("gpt2", {"format": "fake"}), ("bloom", {})])
+def test_the_ledger_shows_errors_where_the_checkpoint_has_other_names_than_the_model(
+    name: str, flags: dict[str, Any], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = tiny.of_base_model(tiny_model(name), tmp_path / name)
+    recipe = llmquant.make_recipe("x", flags=FLAGS | {"eval_data": "none"} | flags)
+    data = llmquant.quantize(source, recipe, tmp_path / "out").data
+    rows = {row["module"]: row["name"] for row in data["tensors"] if row["action"] == "quantized"}
+    assert rows.keys() == {layer["name"] for layer in data["layers"]}
+    assert all(f"{module}.weight" == f"transformer.{key}" for module, key in rows.items())
+    ledger = Page(make_html("name", data)).text["ledger"]
+    for layer in data["layers"]:
+        assert f"{layer['relative_error']:.2e}" in ledger
 
 
 def test_the_page_needs_nothing_beside_itself(text: str) -> None:
