@@ -209,6 +209,8 @@ def verify_command(
     beside = "" if found.against is None else f", compared with {found.against}"
     tensors = f"{found.quantized} quantized and {found.copied} copied tensors"
     answer(f"{checkpoint}: {found.files} files, {tensors} are right{beside}")
+    for reason, count in found.not_compared.items():
+        answer(f"{count} not compared with {found.against}: {reason}")
 
 
 def doctor(json: Json = False) -> None:

@@ -5,6 +5,7 @@ what wrote them.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +27,22 @@ from llmquant.run_dir.manifest import COST, MANIFEST, sha256
 from llmquant.source.base import Source
 from llmquant.source.remote_code import code_files, references
 
+OLD_REPORT = "the report is of an older version and does not say which layer has their weights"
+
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found to be in order; `against` is the original that weights were compared with."""
+    """What was found to be in order.
+
+    against        the original that tensors were compared with
+    not_compared   tensors that could not be compared with it: how many, by reason
+    """
 
     files: int
     quantized: int
     copied: int
     against: str | None
+    not_compared: dict[str, int]
 
 
 def verify_folder(folder: str | Path, original: str | Path | None = None, log: Log = SILENT) -> Checked:
@@ -52,6 +60,8 @@ def verify_folder(folder: str | Path, original: str | Path | None = None, log: L
     source = None if original is None else open_original(original, trust_remote_code=trusted)  # runs nothing
     places = gguf_places(root) if format_name == "gguf" else read_places(root)
     known, expected = manifest["tensors"], set[str]()
+    errors = {layer["name"]: layer["weight_error"] for layer in report["layers"]}
+    not_compared = Counter[str]()
     rows = report["tensors"] if format_name != "gguf" else _rows_of_gguf(report["tensors"], known, places)
     for row in rows:
         spec = _spec(row)
@@ -61,7 +71,12 @@ def verify_folder(folder: str | Path, original: str | Path | None = None, log: L
         expected |= names
         _check_row(row, spec, places, format_name, known)
         if source is not None and row["name"] != ROPE:
-            _check_original(row, spec, places, format_name, report, source)
+            if spec is None:
+                _check_copied(row["name"], places[row["name"]], format_name, source)
+            elif (said := _said(row, errors)) is None:
+                not_compared[OLD_REPORT] += 1
+            else:
+                _check_quantized(spec, places, format_name, source, said)
     if odd := sorted(places.keys() - expected):
         raise VerifyError(odd[0], "is in no row of the report's ledger")
     if source is not None:
@@ -72,7 +87,8 @@ def verify_folder(folder: str | Path, original: str | Path | None = None, log: L
         if source is not None:
             _check_beside(root, source)
     quantized = sum(row["action"] == "quantized" for row in rows)
-    return Checked(n_files, quantized, len(rows) - quantized, None if source is None else source.name)
+    against = None if source is None else source.name
+    return Checked(n_files, quantized, len(rows) - quantized, against, dict(not_compared))
 
 
 def _rows_of_gguf(rows: list[dict[str, Any]], known: dict[str, str], places: dict[str, Place]) -> list[dict[str, Any]]:
@@ -148,34 +164,36 @@ def _check_range(spec: LinearSpec, decoded: Decoded) -> None:
         raise VerifyError(spec.key, "a scale is zero or not finite")
 
 
-def _check_original(
-    row: dict[str, Any],
-    spec: LinearSpec | None,
-    places: dict[str, Place],
-    format_name: str,
-    report: dict[str, Any],
-    source: Source,
-) -> None:
-    name = row["name"]
+def _original(name: str, source: Source) -> Tensor:
     if name not in source.tensors:
         raise VerifyError(name, f"is not in {source.name}", remedy="name the original that it was made from")
-    original = source.read(name)
-    if spec is None:
-        place, mine = places[name], original.contiguous()
-        same = digest(mine.reshape(-1).view(torch.uint8).numpy()) == digest(place.raw())
-        if format_name == "gguf" and len(place.shape) == 1:  # vectors in float32
-            one = np.float32(source.config.get("model_type") == "gemma2" and "norm" in name)
-            same = np.array_equal(mine.float().numpy() + one, place.floats())
-        if not same:
-            raise VerifyError(name, f"is not that of {source.name}")
-        return
-    dense = _as_loaded(spec, places, format_name)
-    weight = original.float()
-    error = _square(weight - torch.from_numpy(dense)) / (_square(weight) or 1.0)
-    modules = [layer for layer in report["layers"] if f"{layer['name']}.weight" == name or name.endswith(layer["name"])]
-    said = next((layer["weight_error"] for layer in modules), None)
-    if said is not None and abs(error - said) > 1e-3 * max(said, 1e-9):
-        raise VerifyError(name, f"relative error {error:.3e} against {source.name}", expected=f"{said:.3e}")
+    return source.read(name)
+
+
+def _check_copied(name: str, place: Place, format_name: str, source: Source) -> None:
+    mine = _original(name, source).contiguous()
+    same = digest(mine.reshape(-1).view(torch.uint8).numpy()) == digest(place.raw())
+    if format_name == "gguf" and len(place.shape) == 1:  # vectors in float32
+        one = np.float32(source.config.get("model_type") == "gemma2" and "norm" in name)
+        same = np.array_equal(mine.float().numpy() + one, place.floats())
+    if not same:
+        raise VerifyError(name, f"is not that of {source.name}")
+
+
+def _said(row: dict[str, Any], errors: dict[str, float]) -> float | None:
+    """The error of a weight by the report's row of its layer; None where an old report does not name the layer."""
+    if (module := row.get("module", row["name"].removesuffix(".weight"))) in errors:
+        return errors[module]
+    if "module" in row:
+        raise VerifyError(row["name"], f"layer {module} is not among the report's", expected="its error")
+    return None
+
+
+def _check_quantized(spec: LinearSpec, places: dict[str, Place], format_name: str, source: Source, said: float) -> None:
+    weight = _original(spec.key, source).float()
+    error = _square(weight - torch.from_numpy(_as_loaded(spec, places, format_name))) / (_square(weight) or 1.0)
+    if not abs(error - said) <= 1e-3 * max(said, 1e-9):  # NaN is not within it either
+        raise VerifyError(spec.key, f"relative error {error:.3e} against {source.name}", expected=f"{said:.3e}")
 
 
 def _square(weight: Tensor) -> float:

@@ -1,6 +1,7 @@
 """`llmquant verify` on a finished folder: right ones pass, every kind of change is found."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,9 @@ from llmquant.cli import app as cli
 from llmquant.errors import VerifyError
 from llmquant.export import export
 from llmquant.gguf.header import read_header
+from llmquant.output import check
 from llmquant.output.check import verify_folder
+from llmquant.output.verify import DECODERS, digest, read_places
 
 TINY: dict[str, Any] = {"group_size": 32, "samples": 4, "seq_len": 32, "eval_data": "none"}
 
@@ -83,6 +86,26 @@ def changed(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    repaired(folder)
+
+
+def lied(folder: Path) -> None:
+    """Digests that fit the changed tensors, too: as if they were what the run had computed."""
+    report, manifest = (json.loads((folder / f"{name}.json").read_text()) for name in ("report", "manifest"))
+    places, name = read_places(folder), report["recipe"]["format"]
+    for row in report["tensors"]:
+        spec = check._spec(row)
+        packed = spec is not None and name in DECODERS
+        parts = DECODERS[name](spec, places) if packed else (places[row["name"]].raw(),)
+        manifest["tensors"][row["name"]] = digest(*parts)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def edited(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Another report.json in a folder that fits it."""
+    report = json.loads((folder / "report.json").read_text())
+    change(report)
+    (folder / "report.json").write_text(json.dumps(report))
     repaired(folder)
 
 
@@ -201,6 +224,54 @@ def test_another_original_is_noticed(finished: Path, tiny_model: Callable[[str],
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(VerifyError, match=r"layers\.2\.mlp\.up_proj\.weight: relative error"):
         verify_folder(finished, source)
+
+
+@pytest.mark.parametrize(
+    ("name", "linear", "flags"),
+    [("gpt2", "h.1.mlp.c_fc.weight", {"format": "fake"}), ("bloom", "h.1.mlp.dense_h_to_4h.weight", {})],
+)
+def test_weights_are_compared_where_the_checkpoint_has_other_names_than_the_model(
+    name: str,
+    linear: str,
+    flags: dict[str, Any],
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One code is wrong, and all that the folder says of itself fits it: only the original tells."""
+    source = tiny.of_base_model(tiny_model(name), tmp_path / name)
+    out = tmp_path / "out"
+    llmquant.quantize(source, llmquant.make_recipe("x", flags=TINY | flags), out)
+    found = verify_folder(out, source)
+    assert (found.quantized, found.not_compared) == (12, {})
+
+    def one_code(tensors: dict[str, torch.Tensor]) -> None:
+        if flags:
+            tensors[linear][0, 0] += 0.5
+        else:
+            tensors[f"{linear}_packed"].view(torch.uint8)[0, 0] ^= 8  # the highest bit
+
+    changed(out, one_code)
+    lied(out)
+    verify_folder(out)
+    with pytest.raises(VerifyError, match=rf"^{re.escape(linear)}: relative error .* against {name}; expected"):
+        verify_folder(out, source)
+    edited(out, lambda report: [row.pop("module", None) for row in report["tensors"]])  # of an older version
+    assert verify_folder(out, source).not_compared == {check.OLD_REPORT: 12}
+    assert cli.main(["verify", str(out), "--source", str(source)]) == 0
+    assert f"12 not compared with {name}: {check.OLD_REPORT}" in capsys.readouterr().out
+
+
+def test_a_layer_without_an_error_is_not_passed_over(
+    finished: Path, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "out")
+    edited(folder, lambda report: report["layers"].pop(3))
+    with pytest.raises(VerifyError, match=r"weight: layer .* is not among the report's"):
+        verify_folder(folder, tiny_model("llama"))
+    edited(folder, lambda report: [layer.update(weight_error=float("nan")) for layer in report["layers"]])
+    with pytest.raises(VerifyError, match=r"weight: relative error .*; expected nan"):
+        verify_folder(folder, tiny_model("llama"))
 
 
 def test_the_command_says_what_it_compared(
