@@ -7,7 +7,6 @@ view. A new layout is one function and one line in LAYOUTS.
 Shapes: O out_features, I in_features, G groups in a row.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from llmquant.errors import SourceError
 from llmquant.formats.awq import unpack_awq
 from llmquant.formats.packing import unpack_rows
 from llmquant.source.header import TensorInfo
+from llmquant.source.quant_state import MARK, QuantState, read_state
 
 Read = Callable[[str], Tensor]
 Tensors = dict[str, TensorInfo]
@@ -290,30 +290,29 @@ def bitsandbytes(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[s
     The first code of a byte is in its upper half. With double quantization the scales are 8-bit codes themselves:
     table[code] * scale of the outer block + offset.
     """
-    found = {}
+    found: dict[str, PackedLinear] = {}
     for name in tensors:
-        stem, _, _ = name.rpartition(".quant_state.bitsandbytes__")
-        if not stem:
+        stem, mark, _ = name.rpartition(MARK)
+        if not mark:
             continue
-        state = json.loads(bytes(read(name).tolist()))
-        shape = tuple(state["shape"])
-        parts = tuple(part for part in tensors if part == stem or part.startswith(f"{stem}."))
-        nested = f"{stem}.nested_absmax" in tensors
+        if stem in found:
+            raise SourceError(name, "is a second quant_state of its weight")
+        state = read_state(name, tensors, read)
 
-        def dense(read: Read, stem: str = stem, state: dict[str, Any] = state, nested: bool = nested) -> Tensor:
+        def dense(read: Read, stem: str = stem, state: QuantState = state) -> Tensor:
             absmax = read(f"{stem}.absmax")
-            if nested:
+            if state.nested is not None:
                 table = read(f"{stem}.nested_quant_map").float()[absmax.long()]
                 outer = read(f"{stem}.nested_absmax").float()
-                absmax = table * outer.repeat_interleave(state["nested_blocksize"])[: len(table)]
-                absmax = absmax + state["nested_offset"]
+                absmax = table * outer.repeat_interleave(state.nested.blocksize)[: len(table)]
+                absmax = absmax + state.nested.offset
             table = read(f"{stem}.quant_map")
-            values = from_table(read(stem), table, absmax, state["blocksize"])
-            return values[: math.prod(state["shape"])].view(state["shape"])
+            values = from_table(read(stem), table, absmax, state.blocksize)
+            return values[: math.prod(state.shape)].view(state.shape)
 
-        dtype = getattr(torch, state.get("dtype", "float16"))
-        form = f"{state.get('quant_type', '4 bits')}, blocks of {state['blocksize']}"
-        found[stem] = PackedLinear(stem.rpartition(".")[0], shape, dtype, 0, 0, True, parts, None, dense, form)
+        form = f"{state.kind}, blocks of {state.blocksize}"
+        prefix = stem.rpartition(".")[0]
+        found[stem] = PackedLinear(prefix, state.shape, state.dtype, 0, 0, True, state.parts, None, dense, form)
     if not found:
         raise SourceError("quantization_config", "bitsandbytes without 4-bit tensors", expected="NF4 or FP4")
     return found
