@@ -29,7 +29,7 @@ from llmquant.log import SILENT, BlockDone, Log, Progress, Stopwatch, progress_o
 from llmquant.memory import trim
 from llmquant.model.block import Block
 from llmquant.model.streams import Stream, Streams
-from llmquant.output.check import check_config
+from llmquant.output.check_files import check_config
 from llmquant.plan import Row
 from llmquant.recipe import Recipe, RunOptions, make_recipe, parse_size
 from llmquant.report.card import make_card

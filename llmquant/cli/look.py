@@ -207,10 +207,11 @@ def verify_command(
 
     found = verify_folder(checkpoint, source)
     beside = "" if found.against is None else f", compared with {found.against}"
+    exports = f", and so are its exports ({', '.join(found.exports)})" if found.exports else ""
     tensors = f"{found.quantized} quantized and {found.copied} copied tensors"
-    answer(f"{checkpoint}: {found.files} files, {tensors} are right{beside}")
+    answer(f"{checkpoint}: {found.files} files, {tensors} are right{exports}{beside}")
     for reason, count in found.not_compared.items():
-        answer(f"{count} not compared with {found.against}: {reason}")
+        answer(f"{count} not compared: {reason}")
 
 
 def doctor(json: Json = False) -> None:

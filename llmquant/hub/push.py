@@ -18,7 +18,8 @@ from llmquant.errors import HubError, VerifyError, option
 from llmquant.hub.errors import AGAIN, clean, told
 from llmquant.hub.target import check_target
 from llmquant.log import SILENT, Log, Progress, progress_of
-from llmquant.output.check import read_json, verify_folder
+from llmquant.output.check import verify_folder
+from llmquant.output.check_files import read_json
 from llmquant.paths import expanded
 from llmquant.report.card import make_card
 from llmquant.run_dir.manifest import COST, MANIFEST, json_bytes, sha256

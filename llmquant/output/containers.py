@@ -17,6 +17,7 @@ from llmquant.gguf.file import FLOATS, Entry, build_gguf
 from llmquant.gguf.model import GGUFModel
 from llmquant.gguf.tokenizer import tokenizer_metadata
 from llmquant.model.skeleton import Skeleton
+from llmquant.output.gguf_spec import Expected
 from llmquant.output.verify import Record, verify_output
 from llmquant.output.verify_gguf import verify_gguf
 from llmquant.plan import Plan, Row
@@ -115,7 +116,7 @@ class GGUFFile:
             if (why := self._why_not(row)) is not None
         ]
         self.names = {row.name: self.model.name(row.name) for row in rows}
-        self.heads = {key: heads for key in self.names if (heads := self.model.heads_of(key)) is not None}
+        self.expected = Expected("gguf", source.config)
         kinds = Counter(kind_of(row.spec.scheme) for row in rows if row.spec is not None)
         self.kind = kinds.most_common(1)[0][0]
         self.entries = [self._entry(row) for row in rows]
@@ -130,6 +131,8 @@ class GGUFFile:
         vocab = source.tensors[next(key for key, name in self.names.items() if name == "token_embd.weight")].shape[0]
         self.metadata = self.model.metadata(source.name, _FILE_TYPES[self.kind], vocab)
         self.metadata |= tokenizer_metadata(source, vocab, pre)
+        # The same as of the finished file: here, not after hours.
+        self.expected.check(self.metadata, self.names.values(), vocab)
 
     @property
     def file(self) -> str:
@@ -164,16 +167,17 @@ class GGUFFile:
 
     def copied(self, run: RunDir, row: Row) -> None:
         key = row.name
-        tensor = self.computed[key] if key in self.computed else self.model.dense(key, self.source.read_finite(key))
-        self.record.copied(key, tensor)  # in the checkpoint's order of rows, into which the reader puts them
-        run.tensors.write(self.names[key], self.model.rows(key, tensor))
+        tensor = self.computed[key] if key in self.computed else self.source.read_finite(key)
+        # By the reader's own rules, and in the checkpoint's order of rows, into which the reader puts them.
+        self.record.copied(key, self.expected.order.as_stored(key, tensor))
+        run.tensors.write(self.names[key], self.model.rows(key, self.model.dense(key, tensor)))
 
     def read(self, run: RunDir, spec: LinearSpec) -> QuantizedWeight | Tensor:
         order = self.model.rows(spec.key, torch.arange(spec.shape[0])).argsort()
         return self.format.read(spec, lambda key: run.tensors.read(self.names[key])[order])
 
     def finish(self, run: RunDir, folder: str = "") -> None:
-        verify_gguf(run.path / folder / self.file, self.plan, self.record, self.names, self.heads)
+        verify_gguf(run.path / folder / self.file, self.plan, self.record, self.source.config)
         for side in self.source.side_files():
             if side.upper().startswith(("LICEN", "NOTICE", "USE_POLICY", "COPYING")):
                 run.write_bytes(folder + side, self.source.local(side).read_bytes())

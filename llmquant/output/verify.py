@@ -125,6 +125,12 @@ class Place:
             return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(self.shape)
         return raw.view({"F32": "<f4", "F16": "<f2"}[self.dtype]).astype(np.float32).reshape(self.shape)
 
+    def is_finite(self) -> bool:
+        """No NaN or Inf: in whole numbers, too, and in FP8, whose largest patterns are not looked for."""
+        if self.dtype == "F64":
+            return bool(np.isfinite(self.raw().view("<f8")).all())
+        return self.dtype not in ("F32", "F16", "BF16") or bool(np.isfinite(self.floats()).all())
+
 
 def read_places(folder: Path) -> dict[str, Place]:
     """All tensors of a folder's safetensors files, as stock loaders would find them: by the index or the one name."""

@@ -1,7 +1,8 @@
 """Re-read a GGUF file with a reader that shares no code with the writer. NumPy and plain reads only."""
 
 import struct
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from llmquant.errors import SourceError, VerifyError, option
-from llmquant.gguf.config import FREQS, Described
+from llmquant.errors import VerifyError
+from llmquant.formats import LinearSpec
+from llmquant.output.gguf_spec import ROPE, Expected, Order
 from llmquant.output.verify import Place, Record, verify_places
 from llmquant.plan import Plan
 
-ROPE = FREQS  # computed from the config; in the file only
+# (bits, symmetric) of most linears -> llama.cpp's number for "mostly of this type"
+_FILE_TYPES = {(4, True): 2, (4, False): 3, (8, True): 7}
 # type number -> (dtype as safetensors would call it, weights in a block, bytes of a block)
 _TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2)}
 _TYPES |= {2: ("U8", 32, 18), 3: ("U8", 32, 20), 8: ("U8", 32, 34)}
@@ -40,39 +43,47 @@ class PermutedPlace(Place):
         return found
 
 
-def verify_gguf(file: Path, plan: Plan, record: Record, names: Mapping[str, str], heads: Mapping[str, int]) -> None:
-    """VerifyError unless the file's tensors are the plan's and decode to what was recorded.
+def verify_gguf(file: Path, plan: Plan, record: Record, config: Mapping[str, Any]) -> None:
+    """VerifyError unless the file is right for the model of this config.json, and its tensors are the recorded ones.
 
-    names   name in the plan -> name in the file
-    heads   number of heads of each tensor whose rows were permuted, by its name in the plan
+    Names, order of rows and metadata are those of `gguf_spec.py`, never of the writer.
     """
-    _, stored = read_gguf(file)
-    if odd := sorted(stored.keys() ^ set(names.values())):
-        raise VerifyError(file.name, f"tensor {odd[0]} is {'unplanned' if odd[0] in stored else 'missing'}")
-    places: dict[str, Place] = {}
-    for key, name in names.items():
-        p = stored[name]
-        places[key] = PermutedPlace(p.file, p.dtype, p.shape, p.start, heads[key]) if key in heads else p
+    metadata, stored = read_gguf(file)
+    expected = Expected(file.name, config)
+    check_header(expected, metadata, stored, plan.specs)
+    places = in_checkpoint(file.name, stored, [row.name for row in plan.rows], expected.order)
     verify_places(file, places, plan, record)
 
 
-def gguf_places(root: Path) -> dict[str, Place]:
-    """Tensors of the one GGUF file in a finished folder, by their names in the checkpoint it was made from."""
-    files = sorted(root.glob("*.gguf"))
-    if len(files) != 1:
-        raise VerifyError(str(root), f"holds {len(files)} GGUF files", expected="one")
-    metadata, stored = read_gguf(files[0])
-    try:
-        names = Described(files[0].name, metadata, {name: place.shape for name, place in stored.items()}).names
-    except SourceError as error:
-        raise VerifyError(str(root), error.message(option)) from None
-    places: dict[str, Place] = {}
-    for name, p in stored.items():
-        key = name if name == ROPE else names.ours(name)
-        if key is None or key in places:
-            raise VerifyError(f"{files[0].name}: {name}", f"is no tensor of {names.architecture}, or a second one")
-        heads = names.heads_of(key)
-        places[key] = p if heads is None else PermutedPlace(p.file, p.dtype, p.shape, p.start, heads)
+def check_header(
+    expected: Expected, metadata: Mapping[str, Any], stored: Mapping[str, Place], specs: Sequence[LinearSpec]
+) -> None:
+    """VerifyError unless the tensors' names, the metadata and the factors of rope are the expected ones."""
+    embedding = stored.get("token_embd.weight")
+    expected.check(metadata, stored, embedding.shape[0] if embedding is not None else 0)
+    if ROPE in stored:
+        expected.check_rope(stored[ROPE].floats())
+    counts = Counter((spec.scheme.bits, spec.scheme.symmetric) for spec in specs)
+    types = {_FILE_TYPES.get(kind) for kind, count in counts.items() if count == max(counts.values())}
+    if (found := metadata.get("general.file_type")) not in types:
+        wanted = " or ".join(map(str, types))
+        raise VerifyError(f"{expected.where}: general.file_type", str(found), expected=wanted)
+
+
+def in_checkpoint(where: str, stored: Mapping[str, Place], keys: Iterable[str], order: Order) -> dict[str, Place]:
+    """The file's tensors by their names in the checkpoint, among `keys`; rows in the checkpoint's order."""
+    places, left = dict[str, Place](), dict(stored)
+    for key in keys:
+        if (place := left.pop(order.stored_name(key) or "", None)) is None:
+            continue
+        heads = order.heads_of(key)
+        if heads is not None and place.shape[0] % (2 * heads):
+            raise VerifyError(f"{where}: {key}", f"{place.shape[0]} rows", expected=f"those of {heads} heads")
+        places[key] = (
+            place if heads is None else PermutedPlace(place.file, place.dtype, place.shape, place.start, heads)
+        )
+    if left:
+        raise VerifyError(f"{where}: {min(left)}", "is no tensor of the checkpoint, or a second one")
     return places
 
 
@@ -85,14 +96,19 @@ def read_gguf(file: Path) -> tuple[dict[str, Any], dict[str, Place]]:
                 raise VerifyError(file.name, f"{magic!r} version {version}", expected="GGUF version 3")
             metadata: dict[str, Any] = {}
             for _ in range(n_entries):
-                key = _text(stream)
+                if (key := _text(stream)) in metadata:
+                    raise KeyError(f"{key} is there twice")
                 metadata[key] = _entry(stream, _number(stream, "I"))
+            if (alignment := metadata.get("general.alignment", 32)) != 32:
+                raise KeyError(f"an alignment of {alignment}")
             table = [_tensor(stream) for _ in range(n_tensors)]
             start = -(-stream.tell() // 32) * 32
     except (struct.error, UnicodeDecodeError, KeyError) as error:
         raise VerifyError(file.name, f"its header cannot be read ({error})", expected="a GGUF file") from None
     places, end = {}, 0
     for name, (dtype, block, size), sizes, offset in table:
+        if not sizes or sizes[-1] % block:  # readers would disagree on the bytes of a row
+            raise VerifyError(f"{file.name}: {name}", f"sizes {sizes}", expected=f"rows of whole blocks of {block}")
         if offset != -(-end // 32) * 32 or name in places:
             raise VerifyError(f"{file.name}: {name}", f"offset {offset}", expected=str(-(-end // 32) * 32))
         shape = (*sizes[:-1], sizes[-1] // block * size) if dtype == "U8" else sizes

@@ -1,0 +1,167 @@
+"""The files of a finished folder: those of its manifest, those of the original, and a config that fits the ledger.
+
+The ledger of report.json says what was quantized and how; config.json is what loaders are told of it.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmquant.errors import SourceError, VerifyError, option
+from llmquant.formats import DENSE
+from llmquant.formats.base import in_block
+from llmquant.run_dir.manifest import COST, MANIFEST, sha256
+from llmquant.source.base import Source
+from llmquant.source.remote_code import code_files, references
+
+# Files of an output that are neither weights nor the original's.
+_OURS = {"config.json", "model.safetensors.index.json", "README.md", "report.json", "report.html", COST, MANIFEST}
+_LICENCES = ("LICEN", "NOTICE", "USE_POLICY", "COPYING")
+# The list of linears that stay dense, by format; without it, loaders expect all of them to be quantized.
+_DENSE_LISTS = {"compressed-tensors": "ignore", "awq": "modules_to_not_convert"}
+
+
+def read_json(root: Path, name: str) -> dict[str, Any]:
+    """A JSON file of a finished folder; VerifyError where it cannot be read."""
+    try:
+        found: dict[str, Any] = json.loads((root / name).read_bytes())
+    except (OSError, ValueError) as error:
+        raise VerifyError(str(root / name), f"cannot be read ({error})", expected="a folder llmquant wrote") from None
+    return found
+
+
+def verify_files(root: Path) -> dict[str, Any]:
+    """VerifyError unless the files in `root` are those of its manifest, byte for byte; the manifest.
+
+    Of cost.json, which differs from run to run, the manifest has no hash: it must be there.
+    """
+    manifest = read_json(root, MANIFEST)
+    table: dict[str, dict[str, Any]] = manifest["files"]
+    present = set(_files_in(root)) - {MANIFEST}
+    if odd := sorted(present ^ table.keys()):
+        raise VerifyError(odd[0], "is not in the manifest" if odd[0] in present else "is missing")
+    for name, entry in table.items():
+        if name == COST:
+            continue
+        if (size := (root / name).stat().st_size) != entry["bytes"]:
+            raise VerifyError(name, f"{size} bytes", expected=str(entry["bytes"]))
+        if sha256(root / name) != entry["sha256"]:
+            raise VerifyError(name, "its bytes have changed", remedy="fetch or make it again")
+    return manifest
+
+
+def _files_in(root: Path) -> list[str]:
+    """Names of all files, but for what a download from the Hub leaves."""
+    names = [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()]
+    return [name for name in names if not name.startswith((".git", ".cache/"))]
+
+
+def check_config(root: Path, format_name: str, rows: list[dict[str, Any]]) -> None:
+    """What loaders are told fits the ledger: bits, group sizes, and which linears stay dense."""
+    config = read_json(root, "config.json")
+    told = config.get("quantization_config") or config.get("quantization")
+    if format_name in DENSE:
+        if told:
+            raise VerifyError("config.json", "tells of a quantization", expected=f"none, as in format {format_name}")
+        return
+    if not isinstance(told, dict):
+        raise VerifyError("config.json", "says nothing of the quantization", expected="quantization_config")
+    quantized = [row for row in rows if row["action"] == "quantized"]
+    bits, sizes = ({row[key] for row in quantized} for key in ("bits", "group_size"))
+    right, entries = {"bits": bits, "num_bits": bits, "group_size": sizes}, list(_entries(told))
+    for name, value in entries:
+        if name in right and value not in right[name]:
+            raise VerifyError(f"config.json: {name}", str(value), expected=" or ".join(map(str, sorted(right[name]))))
+    if not {"bits", "num_bits"} & {name for name, _ in entries}:
+        raise VerifyError("config.json", "does not say how many bits", expected=" or ".join(map(str, sorted(bits))))
+    if format_name in _DENSE_LISTS:
+        _check_ignored(f"config.json: {_DENSE_LISTS[format_name]}", told.get(_DENSE_LISTS[format_name]) or [], rows)
+    if format_name == "gptq":
+        _check_kept("config.json: modules_in_block_to_quantize", told.get("modules_in_block_to_quantize"), rows)
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    """Names and values at all levels of a config."""
+    for name, item in value.items() if isinstance(value, dict) else ():
+        yield name, item
+        yield from _entries(item)
+
+
+def _module(row: dict[str, Any]) -> str:
+    """Without a key `module` (an older version's row), the module has the weight's name."""
+    return str(row.get("module", row["name"].removesuffix(".weight")))
+
+
+def _check_ignored(where: str, ignored: list[str], rows: list[dict[str, Any]]) -> None:
+    """The list names every linear that was left dense, and none that was quantized.
+
+    Modules may be named otherwise in the model than in the checkpoint: before the path of a quantized one; a dense one,
+    if its last part is in no name of the list, may stand there as one whose last part is in no row.
+    """
+    leaves = {name.rpartition(".")[2] for name in ignored}
+    unnamed: list[str] = []
+    for row in rows:
+        module = _module(row)
+        same = (
+            n for n in ignored if n == module or n.endswith(f".{module}") or ("." in n and module.endswith(f".{n}"))
+        )
+        if row["action"] == "quantized" and any(same):
+            raise VerifyError(where, f"names {module}, which is quantized")
+        dense = row["reason"].startswith(("outside the decoder blocks (Linear)", "--ignore"))
+        if dense and row["name"].endswith(".weight") and module.rpartition(".")[2] not in leaves:
+            unnamed.append(module)
+    known = {row["name"].removesuffix(".weight").rpartition(".")[2] for row in rows}
+    if len(unnamed) > len([name for name in ignored if name.rpartition(".")[2] not in known]):
+        raise VerifyError(where, f"does not name {unnamed[0]}, which is not quantized")
+
+
+def _check_kept(where: str, listed: Any, rows: list[dict[str, Any]]) -> None:
+    """The list names the linears of a block that were quantized; without one, none was left dense."""
+    dense = [row["name"] for row in rows if row["action"] == "copied" and row["reason"].startswith("--ignore")]
+    quantized = {inner[1] for row in rows if row["action"] == "quantized" and (inner := in_block(_module(row)))}
+    if listed is None and dense:
+        raise VerifyError(where, f"is missing, and {dense[0]} is not quantized")
+    if listed is not None and (odd := sorted({name for names in listed for name in names} ^ quantized)):
+        raise VerifyError(where, f"{'does not name' if odd[0] in quantized else 'names'} {odd[0]}")
+
+
+def check_code(root: Path, trusted: bool) -> None:
+    """Loaders are led to code by the user's word only, and then all of it is there."""
+    if trusted:
+        try:
+            files = {path.name for path in root.iterdir()}
+            code_files(root.name, files, lambda file: read_json(root, file), lambda file: root / file)
+        except SourceError as error:
+            raise VerifyError(str(root), error.message(option)) from None
+    elif any(references(read_json(root, "config.json"))):
+        raise VerifyError(
+            "config.json", f"names code (auto_map), and the run was not told {option('trust_remote_code')}"
+        )
+
+
+def check_beside(root: Path, format_name: str, source: Source, exports: Sequence[str] = ()) -> None:
+    """Side files and config are the original's, and there is nothing else, but for the folders of `exports`."""
+    gguf = format_name == "gguf"  # which has no other files that a loader reads
+    wanted = [file for file in source.side_files() if not gguf or file.upper().startswith(_LICENCES)]
+    for file in wanted:
+        if not (root / file).is_file() or sha256(root / file) != sha256(source.local(file)):
+            raise VerifyError(file, f"is not that of {source.name}")
+    files = [name for name in _files_in(root) if name.partition("/")[0] not in exports]
+    weights = ".gguf" if gguf else ".safetensors"
+    if odd := sorted(name for name in files if name not in wanted and name not in _OURS and not name.endswith(weights)):
+        raise VerifyError(odd[0], f"is not in {source.name}")
+    if not gguf:
+        _check_same(read_json(root, "config.json"), source, flat=format_name == "mlx")
+
+
+def _check_same(config: dict[str, Any], source: Source, *, flat: bool) -> None:
+    """`flat`: rope is at the top, too, where mlx-lm looks for it."""
+    wanted = dict(source.safe_config)
+    if flat and isinstance(rope := wanted.get("rope_parameters"), dict):
+        wanted = {"rope_theta": rope.get("rope_theta"), "rope_scaling": rope} | wanted
+        wanted = {name: value for name, value in wanted.items() if name in config or name in source.safe_config}
+    for name in sorted((config.keys() | wanted.keys()) - {"quantization_config", "quantization"}):
+        if name not in wanted or config.get(name) != wanted[name]:
+            expected = str(wanted[name])[:80] if name in wanted else ""
+            raise VerifyError(f"config.json: {name}", "is not that of the original", expected=expected)
