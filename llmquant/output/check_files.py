@@ -60,13 +60,20 @@ def _files_in(root: Path) -> list[str]:
 def check_config(root: Path, format_name: str, rows: list[dict[str, Any]]) -> None:
     """What loaders are told fits the ledger: bits, group sizes, and which linears stay dense."""
     config = read_json(root, "config.json")
-    told = config.get("quantization_config") or config.get("quantization")
+    told = {key: config[key] for key in ("quantization_config", "quantization") if config.get(key)}
     if format_name in DENSE:
         if told:
             raise VerifyError("config.json", "tells of a quantization", expected=f"none, as in format {format_name}")
         return
-    if not isinstance(told, dict):
-        raise VerifyError("config.json", "says nothing of the quantization", expected="quantization_config")
+    # mlx-lm reads the second, the Hub shows the first.
+    for key in ("quantization_config", "quantization") if format_name == "mlx" else ("quantization_config",):
+        if not isinstance(told.get(key), dict):
+            raise VerifyError("config.json", "says nothing of the quantization", expected=key)
+    for table in told.values():
+        _check_told(table, format_name, rows)
+
+
+def _check_told(told: Any, format_name: str, rows: list[dict[str, Any]]) -> None:
     quantized = [row for row in rows if row["action"] == "quantized"]
     bits, sizes = ({row[key] for row in quantized} for key in ("bits", "group_size"))
     right, entries = {"bits": bits, "num_bits": bits, "group_size": sizes}, list(_entries(told))

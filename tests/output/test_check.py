@@ -282,3 +282,131 @@ def test_the_command_says_what_it_compared(
     assert "21 quantized" in said
     assert "compared with" in said
     assert cli.main(["verify", str(finished.parent)]) == 8
+
+
+# -- what loaders are told, and what lies beside the weights ----------------------------------------------
+def run_of(name: str, source: Path, out: Path, **flags: Any) -> Path:
+    llmquant.quantize(source, llmquant.make_recipe("x", flags=TINY | {"method": "rtn", "format": name} | flags), out)
+    return out
+
+
+def config_of(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+LISTED = "modules_in_block_to_quantize"
+UNTOLD: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
+    "no list of dense linears": ("awq", lambda q: q.pop("modules_to_not_convert"), "does not name"),
+    "no bits": ("awq", lambda q: q.pop("bits"), "does not say how many bits"),
+    "bits of null": ("awq", lambda q: q.update(bits=None), "bits: None; expected 4"),
+    "a group of null": ("gptq", lambda q: q.update(group_size=None), "group_size: None; expected 32"),
+    "no list of quantized linears": ("gptq", lambda q: q.pop(LISTED), f"{LISTED}: is missing, and model.layers"),
+    "one not listed": ("gptq", lambda q: q[LISTED].pop(), f"{LISTED}: does not name"),
+    "one listed too many": ("gptq", lambda q: q[LISTED].append(["mlp.up_proj"]), f"{LISTED}: names mlp.up_proj"),
+}
+
+
+@pytest.mark.parametrize("what", UNTOLD)
+def test_what_loaders_are_not_told_is_no_shrug(what: str, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    name, change, message = UNTOLD[what]
+    out = run_of(name, tiny_model("qwen2"), tmp_path / "out", ignore=["up_proj"])
+    verify_folder(out)
+    config_of(out, lambda config: change(config["quantization_config"]))
+    repaired(out)
+    with pytest.raises(VerifyError, match=message):
+        verify_folder(out)
+
+
+def test_dense_weights_that_loaders_would_unpack_are_caught(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    out = run_of("fake", tiny_model("llama"), tmp_path / "out")
+    config_of(out, lambda config: config.update(quantization_config={"quant_method": "awq", "bits": 4}))
+    repaired(out)
+    with pytest.raises(VerifyError, match=r"config\.json: tells of a quantization"):
+        verify_folder(out)
+
+
+def test_what_the_original_does_not_have_is_named(
+    finished: Path, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for name, change, message in (
+        ("a", lambda f: config_of(f, lambda c: c.update(rope_scaling={"factor": 2})), r"config\.json: rope_scaling"),
+        ("b", lambda f: config_of(f, lambda c: c.pop("rms_norm_eps")), r"config\.json: rms_norm_eps"),
+        ("c", lambda f: (f / "chat_template.jinja").write_text("{{ messages }}"), r"^chat_template\.jinja: is not in"),
+    ):
+        folder = shutil.copytree(finished, tmp_path / name)
+        change(folder)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for file in folder.iterdir():
+            if file.name != "manifest.json":
+                manifest["files"].setdefault(file.name, {"bytes": 0})
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        repaired(folder)
+        verify_folder(folder)
+        with pytest.raises(VerifyError, match=message):
+            verify_folder(folder, tiny_model("llama"))
+
+
+def test_a_tensor_of_the_manifest_that_no_row_names_is_caught(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "out")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["tensors"]["gone.weight"] = "0" * 64
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(VerifyError, match=r"^gone\.weight: is in the manifest and in no row"):
+        verify_folder(folder)
+
+
+def test_exports_beside_are_compared_tensor_by_tensor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Damage that the manifest fits, in each of them; and a tied head, which GGUF leaves out, is said."""
+    extra = {"tie_word_embeddings": True, "rope_parameters": LLAMA3}
+    source = tiny.build(tmp_path / "m", tiny.ARCHITECTURES["llama"], **extra)
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    whole = run_of("compressed-tensors,gptq,mlx,gguf", source, tmp_path / "out")
+    assert verify_folder(whole, source).exports == ("gptq", "mlx", "gguf")
+    assert cli.main(["verify", str(whole)]) == 0
+    assert "and so are its exports (gptq, mlx, gguf)" in capsys.readouterr().out
+
+    def stored(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+        def damage(folder: Path) -> None:
+            tensors = load_file(folder / "model.safetensors")
+            change(tensors)
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+        return damage
+
+    def norm(folder: Path) -> None:
+        (file,) = folder.glob("*.gguf")
+        data = bytearray(file.read_bytes())
+        with file.open("rb") as stream:
+            place = read_header(stream, file.name, len(data)).tensors["output_norm.weight"]
+        data[place.start : place.start + 4] = bytes(4)
+        file.write_bytes(data)
+
+    def base(folder: Path) -> None:
+        (file,) = folder.glob("*.gguf")
+        data = bytearray(file.read_bytes())
+        at = data.index(b"llama.rope.freq_base") + 24
+        data[at : at + 4] = bytes(4)
+        file.write_bytes(data)
+
+    linear = "model.layers.0.mlp.up_proj"
+    for name, change, message in (
+        ("gptq", stored(lambda t: t[f"{linear}.qweight"][:1, :1].bitwise_xor_(1)), linear),
+        ("mlx", stored(lambda t: t["model.norm.weight"][:1].add_(0.5)), r"model\.norm\.weight: does not decode"),
+        ("mlx", lambda folder: config_of(folder, lambda c: c["quantization"].update(bits=8)), r"config\.json: bits"),
+        ("gguf", norm, r"model\.norm\.weight: does not decode"),
+        ("gguf", base, r"rope\.freq_base: 0\.0; expected 500\.0"),
+    ):
+        folder = shutil.copytree(whole, tmp_path / "copy")
+        change(folder / name)
+        repaired(folder)
+        with pytest.raises(VerifyError, match=message):
+            verify_folder(folder)
+        shutil.rmtree(folder)
+    alone = run_of("gguf", source, tmp_path / "alone")
+    left = {"left out of the GGUF file (tied to the embedding)": 1}
+    assert verify_folder(alone, source).not_compared == left
+    assert verify_folder(export(whole, "gguf", tmp_path / "exported"), source).not_compared == left
