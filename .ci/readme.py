@@ -6,27 +6,26 @@ A part stands between `<!-- generated: NAME -->` and `<!-- end -->`. Figures, be
 
 import argparse
 import io
-import json
 import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
 
 import torch
 import typer
 
 from llmquant.checkpoint import READERS
 from llmquant.cli.app import app
-from llmquant.cli.console import show_report
+from llmquant.cli.console import show_figures
 from llmquant.cli.spellings import ALIASES
 from llmquant.errors import FormatError
 from llmquant.formats import DENSE, FORMATS, LinearSpec
 from llmquant.formats import runtimes as lint
 from llmquant.quant.grid import QuantScheme
 from llmquant.recipe import CHOICES
-from llmquant.report.data import Report
+from llmquant.report.data import RunReport
+from llmquant.report.plain import parse_file
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -95,12 +94,11 @@ def holds(name: str, bits: int, group_size: int, symmetric: bool = True) -> bool
 
 
 def figures(report: str) -> str:
-    """The closing table of the run that this report is of, without its last line, the time."""
-    data: dict[str, Any] = json.loads((ROOT / report).read_text("utf-8"))
+    """The closing table of the run that this report is of."""
     with redirect_stdout(io.StringIO()) as out:
-        show_report(Report(data, {"total_seconds": 0, "peak_rss_bytes": 0}))
+        show_figures(parse_file(RunReport, ROOT / report))
     lines = [line.rstrip() for line in out.getvalue().splitlines()]
-    return "```text\n" + "\n".join(lines[:-1]) + "\n```"
+    return "```text\n" + "\n".join(lines) + "\n```"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

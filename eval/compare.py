@@ -19,13 +19,13 @@ def main() -> None:
     arguments = parser.parse_args()
     flags = {"eval_data": arguments.data, "eval_tokens": arguments.tokens, "eval_seq_len": arguments.seq_len}
     recipe = llmquant.make_recipe(arguments.reference, flags=flags)
-    report = llmquant.compare(arguments.models, reference=arguments.reference, recipe=recipe)
-    for rows in (lanes_table(report.lanes), differences_table(report.data["differences"])):
+    facts = llmquant.compare(arguments.models, reference=arguments.reference, recipe=recipe).facts
+    for rows in (lanes_table(facts.evaluation.lanes), differences_table(facts.differences)):
         if len(rows) > 1:
             print(
                 "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])) + "\n"
             )
-    print(describe_evaluation(report.data["evaluation"]))
+    print(describe_evaluation(facts.evaluation))
 
 
 if __name__ == "__main__":

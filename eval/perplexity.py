@@ -22,10 +22,10 @@ def main() -> None:
         "eval_seq_len": arguments.seq_len,
     }
     for model in arguments.models:
-        report = llmquant.evaluate(model, recipe=llmquant.make_recipe(model, flags=flags))
-        (lane,) = report.lanes.values()
-        error = "" if lane["perplexity_se"] is None else f" ± {lane['perplexity_se']:.3f}"
-        print(f"{model}: {lane['perplexity']:.3f}{error} ({describe_evaluation(report.data['evaluation'])})")
+        evaluation = llmquant.evaluate(model, recipe=llmquant.make_recipe(model, flags=flags)).facts.evaluation
+        (lane,) = evaluation.lanes.values()
+        error = "" if lane.perplexity_se is None else f" ± {lane.perplexity_se:.3f}"
+        print(f"{model}: {lane.perplexity:.3f}{error} ({describe_evaluation(evaluation)})")
 
 
 if __name__ == "__main__":

@@ -15,17 +15,26 @@ import torch
 from llmquant.checkpoint import bits_per_weight, open_checkpoint
 from llmquant.errors import SourceError, option
 from llmquant.job import draft_model, evaluation_text
-from llmquant.lanes.scores import ORIGINAL, Figures, Lanes, TokenScores, bootstrap_ratio, figures, standard_error
+from llmquant.lanes.scores import (
+    ORIGINAL,
+    Figures,
+    Lanes,
+    TokenScores,
+    bootstrap_ratio,
+    exponential,
+    figures,
+    standard_error,
+)
 from llmquant.log import SILENT, BlockDone, Log, Progress, Stopwatch, progress_of
 from llmquant.memory import trim
 from llmquant.model.skeleton import Skeleton
 from llmquant.model.streams import Streams
 from llmquant.recipe import Recipe, make_recipe, parse_size
-from llmquant.report.data import SCHEMA_VERSION, LaneReport, Report, evaluation_report
+from llmquant.report.data import SCHEMA_VERSION, ComparedModel, CompareReport, Cost, Difference, Report
+from llmquant.report.parts import evaluation_report, lane_report, library_versions
 from llmquant.source.base import Source
 from llmquant.text.tokenizer import load_tokenizer
 from llmquant.text.windows import Windows
-from llmquant.versions import versions
 
 
 @dataclass(frozen=True)
@@ -62,21 +71,19 @@ def compare(
     windows, lanes, scores = score_tokens(models, reference, recipe, **options)
     first = next(iter(scores.values()))
     reports = {
-        name: LaneReport(figures(score, first), bits_per_weight(lanes[name].source), lanes[name].source.weight_bytes)
+        name: lane_report(figures(score, first), bits_per_weight(lanes[name].source), lanes[name].source.weight_bytes)
         for name, score in scores.items()
     }
-    data = {
-        "schema_version": SCHEMA_VERSION,
-        "models": [
-            {"id": lane.source.name, "revision": lane.source.revision, "remote_code": list(lane.source.code)}
-            for lane in lanes.values()
-        ],
-        "trust_remote_code": trust_remote_code,
-        "versions": versions(),
-        "evaluation": evaluation_report(windows, reports),
-        "differences": _differences(scores),
-    }
-    return Report(data, watch.cost())
+    sources = [lane.source for lane in lanes.values()]
+    facts = CompareReport(
+        schema_version=SCHEMA_VERSION,
+        models=tuple(ComparedModel(source.name, source.revision, tuple(source.code)) for source in sources),
+        trust_remote_code=trust_remote_code,
+        versions=library_versions(),
+        evaluation=evaluation_report(windows, reports),
+        differences=tuple(_differences(scores)),
+    )
+    return Report(facts, Cost(**watch.cost()))
 
 
 def score_tokens(
@@ -187,22 +194,21 @@ def _advance(name: str, lane: Lane, index: int, streams: Lanes) -> None:
         streams.advance(name, block.forward)
 
 
-def _differences(scores: dict[str, TokenScores]) -> list[dict[str, Any]]:
+def _differences(scores: dict[str, TokenScores]) -> list[Difference]:
     """For each pair of scored checkpoints (reference left out): b minus a, paired over windows."""
     rows = []
     for (a, first), (b, second) in combinations(list(scores.items())[1:], 2):
         keep = first.finite & second.finite
         kl = np.array([(y - x)[k].mean() for x, y, k in zip(first.kl, second.kl, keep, strict=True) if k.any()])
         nll = np.array([(y - x)[k].mean() for x, y, k in zip(first.nll, second.nll, keep, strict=True) if k.any()])
-        interval = bootstrap_ratio(nll, seed=0)
         rows.append(
-            {
-                "a": a,
-                "b": b,
-                "kl_difference": float(kl.mean()),
-                "kl_difference_se": standard_error(kl),
-                "perplexity_ratio": float(np.exp(nll.mean())),
-                "perplexity_ratio_ci": None if interval is None else list(interval),
-            }
+            Difference(
+                a=a,
+                b=b,
+                kl_difference=float(kl.mean()),
+                kl_difference_se=standard_error(kl),
+                perplexity_ratio=exponential(float(nll.mean())),
+                perplexity_ratio_ci=bootstrap_ratio(nll, seed=0),
+            )
         )
     return rows

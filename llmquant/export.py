@@ -3,8 +3,8 @@
 Nothing is quantized anew and the original model is not needed; one linear is in memory at a time.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from llmquant.checkpoint import PackedSource, open_checkpoint
 from llmquant.errors import FormatError, SourceError, option
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.formats.base import Layout
-from llmquant.formats.runtimes import verdicts
 from llmquant.log import SILENT, Log, Progress, progress_of
 from llmquant.model.meta import is_linear
 from llmquant.model.skeleton import Skeleton
@@ -23,6 +22,9 @@ from llmquant.plan import Plan, Row
 from llmquant.quant.grid import QuantizedWeight, QuantScheme
 from llmquant.recipe import parse_size
 from llmquant.report.card import make_card
+from llmquant.report.data import RunReport, WeightFile
+from llmquant.report.parts import runtimes_of
+from llmquant.report.plain import parse_file, plain
 from llmquant.run_dir import RunDir
 from llmquant.source.layouts import PackedLinear
 from llmquant.source.names import natural_key
@@ -45,14 +47,15 @@ def export(
     Raises SourceError where `model` holds no integer grid, FormatError where the format cannot hold it.
     """
     source = open_packed(model, trust_remote_code=trust_remote_code)
+    measured = parse_file(RunReport, source.local("report.json"), SourceError)
     progress = progress_of(log)
     source.announce_code(progress)
     exporter = Export(source, format_name, gguf_pre)
     run = RunDir(Path(out), overwrite=overwrite, needed_bytes=exporter.plan.output_bytes + source.side_bytes)
     with run:
         exporter.write(run, parse_size("max_shard_size", max_shard_size), progress)
-        report = exporter.report() | {"files": run.weight_files()}
-        run.write_json("report.json", report)
+        report = exporter.report(measured, run.weight_files())
+        run.write_json("report.json", plain(report))
         run.write_bytes("README.md", make_card(run.out.name, report).encode())
         run.commit(exporter.output.record.digests)
     return run.out
@@ -150,20 +153,24 @@ class Export:
         self.output.finish(run, folder)
         log.line(f"verified: {len(self.plan.layout)} tensors re-read from disk, equal to those of {self.source.name}")
 
-    def report(self) -> dict[str, Any]:
-        """The report of the checkpoint that was exported: its figures hold, since the numbers are the same."""
-        report: dict[str, Any] = json.loads(self.source.local("report.json").read_text("utf-8"))
-        report["exported_from"] = report["recipe"]["format"]
-        report["recipe"] |= {"format": self.format_name, "exports": []}
-        report["model"]["remote_code"] = [] if self.format_name == "gguf" else list(self.source.code)
-        report["compute"]["trust_remote_code"] = self.source.trust_remote_code
-        report["runtimes"] = {self.format_name: verdicts(self.plan.specs, self.format_name, self.plan.dense_linears)}
-        report["bits_per_weight"] = self.plan.bits_per_weight(self.format_name)
-        lane = ((report["evaluation"] or {}).get("lanes") or {}).get("llmquant")
-        if lane is not None:
-            size = {"bits_per_weight": report["bits_per_weight"], "bytes": self.plan.output_bytes}
-            lane |= size
-        return report
+    def report(self, measured: RunReport, files: Mapping[str, Mapping[str, Any]]) -> RunReport:
+        """`measured`, the report of the checkpoint that was exported: its figures hold, since the numbers are the same.
+
+        files   size and digest of every file of weights, by name
+        """
+        code = () if self.format_name == "gguf" else tuple(self.source.code)
+        bits, evaluation = self.plan.bits_per_weight(self.format_name), measured.evaluation
+        return replace(
+            measured,
+            exported_from=measured.recipe["format"],
+            recipe={**measured.recipe, "format": self.format_name, "exports": []},
+            model=replace(measured.model, remote_code=code),
+            compute=replace(measured.compute, trust_remote_code=self.source.trust_remote_code),
+            runtimes={self.format_name: runtimes_of(self.plan, self.format_name)},
+            bits_per_weight=bits,
+            evaluation=None if evaluation is None else evaluation.with_size(bits, self.plan.output_bytes),
+            files={name: WeightFile(**facts) for name, facts in files.items()},
+        )
 
 
 def _common_group(linears: Sequence[PackedLinear]) -> int | None:

@@ -1,6 +1,5 @@
 """The way through the program: prepare -> one block at a time -> verified output -> report."""
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,27 +15,24 @@ from llmquant.blocks.measure import LayerReport
 from llmquant.blocks.quantize import quantize_block
 from llmquant.blocks.snapshots import Snapshots, snapshot_bytes
 from llmquant.blocks.solve import Solved
-from llmquant.checkpoint import stored_forms
 from llmquant.comparison import noise_floor
 from llmquant.errors import ResumeError, option
 from llmquant.export import export_beside
 from llmquant.formats import FORMATS, LinearSpec
-from llmquant.formats.runtimes import verdicts
 from llmquant.job import Job, fingerprint, prepare, refuse_damaged_weights
-from llmquant.lanes.baselines import BASELINES, dequantized
-from llmquant.lanes.scores import ORIGINAL, OURS, Figures, Lanes, figures
+from llmquant.lanes.baselines import dequantized
+from llmquant.lanes.scores import ORIGINAL, OURS, Lanes
 from llmquant.log import SILENT, BlockDone, Log, Progress, Stopwatch, progress_of
 from llmquant.memory import trim
 from llmquant.model.block import Block
 from llmquant.model.streams import Stream, Streams
 from llmquant.output.check_files import check_config
-from llmquant.plan import Row
 from llmquant.recipe import Recipe, RunOptions, make_recipe, parse_size
 from llmquant.report.card import make_card
-from llmquant.report.data import SCHEMA_VERSION, LaneReport, Report, evaluation_report
+from llmquant.report.data import Cost, LaneReport, Report, load_report
 from llmquant.report.html import make_html
+from llmquant.result import lane_reports, run_report
 from llmquant.run_dir import RunDir
-from llmquant.versions import versions
 
 
 def quantize(
@@ -101,13 +97,14 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
             size = parse_size("max_shard_size", recipe.max_shard_size)
             export_beside(recipe.exports, run, size, log, trust_remote_code=options.trust_remote_code)
         floor = None if job.evaluation is None else noise_floor(job.source, job.skeleton, job.evaluation, watch)
-        report = Report(_report(job, layers, lanes, floor, run.weight_files()), watch.cost(), run.out)
+        facts = run_report(job, layers, lanes, floor, run.weight_files())
+        report = Report(facts, Cost(**watch.cost()), run.out)
         if recipe.format != "gguf":  # a GGUF file has no config.json
             check_config(run.path, recipe.format, report.data["tensors"])
         run.write_json("report.json", report.data)
         run.write_json("cost.json", report.cost)
-        run.write_bytes("README.md", make_card(run.out.name, report.data).encode())
-        run.write_bytes("report.html", make_html(run.out.name, report.data).encode())
+        run.write_bytes("README.md", make_card(run.out.name, facts).encode())
+        run.write_bytes("report.html", make_html(run.out.name, facts).encode())
         run.commit({row.name: output.record.digests[row.name] for row in job.plan.rows})
     return report
 
@@ -121,12 +118,6 @@ def kept_blocks_named(run: RunDir, n_blocks: int, log: Progress) -> Iterator[Non
         if run.partial.exists() and run.records:
             log.line(f"{len(run.records)} of {n_blocks} blocks are kept in {run.partial}; the same command goes on")
         raise
-
-
-def load_report(out: Path) -> Report:
-    """The report of a finished folder."""
-    data, cost = (json.loads((out / name).read_text("utf-8")) for name in ("report.json", "cost.json"))
-    return Report(data, cost, out)
 
 
 class _Pass:
@@ -277,10 +268,8 @@ class _Pass:
             return {}
         with self.watch.stage("evaluate"), self.skeleton.head() as logits_of:
             scores = self.lanes.score(lambda lane, hidden: logits_of(hidden))
-        reports = {
-            lane: LaneReport(figures(score, scores[ORIGINAL]), *_size(self.job, lane)) for lane, score in scores.items()
-        }
-        self.log.scored({lane: report.figures.kl_mean for lane, report in reports.items() if lane != ORIGINAL})
+        reports = lane_reports(self.job, scores)
+        self.log.scored({lane: report.kl_mean for lane, report in reports.items() if lane != ORIGINAL})
         return reports
 
     def _say(self, index: int, n_blocks: int, solved: Sequence[Solved], seconds: float) -> None:
@@ -292,54 +281,3 @@ class _Pass:
         for item in solved:
             for note in item.report.notes:
                 self.log.line(f"  {item.report.name}: {note}")
-
-
-def _size(job: Job, lane: str) -> tuple[float, int]:
-    """Bits per weight of the quantized linears, and bytes of all tensors, of a lane."""
-    specs, total = job.plan.specs, job.source.weight_bytes
-    dense = sum(part.nbytes for spec in specs for part in job.source.parts(spec.key))
-    weights = sum(spec.shape[0] * spec.shape[1] for spec in specs)
-    if lane == ORIGINAL:
-        return 8 * dense / weights, total
-    if lane == OURS:
-        return job.plan.bits_per_weight(job.recipe.format), job.plan.output_bytes
-    bits = sum(spec.shape[0] * BASELINES[lane].row_bits(spec.shape[1], spec.scheme) for spec in specs)
-    return bits / weights, total - dense + int(bits / 8)
-
-
-def _report(
-    job: Job, layers: Sequence[LayerReport], lanes: dict[str, LaneReport], floor: Figures | None, files: dict[str, Any]
-) -> dict[str, Any]:
-    """report.json: nothing in it differs between two runs of the same job on one machine."""
-    specs, dense = job.plan.specs, job.plan.dense_linears
-    notes = {layer.name: list(layer.notes) for layer in layers if layer.notes}
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "model": {
-            "id": job.source.name,
-            "revision": job.source.revision,
-            "card": job.card,
-            "remote_code": list(job.source.code),
-            **({"stored_as": forms} if (forms := stored_forms(job.source)) else {}),
-        },
-        "versions": versions(),
-        "recipe": job.recipe.as_dict(),
-        "compute": {
-            "device": job.skeleton.device.type,
-            "dtype": str(job.skeleton.dtype).removeprefix("torch."),
-            "products": str(job.products).removeprefix("torch."),
-            "trust_remote_code": job.source.trust_remote_code,
-        },
-        "bits_per_weight": job.plan.bits_per_weight(job.recipe.format),
-        "calibration": None if job.calibration is None else job.calibration.as_dict(),
-        "evaluation": None if job.evaluation is None else evaluation_report(job.evaluation, lanes, floor),
-        "runtimes": {name: verdicts(specs, name, dense) for name in (job.recipe.format, *job.recipe.exports)},
-        "files": files,
-        "layers": [layer.as_dict() for layer in layers],
-        "tensors": [row.as_dict() | _notes(row, notes) for row in (*job.plan.rows, *job.output.left_out)],
-    }
-
-
-def _notes(row: Row, notes: dict[str, list[str]]) -> dict[str, list[str]]:
-    """What was unusual about a quantized tensor, for its row of the ledger. `notes` are those of all, by module."""
-    return {"notes": notes[row.spec.module]} if row.spec is not None and row.spec.module in notes else {}

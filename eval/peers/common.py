@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,17 +95,16 @@ def main(
     peak = peak_rss()
     write_dense(job, weights, out)
 
-    report = llmquant.compare([out], reference=source.folder, recipe=recipe)
-    (original, reference), (_, lane) = report.lanes.items()
+    evaluation = llmquant.compare([out], reference=source.folder, recipe=recipe).facts.evaluation
+    (original, reference), (_, lane) = evaluation.lanes.items()
     bits, count = bits_per_weight(weights, options.bits, options.group_size, zero_bits(options.bits))
-    lane |= {
-        "bits_per_weight": bits,  # the dense copy's are 32
-        "bytes": reference["bytes"] - count * (reference["bits_per_weight"] - bits) / 8,
-    }
+    # By its settings: the dense copy's bits are 32.
+    size = reference.bytes - int(count * (reference.bits_per_weight - bits) / 8)
+    lane = replace(lane, bits_per_weight=bits, bytes=size)
     rows = lanes_table({original: reference, tool: lane})
     for row in rows:
         print("  ".join(cell.ljust(max(len(other[i]) for other in rows)) for i, cell in enumerate(row)).rstrip())
-    print(f"on {describe_evaluation(report.data['evaluation'])}; ± is one standard error")
+    print(f"on {describe_evaluation(evaluation)}; ± is one standard error")
     print(f"calibration {tuple(windows.ids.shape)}, ids sha256 {windows.as_dict()['ids_sha256'][:16]}")
     print(f"quantized in {job.seconds:.1f} s on {job.device}, {torch.get_num_threads()} threads", end=", ")
     print(f"peak memory until then {peak / 1e6:.0f} MB; wrote {out}")

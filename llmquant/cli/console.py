@@ -12,7 +12,7 @@ from llmquant.errors import OutputError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from llmquant.report.data import Report
+    from llmquant.report.data import CompareReport, Report, RunReport
 
 
 class Screen:
@@ -105,26 +105,38 @@ def print_json(value: Any) -> None:
 
 
 def show_report(report: "Report") -> None:
-    """The closing table, on stdout."""
-    from rich.table import Table
+    """The closing tables, the code that was run, and what it cost, on stdout."""
+    from llmquant.report.data import CompareReport
 
+    facts, spent = report.facts, report.spent
+    show_figures(facts)
+    models = facts.models if isinstance(facts, CompareReport) else (facts.model,)
+    console = new_console(100, product=False)
+    if code := [file for model in models for file in model.remote_code]:
+        console.print(f"--trust-remote-code: ran {', '.join(code)}", markup=False, soft_wrap=True)
+    done = f"wrote {report.out}" if report.out is not None else "done"
+    memory = f"peak memory {spent.peak_rss_bytes / 1e6:.0f} MB"
+    console.print(f"{done} in {spent.total_seconds:.0f} s, {memory}", markup=False, soft_wrap=True)
+
+
+def show_figures(facts: "RunReport | CompareReport") -> None:
+    """Tables of the lanes and of their differences, and the text that they were measured on; nothing without lanes."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from llmquant.report.data import CompareReport
     from llmquant.report.tables import describe_evaluation, differences_table, lanes_table
 
+    if facts.evaluation is None:
+        return
     console = new_console(100, product=False)
-    for rows in (lanes_table(report.lanes), differences_table(report.data.get("differences", []))):
+    differences = facts.differences if isinstance(facts, CompareReport) else ()
+    for rows in (lanes_table(facts.evaluation.lanes), differences_table(differences)):
         if len(rows) > 1:
             table = Table(*rows[0], box=None, pad_edge=False)
             for column in table.columns[1:]:
                 column.justify = "right"
             for row in rows[1:]:
-                table.add_row(*row, style="bold" if row[0] == "llmquant" else None)
+                table.add_row(*map(Text, row), style="bold" if row[0] == "llmquant" else None)
             console.print(table)
-    if report.lanes:
-        console.print(f"[dim]on {describe_evaluation(report.data['evaluation'])}; ± is one standard error")
-    models = report.data["models"] if "models" in report.data else [report.data["model"]]
-    if code := [file for model in models for file in model.get("remote_code", [])]:
-        console.print(f"--trust-remote-code: ran {', '.join(code)}", markup=False, soft_wrap=True)
-    cost = report.cost
-    done = f"wrote {report.out}" if report.out is not None else "done"
-    memory = f"peak memory {cost['peak_rss_bytes'] / 1e6:.0f} MB"
-    console.print(f"{done} in {cost['total_seconds']:.0f} s, {memory}", soft_wrap=True)
+    console.print(Text(f"on {describe_evaluation(facts.evaluation)}; ± is one standard error", style="dim"))

@@ -22,6 +22,8 @@ from llmquant.output.check import verify_folder
 from llmquant.output.check_files import read_json
 from llmquant.paths import expanded
 from llmquant.report.card import make_card
+from llmquant.report.data import RunReport
+from llmquant.report.plain import parse_file
 from llmquant.run_dir.manifest import COST, MANIFEST, json_bytes, sha256
 
 if TYPE_CHECKING:
@@ -73,9 +75,11 @@ def push(
 
     progress = progress_of(log)
     root = expanded(folder, VerifyError)
-    _refuse_unfinished(root)
+    report = _finished_report(root)
     target = check_target(repo, private=private, create_pr=create_pr, tag=tag)
-    items = _items(root, _verified(root, progress), repo, base_model)
+    n_files = verify_folder(root).files
+    progress.line(f"{root}: {n_files} files are right")
+    items = _items(root, make_card(repo, report, base_model))
     api = HfApi()
     with told(repo):
         if not target.exists:
@@ -95,32 +99,24 @@ def push(
     return url
 
 
-def _refuse_unfinished(root: Path) -> None:
+def _finished_report(root: Path) -> RunReport:
+    """The report of a finished folder, with all that the card needs."""
     if not (root / MANIFEST).is_file():
         got = "no manifest.json" if root.is_dir() else "no such folder"
         raise VerifyError(str(root), got, expected="a folder that `llmquant run` or `llmquant export` finished")
-
-
-def _verified(root: Path, log: Progress) -> dict[str, Any]:
-    """The files of the manifest, all as they were computed."""
-    report = read_json(root, "report.json")
-    if not {"runtimes", "files"} <= report.keys():
+    report = parse_file(RunReport, root / "report.json")
+    if not report.runtimes or not report.files:
         raise VerifyError(str(root / "report.json"), "is an earlier version's", remedy="quantize or export again")
-    n_files = verify_folder(root).files
-    log.line(f"{root}: {n_files} files are right")
-    files: dict[str, Any] = read_json(root, MANIFEST)["files"]
-    return files
+    return report
 
 
-def _items(root: Path, files: Mapping[str, Any], repo: str, base_model: str | None) -> dict[str, Item]:
+def _items(root: Path, repository_card: str) -> dict[str, Item]:
     """Every file of the manifest and the manifest, with the card of the repository in place of the folder's."""
-    items = {}
-    for name, entry in files.items():
+    items, manifest = {}, read_json(root, MANIFEST)
+    for name, entry in manifest["files"].items():
         path = root / name
         items[name] = Item(path, path.stat().st_size, sha256(path) if name == COST else entry["sha256"])
-    report = read_json(root, "report.json")
-    card = _of_bytes(make_card(repo, report, base_model).encode())
-    manifest = read_json(root, MANIFEST)
+    card = _of_bytes(repository_card.encode())
     manifest["files"][_CARD] = {"bytes": card.bytes, "sha256": card.sha256}
     return items | {_CARD: card, MANIFEST: _of_bytes(json_bytes(manifest))}
 

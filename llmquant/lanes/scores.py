@@ -14,8 +14,8 @@ Shapes: B windows of a batch, N tokens, T time, D hidden, V vocabulary.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -52,14 +52,22 @@ class TokenScores:
     finite: NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class Figures:
-    """A lane's figures. Standard errors and intervals are over windows; None where there is only one window."""
+# exp(x), infinite where it is beyond what a float holds (x above 709.78). JSON knows no infinity: null there.
+Exponential = Annotated[float, "may be infinite"]
 
-    perplexity: float
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """A lane's figures. Standard errors and intervals are over windows; None where there is only one window.
+
+    perplexity is exp(mean loss), its ratio is to the original's. Where the perplexity is infinite, `mean_loss` (nats
+    per token) says how bad it is, and the perplexity has no standard error.
+    """
+
+    perplexity: Exponential
     perplexity_se: float | None
-    perplexity_ratio: float
-    perplexity_ratio_ci: tuple[float, float] | None
+    perplexity_ratio: Exponential
+    perplexity_ratio_ci: tuple[Exponential, Exponential] | None
     kl_mean: float
     kl_se: float | None
     kl_p50: float
@@ -70,11 +78,12 @@ class Figures:
     same_top: float
     rms_dp: float
     n_nonfinite: int
+    mean_loss: float | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        values = asdict(self)
-        values["perplexity_ratio_ci"] = None if self.perplexity_ratio_ci is None else list(self.perplexity_ratio_ci)
-        return values
+    @property
+    def loss(self) -> float:
+        """Mean loss in nats per token."""
+        return math.log(self.perplexity) if self.mean_loss is None else self.mean_loss
 
 
 class Lanes:
@@ -191,11 +200,13 @@ def figures(scores: TokenScores, original: TokenScores, seed: int = 0) -> Figure
     nll = float(scores.nll[finite].mean())
     nll_se, kl_se = standard_error(by_window(scores.nll)), standard_error(by_window(scores.kl))
     difference = by_window(scores.nll - original.nll)
+    perplexity = exponential(nll)
+    perplexity_se = None if nll_se is None else perplexity * nll_se
     p50, p90, p99, p999 = np.quantile(kl, [0.5, 0.9, 0.99, 0.999])
     return Figures(
-        perplexity=math.exp(nll),
-        perplexity_se=None if nll_se is None else math.exp(nll) * nll_se,
-        perplexity_ratio=math.exp(nll - float(original.nll[finite].mean())),
+        perplexity=perplexity,
+        perplexity_se=perplexity_se if perplexity_se is not None and math.isfinite(perplexity_se) else None,
+        perplexity_ratio=exponential(nll - float(original.nll[finite].mean())),
         perplexity_ratio_ci=bootstrap_ratio(difference, seed),
         kl_mean=float(kl.mean()),
         kl_se=kl_se,
@@ -207,7 +218,20 @@ def figures(scores: TokenScores, original: TokenScores, seed: int = 0) -> Figure
         same_top=float(scores.same_top[finite].mean()),
         rms_dp=float(np.sqrt(np.square(scores.dp[finite]).mean())),
         n_nonfinite=int((~finite).sum()),
+        mean_loss=nll if math.isinf(perplexity) else None,
     )
+
+
+def exponential(x: float) -> float:
+    """e^x, infinite where that is beyond what a float holds.
+
+    >>> exponential(0.0), exponential(710.0)
+    (1.0, inf)
+    """
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
 
 
 def standard_error(means: Array) -> float | None:
@@ -225,4 +249,4 @@ def bootstrap_ratio(differences: Array, seed: int, resamples: int = 2000) -> tup
         return None
     picks = np.random.default_rng(seed).integers(0, len(differences), (resamples, len(differences)))
     low, high = np.quantile(differences[picks].mean(1), [0.025, 0.975])
-    return math.exp(float(low)), math.exp(float(high))
+    return exponential(float(low)), exponential(float(high))

@@ -25,6 +25,8 @@ from llmquant.output.verify import DECODERS, Decoded, Place, digest, read_places
 from llmquant.output.verify_gguf import check_header, in_checkpoint, read_gguf
 from llmquant.paths import expanded
 from llmquant.quant.grid import QuantScheme
+from llmquant.report.data import RunReport
+from llmquant.report.plain import parse_file, plain
 from llmquant.source.base import Source
 
 OLD_REPORT = "the report is of an older version and does not say which layer has their weights"
@@ -54,7 +56,7 @@ def verify_folder(folder: str | Path, original: str | Path | None = None, log: L
     far from it as the report says (||W - W^||^2 / ||W||^2, to one part in a thousand).
     """
     root = expanded(folder, VerifyError)
-    manifest, report = verify_files(root), read_json(root, "report.json")
+    manifest, report = verify_files(root), plain(parse_file(RunReport, root / "report.json"))
     n_files, digests = len(manifest["files"]), manifest["tensors"]
     progress_of(log).line(f"{n_files} files are those of the manifest")
     trusted = bool(report["compute"].get("trust_remote_code"))

@@ -25,8 +25,8 @@ from llmquant.preflight.flops import Tokens, Work, matmul_rate, work_of
 from llmquant.preflight.memory_bound import memory_bound
 from llmquant.preflight.trial import try_block
 from llmquant.recipe import Recipe, RunOptions
-from llmquant.report.verdict import without_numbers
 from llmquant.run_dir import RunDir
+from llmquant.source.names import without_numbers
 from llmquant.source.resolve import open_source
 from llmquant.text.corpus import is_file
 from llmquant.text.mixture import parse_mixture

@@ -12,9 +12,8 @@ from torch import Tensor
 from llmquant.checkpoint import PackedSource, bits_per_weight, open_checkpoint
 from llmquant.errors import SourceError, did_you_mean, option
 from llmquant.quant.grid import QuantScheme
-from llmquant.report.verdict import without_numbers
 from llmquant.source.base import Source
-from llmquant.source.names import natural_key
+from llmquant.source.names import natural_key, without_numbers
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,11 @@ import io
 import logging
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from llmquant.report.data import LaneReport
+from llmquant.report.ledger import Histogram
 from llmquant.report.tables import compared
 
 if TYPE_CHECKING:
@@ -26,14 +28,14 @@ _VARIABLES = {_INK: "var(--ink)", _RULE: "var(--rule)"} | {c: f"var(--c{i})" for
 PERCENTILES = {"kl_p50": "50%", "kl_p90": "90%", "kl_p99": "99%", "kl_p999": "99.9%", "kl_max": "max"}
 
 
-def kl_against_size(lanes: dict[str, dict[str, Any]]) -> str:
+def kl_against_size(lanes: Mapping[str, LaneReport]) -> str:
     """Mean KL of every lane over its bits per weight; bars are 95% intervals."""
 
     def draw(axes: "Axes") -> None:
-        for i, (name, lane) in enumerate(_compared(lanes)):
+        for i, (name, lane) in enumerate(compared(lanes).items()):
             colour, marker = _COLOURS[i % N_COLOURS], MARKERS[_shape(i)]
-            bar = None if lane["kl_se"] is None else [[1.96 * lane["kl_se"]]]
-            x, y = lane["bits_per_weight"], _positive(lane["kl_mean"])
+            bar = None if lane.kl_se is None else [[1.96 * lane.kl_se]]
+            x, y = lane.bits_per_weight, _positive(lane.kl_mean)
             axes.errorbar([x], [y], yerr=bar, fmt=marker, color=colour, capsize=4)
             axes.annotate(name, (x, y), xytext=(8, 0), textcoords="offset points", va="center", color=_INK)
         axes.set_yscale("log")
@@ -44,12 +46,12 @@ def kl_against_size(lanes: dict[str, dict[str, Any]]) -> str:
     return _svg("size", draw)
 
 
-def kl_percentiles(lanes: dict[str, dict[str, Any]]) -> str:
+def kl_percentiles(lanes: Mapping[str, LaneReport]) -> str:
     """How KL is spread over tokens: percentiles of every lane."""
 
     def draw(axes: "Axes") -> None:
-        for i, (_, lane) in enumerate(_compared(lanes)):
-            _line(axes, i, range(len(PERCENTILES)), [_positive(lane[key]) for key in PERCENTILES])
+        for i, (_, lane) in enumerate(compared(lanes).items()):
+            _line(axes, i, range(len(PERCENTILES)), [_positive(getattr(lane, key)) for key in PERCENTILES])
         axes.set_xticks(range(len(PERCENTILES)), list(PERCENTILES.values()))
         axes.set_yscale("log")
         axes.set_xlabel("percentile of tokens")
@@ -73,14 +75,14 @@ def error_by_depth(kinds: dict[str, dict[int, float]], label: str) -> str:
     return _svg("depth", draw)
 
 
-def histogram(name: str, label: str, counts: dict[str, Any]) -> str:
-    """Bars of one of `histograms.histograms`; `name` must be unique on the page."""
+def histogram(name: str, label: str, counted: Histogram) -> str:
+    """Bars of one of a layer's histograms; `name` must be unique on the page."""
 
     def draw(axes: "Axes") -> None:
-        low, bins = counts["low"], len(counts["counts"])
-        width = (counts["high"] - low) / bins
-        middles = [low + (i + 0.5) * width for i in range(bins)]
-        axes.bar(middles, counts["counts"], width=width, color=_COLOURS[0])
+        bins = len(counted.counts)
+        width = (counted.high - counted.low) / bins
+        middles = [counted.low + (i + 0.5) * width for i in range(bins)]
+        axes.bar(middles, counted.counts, width=width, color=_COLOURS[0])
         axes.set_xlabel(label)
         axes.set_ylabel("count")
 
@@ -97,10 +99,6 @@ def legend(names: Sequence[str]) -> list[dict[str, str]]:
 def _shape(i: int) -> int:
     """Marker of a series: moved on by one with every round of colours, so that 64 series differ."""
     return (i + i // N_COLOURS) % len(MARKERS)
-
-
-def _compared(lanes: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    return list(compared(lanes).items())
 
 
 def _positive(value: float) -> float:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from llmquant.lanes.baselines import BASELINES
 from llmquant.lanes.scores import Lanes, TokenScores, bootstrap_ratio, figures, standard_error
 from llmquant.model.streams import Streams
 from llmquant.quant.grid import QuantScheme
+from llmquant.report.parts import evaluation_report, lane_report
 from llmquant.report.tables import describe_evaluation
 from llmquant.text.windows import Windows
 
@@ -78,9 +80,10 @@ def test_tokens_that_are_not_finite_are_counted_and_left_out() -> None:
 
 
 def test_tokens_that_are_not_finite_are_shown_beside_the_figures() -> None:
-    lanes = {"original": {"n_nonfinite": 0}, "llmquant": {"n_nonfinite": 3}}
+    sound = figures(scores([[1.0]], [[0.0]]), scores([[1.0]], [[0.0]]))
+    lanes = {"original": lane_report(sound, 16.0, 1), "llmquant": lane_report(replace(sound, n_nonfinite=3), 4.0, 1)}
     windows = Windows(torch.zeros(1, 4, dtype=torch.long), "text", None, "none")
-    shown = describe_evaluation({"protocol": "p", **windows.as_dict(), "noise_floor": None, "lanes": lanes})
+    shown = describe_evaluation(evaluation_report(windows, lanes))
     assert shown.endswith("; 3 tokens with NaN or Inf logits left out of llmquant")
 
 

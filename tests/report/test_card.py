@@ -17,6 +17,8 @@ from llmquant.formats import FORMATS
 from llmquant.formats.runtimes import RUNTIMES
 from llmquant.log import Lines
 from llmquant.report.card import make_card
+from llmquant.report.data import RunReport
+from llmquant.report.plain import parse, parse_file
 from llmquant.report.tables import lanes_table
 from llmquant.run_dir.manifest import sha256
 from llmquant.source.card import read_card
@@ -40,6 +42,10 @@ def report_of(folder: Path) -> dict[str, Any]:
     return report
 
 
+def card_of(name: str, report: dict[str, Any], base_model: str | None = None) -> str:
+    return make_card(name, parse(RunReport, report, "report.json"), base_model)
+
+
 # -- committed cards ---------------------------------------------------------------------------------------
 DEMOS = {"demo-w4": "demo-W4A16-G128", "demo-w8": "demo-W8A16-G128"}
 
@@ -49,8 +55,8 @@ def test_a_committed_card_is_what_its_committed_report_gives(name: str) -> None:
     report = report_of(CARDS / name)
     jsonschema.validate(report, SCHEMA)
     card = (CARDS / name / "README.md").read_text("utf-8")
-    assert card == make_card(DEMOS[name], report), "`python tests/report/test_card.py` makes it from its report again"
-    for row in lanes_table(report["evaluation"]["lanes"]):
+    assert card == card_of(DEMOS[name], report), "`python tests/report/test_card.py` makes it from its report again"
+    for row in lanes_table(parse_file(RunReport, CARDS / name / "report.json").evaluation.lanes):
         assert "| " + " | ".join(row) + " |" in card
     index = ModelCard(card).data.to_dict()["model-index"][0]["results"][0]["metrics"]
     lane = report["evaluation"]["lanes"]["llmquant"]
@@ -64,7 +70,7 @@ def test_the_hubs_parser_reads_what_the_report_says(finished: Path) -> None:
     report = report_of(finished) | {"model": {"id": "org/model", "revision": "a" * 40, "card": {"license": "mit"}}}
     report["evaluation"] |= {"dataset": "wikitext2", "revision": "b" * 40}
     report["calibration"] |= {"dataset": "c4", "revision": "c" * 40}
-    data = ModelCard(make_card("me/model-W4", report)).data
+    data = ModelCard(card_of("me/model-W4", report)).data
     assert (data.base_model, data.license, data.pipeline_tag) == ("org/model", "mit", "text-generation")
     assert data.get("base_model_relation") == "quantized"
     assert (data.library_name, data.datasets) == ("transformers", ["allenai/c4"])
@@ -78,13 +84,13 @@ def test_the_hubs_parser_reads_what_the_report_says(finished: Path) -> None:
 
 def test_a_folders_name_is_no_base_model_unless_one_is_named(finished: Path) -> None:
     report = report_of(finished)
-    assert ModelCard(make_card("x", report)).data.base_model is None
-    assert "base_model_relation" not in make_card("x", report)
-    assert ModelCard(make_card("x", report, "org/model")).data.base_model == "org/model"
+    assert ModelCard(card_of("x", report)).data.base_model is None
+    assert "base_model_relation" not in card_of("x", report)
+    assert ModelCard(card_of("x", report, "org/model")).data.base_model == "org/model"
 
 
 def test_a_card_without_figures_has_no_index(finished: Path) -> None:
-    card = make_card("x", report_of(finished) | {"evaluation": None})
+    card = card_of("x", report_of(finished) | {"evaluation": None})
     assert "model-index" not in ModelCard(card).data.to_dict()
     assert "Not measured." in card
 
@@ -96,7 +102,7 @@ def test_strangers_strings_stay_text(finished: Path) -> None:
     report["calibration"]["dataset"] = evil
     report["layers"][0]["name"] = evil
     report["layers"][0]["notes"] = [evil]
-    card = make_card(evil, report)
+    card = card_of(evil, report)
     data = ModelCard(card).data
     assert data.license == "gpl: [x]\n"
     body = ModelCard(card).text
@@ -152,7 +158,7 @@ def test_runtimes_have_a_snippet_or_the_reason_why_not(name: str, finished: Path
             assert f"{TITLES[runtime]} {facts['version']} (" in refused
     if name == "gguf":
         assert "llama-cli -m gguf/model-Q4_0.gguf" in card
-        assert "llama-cli -hf me/x:Q4_0" in make_card("me/x", report)
+        assert "llama-cli -hf me/x:Q4_0" in card_of("me/x", report)
         assert 'gguf_file="model-Q4_0.gguf"' in card
 
 
@@ -209,9 +215,9 @@ def test_the_licence_goes_into_card_and_report(tmp_path: Path, tiny_model: Calla
     assert (ModelCard(card).data.license, ModelCard(card).data.language) == ("mit", "de")
     assert "names no licence" not in card
     del report["model"]["card"]["license"]
-    assert "names no licence" in make_card("x", report)
+    assert "names no licence" in card_of("x", report)
 
 
 if __name__ == "__main__":
     for folder, title in DEMOS.items():
-        (CARDS / folder / "README.md").write_text(make_card(title, report_of(CARDS / folder)), "utf-8")
+        (CARDS / folder / "README.md").write_text(card_of(title, report_of(CARDS / folder)), "utf-8")

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 import llmquant
+from llmquant.report.data import RunReport
 from llmquant.report.html import make_html
+from llmquant.report.plain import parse
 from llmquant.report.verdict import verdict
 
 pytestmark = pytest.mark.usefixtures("drawn")
@@ -87,12 +89,13 @@ def test_the_page_holds_in_a_browser(tiny_model: Callable[[str], Path], tmp_path
     data["layers"][0]["notes"] = [EVIL]
     data["tensors"][0]["name"] = data["model"]["id"] = data["evaluation"]["dataset"] = EVIL
     page = tmp_path / "page.html"
-    page.write_text(make_html(EVIL, data), "utf-8")
+    facts = parse(RunReport, data, "report.json")
+    page.write_text(make_html(EVIL, facts), "utf-8")
     papers = []
     for width, dark in ((400, False), (1400, False), (400, True)):
         found = look_at(page, width, dark)
         assert found["said"] == []
-        assert found["verdict"] == verdict(data)
+        assert found["verdict"] == verdict(facts)
         assert found["counts"] == [f"{len(data['tensors'])} of {len(data['tensors'])}", f"3 of {len(data['tensors'])}"]
         assert found["wide"] == []
         assert found["page"] <= found["window"] == width

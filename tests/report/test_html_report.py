@@ -14,9 +14,12 @@ import typer
 import llmquant
 from llmquant.cli import app as cli
 from llmquant.cli import look
+from llmquant.report.command import command_of
+from llmquant.report.data import RunReport
 from llmquant.report.html import make_html
+from llmquant.report.plain import parse
 from llmquant.report.tables import lanes_table
-from llmquant.report.verdict import command_of, health, verdict
+from llmquant.report.verdict import health, verdict
 
 pytestmark = pytest.mark.usefixtures("drawn")
 
@@ -54,6 +57,14 @@ class Page(HTMLParser):
         self.text[section] = self.text.get(section, "") + data
 
 
+def facts_of(report: dict[str, Any]) -> RunReport:
+    return parse(RunReport, report, "report.json")
+
+
+def page_of(name: str, report: dict[str, Any]) -> str:
+    return make_html(name, facts_of(report))
+
+
 @pytest.fixture(scope="module")
 def made(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     """The report and the page of a run."""
@@ -74,14 +85,14 @@ def text(made: tuple[dict[str, Any], str]) -> str:
 
 def test_the_page_shows_the_reports_figures(report: dict[str, Any], text: str) -> None:
     page = Page(text)
-    assert page.text["verdict"] == verdict(report)
-    for row in lanes_table(report["evaluation"]["lanes"]):
+    assert page.text["verdict"] == verdict(facts_of(report))
+    for row in lanes_table(facts_of(report).evaluation.lanes):
         assert all(cell in page.text["lanes"] for cell in row)
     for row in report["tensors"]:
         assert row["name"] in page.text["ledger"]
     for layer in report["layers"]:
         assert f"{layer['relative_error']:.2e}" in page.text["ledger"]
-    assert command_of(report) in page.text["provenance"]
+    assert command_of(facts_of(report)) in page.text["provenance"]
     assert report["evaluation"]["ids_sha256"] in page.text["provenance"]
     assert sum(tag == "svg" for tag, _ in page.tags) == 3 + 3 * 3  # and the histograms of three layers
 
@@ -123,7 +134,7 @@ def test_nothing_has_a_fixed_width_and_tables_scroll_by_themselves(text: str) ->
 
 
 def test_the_same_report_gives_the_same_bytes(report: dict[str, Any], text: str) -> None:
-    assert text == make_html("out", report) == make_html("out", copy.deepcopy(report))
+    assert text == page_of("out", report) == page_of("out", copy.deepcopy(report))
     assert not re.search(r"20\d\d-\d\d-\d\d", text)
 
 
@@ -131,7 +142,7 @@ def test_strangers_strings_stay_text(report: dict[str, Any], text: str) -> None:
     evil = copy.deepcopy(report)
     evil["model"]["id"] = evil["evaluation"]["dataset"] = evil["tensors"][0]["name"] = EVIL
     evil["layers"][0] |= {"name": f"model.layers.0.{EVIL}", "notes": [EVIL]}
-    plain, page = Page(text), Page(make_html(EVIL, evil))
+    plain, page = Page(text), Page(page_of(EVIL, evil))
     assert [tag for tag, _ in page.tags].count("script") == [tag for tag, _ in plain.tags].count("script") == 1
     assert EVIL in page.text["ledger"]
     assert EVIL in page.text["health"]
@@ -149,16 +160,17 @@ def test_a_report_without_evaluation_or_calibration_has_a_page(
     assert "lanes" not in page.text
 
 
-def test_the_verdict_compares_by_divergence() -> None:
-    lane = {"perplexity": 8.40, "perplexity_ratio": 1.0108, "perplexity_ratio_ci": [1.0088, 1.0128]}
+def test_the_verdict_compares_by_divergence(report: dict[str, Any]) -> None:
+    lane = report["evaluation"]["lanes"]["llmquant"]
+    lane = lane | {"perplexity": 8.40, "perplexity_ratio": 1.0108, "perplexity_ratio_ci": [1.0088, 1.0128]}
     lanes = {
         "original": lane | {"perplexity": 8.31, "kl_mean": 0.0, "kl_se": 0.0, "bits_per_weight": 16.0},
         "llmquant": lane | {"kl_mean": 0.012, "kl_se": 0.0002, "bits_per_weight": 4.125},
         "rtn": lane | {"kl_mean": 0.0122, "kl_se": 0.0002, "bits_per_weight": 4.125},
         "bnb-nf4": lane | {"kl_mean": 0.02, "kl_se": None, "bits_per_weight": 4.5},
     }
-    report = {"bits_per_weight": 4.125, "evaluation": {"lanes": lanes}}
-    assert verdict(report) == (
+    measured = report | {"bits_per_weight": 4.125, "evaluation": report["evaluation"] | {"lanes": lanes}}
+    assert verdict(facts_of(measured)) == (
         "4.13 bits: perplexity 8.31 → 8.40 (+1.1% ± 0.1), KL 0.012, better than bitsandbytes NF4 at 4.50 bits, "
         "as good as plain rounding at 4.13 bits."
     )
@@ -169,7 +181,7 @@ def test_health_names_what_stands_out(report: dict[str, Any]) -> None:
     sick["layers"][1] |= {"loss": 2.0, "rtn_loss": 1.0, "relative_error": 1e3, "notes": ["3 inputs are zero"]}
     sick["evaluation"]["lanes"]["llmquant"]["n_nonfinite"] = 7
     sick["evaluation"]["n_tokens"] = 128
-    notes, name = "\n".join(health(sick)), sick["layers"][1]["name"]
+    notes, name = "\n".join(health(facts_of(sick))), sick["layers"][1]["name"]
     assert f"Worse than plain rounding on calibration text: {name}" in notes
     assert f"More than ten times the median relative error: {name}" in notes
     assert f"{name}: 3 inputs are zero" in notes
@@ -187,12 +199,15 @@ def test_health_names_what_stands_out(report: dict[str, Any]) -> None:
         ("owner/name", {"damp": 0.02, "propagation": 0.5, "eval_tokens": "full", "baselines": "rtn"}),
     ],
 )
-def test_the_command_gives_the_same_recipe(model: str, flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_gives_the_same_recipe(
+    model: str, flags: dict[str, Any], report: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import shlex
 
     recipe = llmquant.make_recipe(model, flags=flags)
     name = "llmquant/demo" if model == "demo" else model
-    command = command_of({"model": {"id": name, "revision": "abc"}, "recipe": recipe.as_dict(), "compute": {}})
+    made = {"model": {"id": name, "revision": "abc"}, "recipe": recipe.as_dict()}
+    command = command_of(facts_of(report | made))
     seen: list[Any] = []
 
     def show_plan(model: str, recipe: Any, options: Any, **rest: Any) -> None:

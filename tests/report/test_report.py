@@ -14,8 +14,9 @@ from llmquant import comparison
 from llmquant.comparison import noise_floor
 from llmquant.log import Stopwatch
 from llmquant.model.skeleton import Skeleton
+from llmquant.report.command import command_of
 from llmquant.report.tables import describe_evaluation, lanes_table
-from llmquant.report.verdict import command_of, verdict
+from llmquant.report.verdict import verdict
 from llmquant.source.resolve import open_source
 from llmquant.text import corpus
 from llmquant.text.corpus import load_text
@@ -57,11 +58,11 @@ def test_a_report_without_a_figure_is_refused_by_the_schema(tiny_model: Callable
 def test_the_card_and_the_table_show_the_reports_figures(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     report = llmquant.quantize(tiny_model("llama"), llmquant.make_recipe("x", flags=FLAGS), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
-    for row in lanes_table(report.lanes):
+    for row in lanes_table(report.facts.evaluation.lanes):
         assert "| " + " | ".join(row) + " |" in card
-    assert describe_evaluation(report.data["evaluation"]) in card
-    assert f"**{verdict(report.data)}**" in card
-    assert f"```bash\n{command_of(report.data)}\n```" in card
+    assert describe_evaluation(report.facts.evaluation) in card
+    assert f"**{verdict(report.facts)}**" in card
+    assert f"```bash\n{command_of(report.facts)}\n```" in card
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert str(tmp_path) not in card + json.dumps(report.data)
 

@@ -24,7 +24,9 @@ from llmquant.job import fingerprint, prepare
 from llmquant.model.skeleton import Skeleton
 from llmquant.output.check import verify_folder
 from llmquant.recipe import RunOptions, make_recipe
-from llmquant.report.verdict import command_of
+from llmquant.report.command import command_of
+from llmquant.report.data import RunReport
+from llmquant.report.plain import parse
 from llmquant.source.resolve import open_source
 from llmquant.text.tokenizer import load_tokenizer
 
@@ -110,7 +112,7 @@ def test_with_the_flag_the_code_is_run_once_and_named(made: tuple[Path, Path, in
     jsonschema.validate(report, json.loads((Path(__file__).parents[2] / "eval" / "report.schema.json").read_text()))
     assert report["compute"]["trust_remote_code"] is True
     assert report["model"]["remote_code"] == list(FILES)
-    assert "--trust-remote-code" in command_of(report)
+    assert "--trust-remote-code" in command_of(parse(RunReport, report, "report.json"))
     card = (out / "README.md").read_text()
     assert "trust_remote_code=True" in card
     assert all(f"`{file}`" in card for file in FILES)

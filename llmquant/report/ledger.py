@@ -1,0 +1,70 @@
+"""What report.json says of every layer and every tensor.
+
+The ledger (`tensors`) has a row for each tensor of the original, and a reason in each: nothing is left out silently.
+`layers` has an entry for each linear that was quantized, with its errors. Errors are shares: 0.01 is one percent of the
+layer's own output or weights.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts in bins of equal width from `low` to `high`."""
+
+    low: float
+    high: float
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Histograms:
+    """Of the weights before quantization, of the codes, and of log2 |scale|."""
+
+    weights: Histogram
+    codes: Histogram
+    scales: Histogram
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How well one linear was quantized; `name` is its module's.
+
+    loss, rtn_loss   mean squared output error per token, of ours and of plain rounding
+    relative_error   loss as a share of the mean squared output; all three are None without calibration
+    weight_error     ||W - W_quantized||^2 / ||W||^2
+    """
+
+    name: str
+    loss: float | None
+    rtn_loss: float | None
+    relative_error: float | None
+    weight_error: float
+    bits_per_weight: float
+    n_tokens: int
+    notes: tuple[str, ...]
+    histograms: Histograms | None = None
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """The ledger's row of one tensor of the original: what was done with it, and why.
+
+    Bits, group size and symmetry are there where it was quantized; `notes` say what was unusual about that.
+    """
+
+    name: str
+    action: Literal["quantized", "copied", "left out"]
+    reason: str
+    dtype: str
+    shape: tuple[int, ...]
+    module: str | None = None  # its name in the model, where it was quantized; reports of older versions have none
+    bits: int | None = None
+    group_size: int | None = None  # -1: one group per row
+    symmetric: bool | None = None
+    notes: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.action == "quantized" and None in (self.bits, self.group_size, self.symmetric):
+            raise ValueError("is quantized, without bits, group_size or symmetric")
