@@ -107,7 +107,7 @@ def test_the_ledger_shows_errors_where_the_checkpoint_has_other_names_than_the_m
     rows = {row["module"]: row["name"] for row in data["tensors"] if row["action"] == "quantized"}
     assert rows.keys() == {layer["name"] for layer in data["layers"]}
     assert all(f"{module}.weight" == f"transformer.{key}" for module, key in rows.items())
-    ledger = Page(make_html("name", data)).text["ledger"]
+    ledger = Page(make_html("name", facts_of(data))).text["ledger"]
     for layer in data["layers"]:
         assert f"{layer['relative_error']:.2e}" in ledger
 
