@@ -20,8 +20,10 @@ import pytest
 import torch
 from fake_hub import FakeHub, Request, commit_of, fake_hub
 from gguf_files import gguf_of, quantized
+from once import once
 from safetensors.torch import save_file
 from tiny import ARCHITECTURES, build
+from warm import without_pauses
 
 from llmquant.checkpoint import open_checkpoint
 from llmquant.errors import SourceError
@@ -457,6 +459,8 @@ def test_secrets_in_the_messages_of_others_are_left_out(secret: str) -> None:
 
 
 if __name__ == "__main__":
+    once(pytest.MonkeyPatch())
+    without_pauses()
     _, child, child_folder = sys.argv
     children = {
         "online": child_online,

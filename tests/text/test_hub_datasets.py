@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from fake_hub import FakeHub, Request, commit_of, fake_hub
+from warm import without_pauses
 
 from llmquant.errors import CalibrationError
 from llmquant.source import hub as hub_module
@@ -423,6 +424,7 @@ def test_unreachable_hub_is_told_in_one_line(unreachable: tuple[dict[str, Any], 
 
 
 if __name__ == "__main__":
+    without_pauses()
     _, name, child_folder = sys.argv
     result = {"online": child_online, "unreachable": child_unreachable}[name](Path(child_folder))
     (Path(child_folder) / f"{name}.json").write_text(json.dumps(result))
