@@ -21,9 +21,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for other children
 torch.set_num_threads(1)
 
 
+# Files of a quarter of a minute and more, longest first: a worker takes whole files (`--dist loadfile`), so that none
+# makes another's fixtures again, and would end alone with a long one that it took last.
+LONG = ("test_pipeline", "test_resume", "test_walkthrough", "test_gguf", "test_blocks", "test_hub_source", "test_push")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test first, or one worker ends with it alone."""
-    items.sort(key=lambda item: "test_walkthrough" not in item.nodeid)
+    order = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(scope="session", autouse=True)
