@@ -15,6 +15,7 @@ import llmquant
 from llmquant.blocks import measure
 from llmquant.blocks import solve as solve_module
 from llmquant.job import prepare
+from llmquant.log import SILENT
 from llmquant.quant.hessian import default_propagation
 from llmquant.quant.solvers import SOLVERS, LayerTask, Solution, SolveOptions
 from llmquant.recipe import RunOptions
@@ -84,7 +85,7 @@ def test_hessian_and_drift_pair_the_original_with_the_quantized_prefix(
     flags = TINY | {"passes": passes, "propagation": 0.5, "products": products}
     recipe = llmquant.make_recipe(str(folder), flags=flags)
     llmquant.quantize(folder, recipe, tmp_path / "out", max_ram=max_ram)
-    job = prepare(folder, recipe, RunOptions(), print)
+    job = prepare(folder, recipe, RunOptions(), SILENT)
     assert job.calibration is not None
     ids = job.calibration.ids
     original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -143,7 +144,7 @@ def test_propagation_leaves_less_output_error_than_going_without(
     folder = tiny_model(name)
     errors = []
     recipe = llmquant.make_recipe(str(folder), flags=TINY | {"format": "fake", "samples": 64})
-    windows = prepare(folder, recipe, RunOptions(), print).calibration
+    windows = prepare(folder, recipe, RunOptions(), SILENT).calibration
     assert windows is not None
     original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for strength in (0, 1.0):

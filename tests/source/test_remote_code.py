@@ -21,6 +21,7 @@ from llmquant.checkpoint import open_checkpoint
 from llmquant.cli.app import main
 from llmquant.errors import FormatError, LLMQuantError, RecipeError, SourceError, VerifyError
 from llmquant.job import fingerprint, prepare
+from llmquant.log import SILENT
 from llmquant.model.skeleton import Skeleton
 from llmquant.output.check import verify_folder
 from llmquant.recipe import RunOptions, make_recipe
@@ -287,7 +288,7 @@ def test_another_flag_or_other_code_is_another_job(model: Path) -> None:
     edit(model / "config.json", model_type="llama")
 
     def prints(trust: bool) -> dict[str, str]:
-        job = prepare(model, make_recipe("x", flags=RTN), RunOptions(trust_remote_code=trust), lambda line: None)
+        job = prepare(model, make_recipe("x", flags=RTN), RunOptions(trust_remote_code=trust), SILENT)
         return fingerprint(job, "")
 
     without, trusted = prints(False), prints(True)
