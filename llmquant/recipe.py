@@ -92,8 +92,8 @@ class Recipe:
             raise RecipeError(
                 option("propagation"), repr(self.propagation), expected="auto, or a number from 0 (off) to 1"
             )
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise RecipeError(option("device"), repr(self.device), expected="auto, cpu, cuda or cuda:N")
+        if not re.fullmatch(r"[a-z]\w*(:\d+)?", self.device):  # whether torch has it is seen when it is picked
+            raise RecipeError(option("device"), repr(self.device), expected="auto, cpu, cuda, cuda:N, mps, xpu, ...")
         for pattern in self.ignore:
             try:
                 re.compile(pattern)

@@ -224,6 +224,7 @@ def test_conv1d_is_refused_by_name_where_the_format_cannot_hold_it(tmp_path: Pat
         pytest.param("--eval-tokens many", RECIPE, ["--eval-tokens: many"], id="eval-tokens-as-text"),
         pytest.param("--baselines gguf", RECIPE, ["--baselines: 'gguf'"], id="baselines"),
         pytest.param("--device tpu", RECIPE, ["--device: 'tpu'"], id="device"),
+        pytest.param("--device meta", RECIPE, ["--device: 'meta'", "expected auto"], id="no-device"),
         pytest.param("--device cuda", RECIPE, ["--device: cuda", "no GPU"], id="no-gpu"),
         pytest.param("--ignore (", RECIPE, ["--ignore: '('", "regular expression"], id="ignore-invalid"),
         pytest.param("--ignore no_such_proj", RECIPE, ["'no_such_proj' matches no tensor"], id="ignore-unused"),

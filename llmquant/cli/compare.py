@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 import typer
 
 from llmquant.cli.console import show_report
-from llmquant.cli.options import DATA, TRUST, Debug, Quiet
+from llmquant.cli.options import DATA, DEVICE, TRUST, Debug, Quiet
 from llmquant.cli.progress import progress
 from llmquant.cli.spellings import count
 from llmquant.errors import OutputError
@@ -25,7 +25,7 @@ _SeqLen = Annotated[
 _Trust = Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)]
 _Json = Annotated[Optional[Path], typer.Option("--json", help="Also write the figures to this file")]
 _Reference = Annotated[Optional[str], typer.Option(help="The original, for divergences")]
-_Device = Annotated[Optional[str], typer.Option(help="auto, cpu or cuda\\[:n]")]
+_Device = Annotated[Optional[str], typer.Option(help=DEVICE)]
 _Dtype = Annotated[Optional[str], typer.Option(help="Compute dtype")]
 _MaxRam = Annotated[str, typer.Option(help="What the streams may hold before they go to files")]
 

@@ -55,6 +55,9 @@ RUN_EXAMPLES = """[bold]On the built-in model[/]
 """
 TRUST = "Run Python code that the checkpoint brings (auto_map), with all your rights: read it first"
 DATA = "builtin, wikitext2, c4, ultrachat, FILE.txt, FILE.jsonl or HUB_ID\\[:config\\[:split\\[:column]]]"
+DEVICE = (
+    "cpu, or an accelerator by torch's name for it: cuda\\[:n], mps, xpu, ...; auto: the accelerator if there is one"
+)
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")]

@@ -7,7 +7,7 @@ import typer
 
 from llmquant.cli import look
 from llmquant.cli.console import show_report
-from llmquant.cli.options import DATA, TRUST, recipe_option, recipes_like
+from llmquant.cli.options import DATA, DEVICE, TRUST, recipe_option, recipes_like
 from llmquant.cli.progress import progress, stoppable
 from llmquant.cli.push import check_login, push_result
 from llmquant.cli.spellings import count, strength
@@ -105,7 +105,7 @@ def run(
     on_bad_layer: Annotated[
         Optional[str], recipe_option("What to do where a layer cannot be solved", "on_bad_layer", _SOLVER)
     ] = None,
-    device: Annotated[Optional[str], recipe_option("auto, cpu or cuda\\[:n]", "device", _RUN)] = None,
+    device: Annotated[Optional[str], recipe_option(DEVICE, "device", _RUN)] = None,
     dtype: Annotated[Optional[str], recipe_option("Compute dtype", "dtype", _RUN)] = None,
     products: Annotated[
         Optional[str],

@@ -6,27 +6,32 @@ from llmquant.errors import RecipeError, option
 from llmquant.source.base import Source
 
 
-def pick_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise RecipeError(
-                option("device"),
-                f"{device}, but this torch sees no GPU",
-                remedy=f"use {option('device')} cpu or a CUDA build of torch",
-            )
-        if (torch.device(device).index or 0) >= torch.cuda.device_count():
-            raise RecipeError(
-                option("device"),
-                f"{device}, but there are {torch.cuda.device_count()} GPUs",
-                expected=f"an index below {torch.cuda.device_count()}",
-            )
-    return torch.device(device)
+def pick_device(name: str) -> torch.device:
+    """The device of a name: auto, cpu, or any type that this torch computes on, with an index or without.
+
+    auto is the machine's accelerator, whichever that is, else the CPU. RecipeError names what there is instead.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    here = f"auto, cpu or {accelerator.type}" if accelerator is not None else "auto or cpu, which is all there is here"
+    try:
+        device = torch.device(name)
+        module = torch.get_device_module(device)  # there is none for meta, which holds no numbers
+    except RuntimeError:
+        raise RecipeError(option("device"), repr(name), expected=here) from None
+    count = module.device_count() if module.is_available() else 0
+    if not count:
+        raise RecipeError(
+            option("device"), f"{name}, but this torch sees no GPU or other device of that type", expected=here
+        )
+    if (device.index or 0) >= count:
+        raise RecipeError(option("device"), f"{name}, of {count} there are", expected=f"an index below {count}")
+    return torch.device("cpu") if device.type == "cpu" else device
 
 
 def pick_dtype(dtype: str, device: torch.device, source: Source) -> torch.dtype:
-    """float32 on the CPU; on a GPU the dtype of the checkpoint's largest tensor, where torch computes in it."""
+    """float32 on the CPU; on an accelerator the dtype of the checkpoint's largest tensor, if that is 16 bits wide."""
     if dtype != "auto":
         picked: torch.dtype = getattr(torch, dtype)
         return picked
