@@ -57,9 +57,12 @@ def _devices() -> list[dict[str, Any]]:
     import torch
 
     devices: list[dict[str, Any]] = [{"name": "cpu", "what": platform.processor() or platform.machine()}]
-    for index in range(torch.cuda.device_count()):
-        facts = torch.cuda.get_device_properties(index)
-        devices.append({"name": f"cuda:{index}", "what": facts.name, "memory_bytes": facts.total_memory})
+    if (accelerator := torch.accelerator.current_accelerator(check_available=True)) is not None:
+        ask = getattr(torch.get_device_module(accelerator), "get_device_properties", lambda index: None)
+        for index in range(torch.accelerator.device_count()):
+            what, memory = (getattr(ask(index), fact, None) for fact in ("name", "total_memory"))
+            name = f"{accelerator.type}:{index}"
+            devices.append({"name": name, "what": what or accelerator.type, "memory_bytes": memory})
     return devices
 
 

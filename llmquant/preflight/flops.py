@@ -18,10 +18,10 @@ from llmquant.quant.solvers.refine import default_sweeps
 from llmquant.recipe import Recipe
 
 # Seconds per weight of the grid search and the column loop, which memory bounds, not FLOPs: 2.0e-7 to 3.2e-7 on one
-# core, for layers of 512 x 256 to 4096 x 1024. A GPU has some fifty times the bandwidth; not measured.
-_SOLVER_SECONDS = {"cpu": 2.3e-7, "cuda": 5e-9}
+# core, for layers of 512 x 256 to 4096 x 1024. An accelerator has some fifty times the bandwidth; not measured.
+_SOLVER_SECONDS, _SOLVER_SECONDS_ACCELERATOR = 2.3e-7, 5e-9
 # Seconds per column of a stack of linears: the column loop is a loop of Python.
-_COLUMN_SECONDS = {"cpu": 5e-5, "cuda": 1e-4}
+_COLUMN_SECONDS, _COLUMN_SECONDS_ACCELERATOR = 5e-5, 1e-4
 # Seconds per weight to round, pack and verify, whatever the method; measured on one core, 4096 x 4096.
 _PACK_SECONDS = 3.5e-8
 
@@ -50,7 +50,10 @@ class Work:
 
     def seconds(self, forward_rate: float, solve_rate: float, device: str) -> dict[str, float]:
         """By part, from FLOP/s of both dtypes."""
-        elementwise = self.weights * _SOLVER_SECONDS[device] + self.columns * _COLUMN_SECONDS[device]
+        per_weight, per_column = _SOLVER_SECONDS, _COLUMN_SECONDS
+        if device != "cpu":
+            per_weight, per_column = _SOLVER_SECONDS_ACCELERATOR, _COLUMN_SECONDS_ACCELERATOR
+        elementwise = self.weights * per_weight + self.columns * per_column
         return {
             "forwards": self.forward_flops / (forward_rate * self.efficiency),
             "Hessians and solving": self.solve_flops / (solve_rate * self.efficiency) + elementwise,

@@ -60,7 +60,7 @@ def try_block(skeleton: Skeleton, plan: Plan, recipe: Recipe, tokens: Tokens, n_
             streams = CalibrationStreams(Stream(), original, 1 << 62, products)
             skeleton.record(batches(tokens.seq_len, n_batches), streams.append)
         with skeleton.blocks[0].loaded() as block:
-            return seconds(lambda: quantize_block(block, specs, recipe, streams))
+            return seconds(lambda: quantize_block(block, specs, recipe, streams), skeleton.device)
 
     def lane_seconds() -> float:
         """One evaluation batch through the block."""
@@ -68,7 +68,7 @@ def try_block(skeleton: Skeleton, plan: Plan, recipe: Recipe, tokens: Tokens, n_
         skeleton.record(batches(tokens.eval_seq_len, 1), lambda hidden: entered.append(hidden.clone()))
         with skeleton.blocks[0].loaded() as block:
             block.forward(entered[0])  # the first one finds its kernels
-            return seconds(lambda: block.forward(entered[0]))
+            return seconds(lambda: block.forward(entered[0]), skeleton.device)
 
     per_batch = 0.0
     solving = block_seconds(1)
@@ -81,10 +81,9 @@ def try_block(skeleton: Skeleton, plan: Plan, recipe: Recipe, tokens: Tokens, n_
     return Trial(solving, per_batch / in_batch, lane / in_lane)
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Of one call."""
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Of one call, until `device` is done with it."""
     begin = time.perf_counter()
     work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    torch.zeros((), device=device).item()  # waits, on every device
     return time.perf_counter() - begin
