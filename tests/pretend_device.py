@@ -31,7 +31,6 @@ import torch
 from torch import Tensor
 from torch.library import Library
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "pretend"
@@ -91,49 +90,55 @@ class _Mode(TorchDispatchMode):
 
 def _run(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """`func` on the CPU tensors; what it makes is on the device again, unless it was asked for elsewhere."""
-    ours = {id(x.on_cpu): x for x in tree_leaves((args, kwargs)) if isinstance(x, PretendTensor)}
     device = kwargs.get("device")
     to_device = device is not None and torch.device(device).type == NAME
+    tensors = [x for value in (*args, *kwargs.values()) for x in _tensors(value)]
+    ours = {id(x.on_cpu): x for x in tensors if isinstance(x, PretendTensor)}
     if not ours and not to_device:
         return func(*args, **kwargs)
     if torch.Tag.inplace_view in func.tags:
         raise NotImplementedError(f"{func} of a tensor on {NAME}")
-    if ours and func._schema.name not in _COPIES:
+    plain = {id(x) for x in tensors if not isinstance(x, PretendTensor)}
+    if ours and plain and func._schema.name not in _COPIES:
         _refuse_mixing(func, args, kwargs)
-    args, kwargs = tree_map(lambda x: x.on_cpu if isinstance(x, PretendTensor) else x, (tuple(args), dict(kwargs)))
+    options = {name: _on_cpu(value) for name, value in kwargs.items()}
     if to_device:
-        kwargs["device"] = torch.device("cpu")
-    result = func(*args, **kwargs)
-    for wrapper in ours.values():
-        if (wrapper.on_cpu.shape, wrapper.on_cpu.stride()) != (wrapper.shape, wrapper.stride()):
-            raise NotImplementedError(f"{func} resized a tensor on {NAME}")
-    stays = {id(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}  # written in place, or returned
+        options["device"] = torch.device("cpu")
+    result = func(*map(_on_cpu, args), **options)
+    if func._schema.is_mutable and any(x.on_cpu.shape != x.shape for x in ours.values()):
+        raise NotImplementedError(f"{func} resized a tensor on {NAME}")
 
     def wrapped(x: Any) -> Any:
-        if not isinstance(x, Tensor) or (device is not None and not to_device):
+        if isinstance(x, list | tuple):
+            return type(x)(map(wrapped, x))
+        if not isinstance(x, Tensor) or id(x) in plain or (device is not None and not to_device):
             return x
-        if id(x) in ours or id(x) in stays:
-            return ours.get(id(x), x)
-        return PretendTensor(x)
+        return ours[id(x)] if id(x) in ours else PretendTensor(x)  # written in place, or new
 
-    return tree_map(wrapped, result)
+    return wrapped(result)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Operators take tensors and lists of tensors, nothing deeper."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        yield from (x for x in value if isinstance(x, Tensor))
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, PretendTensor):
+        return value.on_cpu
+    return type(value)(map(_on_cpu, value)) if type(value) in (list, tuple) else value
 
 
 def _refuse_mixing(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    for argument, value in _by_argument(func, args, kwargs):
-        for x in tree_leaves(value):
-            if isinstance(x, Tensor) and not isinstance(x, PretendTensor):
-                written = argument.alias_info is not None and argument.alias_info.is_write
-                if x.dim() or written:
-                    raise RuntimeError(f"{func}: {argument.name} {tuple(x.shape)} is on {x.device}, others on {NAME}")
-
-
-def _by_argument(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
-    for position, argument in enumerate(func._schema.arguments):
-        if position < len(args):
-            yield argument, args[position]
-        elif argument.name in kwargs:
-            yield argument, kwargs[argument.name]
+    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | dict(kwargs)
+    for argument in func._schema.arguments:
+        for x in _tensors(given.get(argument.name)):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if not isinstance(x, PretendTensor) and (x.dim() or written):
+                raise RuntimeError(f"{func}: {argument.name} {tuple(x.shape)} is on {x.device}, others on {NAME}")
 
 
 @cache

@@ -72,8 +72,11 @@ def measure(
 
 
 def _square(weight_OI: Tensor) -> float:
-    """||W||^2, in float64 where squares of what float32 can hold are beyond it; that is fifty times slower."""
-    norms_O = torch.linalg.vector_norm(weight_OI, dim=1)
+    """||W||^2, in float64 where squares of what float32 can hold are beyond it; that is fifty times slower.
+
+    On the CPU where it takes float64: not every accelerator has it.
+    """
+    norms_O = torch.linalg.vector_norm(weight_OI, dim=1).cpu()
     if not 1e-15 < float(norms_O.max()) < math.inf:
-        norms_O = torch.linalg.vector_norm(weight_OI, dim=1, dtype=torch.float64)
+        norms_O = torch.linalg.vector_norm(weight_OI.cpu(), dim=1, dtype=torch.float64)
     return float(norms_O.double().square().sum())

@@ -20,7 +20,7 @@ from llmquant.recipe import Recipe
 
 @dataclass(frozen=True)
 class Solved:
-    """One quantized linear."""
+    """One quantized linear; its codes and scales are on the CPU, whatever device solved it."""
 
     spec: LinearSpec
     weight: QuantizedWeight
@@ -86,4 +86,4 @@ def _set_back(
     bits = FORMATS[format_name].weight_bits(spec) / (spec.shape[0] * spec.shape[1])
     report = measure(spec, weight_OI, dense_OI, part, inputs, bits)
     block.set_weight(spec, dense_OI)
-    return Solved(spec, part.weight, report)
+    return Solved(spec, part.weight.cpu(), report)

@@ -111,8 +111,8 @@ class Block:
         def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]
             alive.append(x)
-            key = (x.data_ptr(), x.shape, x.stride(), _state(x))
-            seen.setdefault(key, []).append(name)
+            place = (x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride())
+            seen.setdefault((*place, _state(x)), []).append(name)
 
         hooks = [m.register_forward_pre_hook(partial(note, name)) for name, m in self.linears.items()]
         try:

@@ -70,7 +70,7 @@ class Record:
             self.copied(spec.key, dense.T if spec.transposed else dense)
         else:
             parts = [weight.codes_OI, weight.scales_OG, weight.zeros_OG]
-            self._note(spec.key, digest(*[p.cpu().contiguous().numpy() for p in parts if p is not None]))
+            self._note(spec.key, digest(*[p.contiguous().numpy() for p in parts if p is not None]))
 
 
 def verify_output(folder: Path, plan: Plan, record: Record) -> None:

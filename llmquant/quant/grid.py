@@ -114,6 +114,13 @@ class QuantizedWeight:
             self.codes_OI[rows].contiguous(), self.scales_OG[rows].contiguous(), self.scheme, zeros_OG
         )
 
+    def cpu(self) -> "QuantizedWeight":
+        """The same on the CPU, where formats pack it and writers take its bytes."""
+        if self.codes_OI.device.type == "cpu":
+            return self
+        zeros_OG = None if self.zeros_OG is None else self.zeros_OG.cpu()
+        return QuantizedWeight(self.codes_OI.cpu(), self.scales_OG.cpu(), self.scheme, zeros_OG)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """weight_OI in `dtype`. The product is computed in float32 and rounded once.
 

@@ -69,7 +69,7 @@ class TensorFiles:
                 name, f"{tensor.dtype} {tuple(tensor.shape)}", expected=f"{place.dtype} {place.shape}, once"
             )
         if place.nbytes:
-            data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
             write_all(self._disk, self._fds[place.file], data.data, place.start)
         self._unwritten.discard(name)
         self._since.append(name)

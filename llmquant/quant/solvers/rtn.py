@@ -7,7 +7,6 @@ model is several times that of GPTQ, because it treats all inputs as equally lar
 Shapes: O out_features, I in_features, G groups in a row.
 """
 
-import torch
 from torch import Tensor
 
 from llmquant.quant.grid import QuantizedWeight, QuantScheme, plain_grid, quantize_to_grid
@@ -19,7 +18,7 @@ def solve_rtn(task: LayerTask, options: SolveOptions = SolveOptions()) -> Soluti
     scales_OG, zeros_OG = plain_grid(task.weight_OI, task.scheme)
     codes_OI = quantize_to_grid(task.weight_OI, scales_OG, task.scheme, zeros_OG)
     weight = QuantizedWeight(codes_OI, scales_OG.float(), task.scheme, zeros_OG)
-    loss_O = torch.zeros(task.weight_OI.shape[0])
+    loss_O = task.weight_OI.new_zeros(task.weight_OI.shape[0])
     if task.H_II is not None:
         error_OI = task.weight_OI - weight.dequantize(task.weight_OI.dtype)
         loss_O = ((error_OI @ task.H_II) * error_OI).sum(1)
