@@ -19,11 +19,10 @@ from llmquant.checkpoint import READERS
 from llmquant.cli.app import app
 from llmquant.cli.console import show_figures
 from llmquant.cli.spellings import ALIASES
-from llmquant.errors import FormatError
-from llmquant.formats import DENSE, FORMATS, LinearSpec
+from llmquant.formats import LinearSpec
 from llmquant.formats import runtimes as lint
+from llmquant.formats.facts import FACTS
 from llmquant.quant.grid import QuantScheme
-from llmquant.recipe import CHOICES
 from llmquant.report.data import RunReport
 from llmquant.report.plain import parse_file
 
@@ -55,22 +54,19 @@ def options() -> str:
 
 
 def formats() -> str:
-    """What every format holds and which runtimes open it, by the formats' own checks and the lint's rules."""
+    """What every format holds, by its facts, and which runtimes open it, by the lint's rules."""
     rows = []
-    for name in FORMATS:
-        held = [bits for bits in CHOICES["bits"] if any(holds(name, bits, g) for g in CHOICES["group_size"])]
-        groups = [g for g in CHOICES["group_size"] if any(holds(name, bits, g) for bits in held)]
-        zeros = any(holds(name, bits, g, symmetric=False) for bits in held for g in groups)
-        usual = [linear(4, 32 if name == "gguf" else 128)]
+    for name, facts in FACTS.items():
+        usual = [linear(4, 32 if facts.one_file else 128)]
         open_it = [runtime for runtime, opens in lint.opens(usual, name).items() if opens]
         warned = {finding.runtime for finding in lint.lint(usual, name) if finding.severity == "warns"}
         rows.append(
             [
                 f"`{name}`",
-                ", ".join(map(str, held)),
-                ", ".join("row" if g == -1 else str(g) for g in groups),
-                "yes" if zeros else "no",
-                "yes" if name in READERS or name in DENSE else "no",
+                ", ".join(map(str, facts.bits)),
+                ", ".join("row" if g == -1 else str(g) for g in facts.groups),
+                "yes" if facts.zero_points else "no",
+                "yes" if name in READERS or facts.dense else "no",
                 ", ".join(f"{runtime}*" if runtime in warned else runtime for runtime in open_it),
             ]
         )
@@ -78,19 +74,11 @@ def formats() -> str:
     return table(head, rows) + "\n\n\\* with a remark that `plan` prints."
 
 
-def linear(bits: int, group_size: int, symmetric: bool = True) -> LinearSpec:
+def linear(bits: int, group_size: int) -> LinearSpec:
     """One linear that no rule about shapes has anything against."""
-    scheme = QuantScheme(bits, group_size, symmetric)
+    scheme = QuantScheme(bits, group_size)
     key = "model.layers.0.mlp.up_proj"
     return LinearSpec(f"{key}.weight", key, "Linear", (4096, 4096), torch.bfloat16, scheme)
-
-
-def holds(name: str, bits: int, group_size: int, symmetric: bool = True) -> bool:
-    try:
-        FORMATS[name].check([linear(bits, group_size, symmetric)])
-    except FormatError:
-        return False
-    return True
 
 
 def figures(report: str) -> str:

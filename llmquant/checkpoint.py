@@ -8,15 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from llmquant.errors import SourceError, option
-from llmquant.gguf.blocks import gguf
+from llmquant.gguf.blocks import METHOD, gguf
 from llmquant.gguf.source import open_gguf_file, open_gguf_of
 from llmquant.source.base import OnlyGGUFError, Source
 from llmquant.source.header import TensorInfo
-from llmquant.source.layouts import LAYOUTS, PackedLinear
+from llmquant.source.layouts import LAYOUTS, PackedLinear, unnamed
 from llmquant.source.resolve import open_source
 from llmquant.source.small_floats import SMALL_FLOATS
 
-READERS = {**LAYOUTS, "gguf": gguf}
+READERS = {**LAYOUTS, METHOD: gguf}
 
 
 def open_checkpoint(model: str | Path, revision: str | None = None, *, trust_remote_code: bool = False) -> Source:
@@ -69,8 +69,8 @@ def method_of(source: Source) -> str | None:
     if not isinstance(config, dict):
         return "unknown method"
     method = config.get("quant_method")
-    if method is None and {"group_size", "bits"} <= config.keys():
-        return "mlx"  # mlx-lm names no method
+    if method is None:
+        method = unnamed(config)
     exact = f"{method} {config.get('format')}"
     return exact if exact in SMALL_FLOATS else str(method or "unknown method")
 

@@ -14,6 +14,7 @@ from llmquant.checkpoint import PackedSource, open_checkpoint
 from llmquant.errors import FormatError, SourceError, option
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.formats.base import Layout
+from llmquant.formats.facts import FACTS
 from llmquant.log import SILENT, Log, Progress, progress_of
 from llmquant.model.meta import is_linear
 from llmquant.model.skeleton import Skeleton
@@ -77,7 +78,7 @@ def open_packed(model: str | Path, *, trust_remote_code: bool = False) -> Packed
     source = open_checkpoint(model, trust_remote_code=trust_remote_code)
     if not isinstance(source, PackedSource):
         raise SourceError(source.name, "is not quantized", expected="a checkpoint that llmquant wrote")
-    if source.method == "gguf":
+    if source.method in FACTS and FACTS[source.method].one_file:
         raise SourceError(
             source.name, "is a GGUF file", expected="safetensors", remedy="export the checkpoint that it was made from"
         )
@@ -158,7 +159,7 @@ class Export:
 
         files   size and digest of every file of weights, by name
         """
-        code = () if self.format_name == "gguf" else tuple(self.source.code)
+        code = () if self.format.facts.one_file else tuple(self.source.code)
         bits, evaluation = self.plan.bits_per_weight(self.format_name), measured.evaluation
         return replace(
             measured,

@@ -99,7 +99,7 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
         floor = None if job.evaluation is None else noise_floor(job.source, job.skeleton, job.evaluation, watch)
         facts = run_report(job, layers, lanes, floor, run.weight_files())
         report = Report(facts, Cost(**watch.cost()), run.out)
-        if recipe.format != "gguf":  # a GGUF file has no config.json
+        if not FORMATS[recipe.format].facts.one_file:  # which holds its config itself
             check_config(run.path, recipe.format, report.data["tensors"])
         run.write_json("report.json", report.data)
         run.write_json("cost.json", report.cost)

@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from llmquant.errors import RecipeError, did_you_mean, option
+from llmquant.formats.facts import DEFAULT, FACTS, GROUPS, WIDTHS, formats_that
 from llmquant.paths import expanded
 
 # What the small built-in model changes: its context is short and its text fits in seconds.
 DEMO_DEFAULTS: dict[str, Any] = {"seq_len": 512, "eval_data": "builtin", "eval_tokens": 32768, "eval_seq_len": 512}
 
-FORMAT_NAMES = ("compressed-tensors", "gptq", "awq", "mlx", "gguf", "fake")
-EXPORTABLE = ("compressed-tensors", "gptq", "awq")  # their codes can be read back as a grid
+FORMAT_NAMES = tuple(FACTS)
+EXPORTABLE = formats_that(lambda facts: facts.exportable)
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "method": ("gptq", "rtn"),
-    "bits": (2, 3, 4, 8),
-    "group_size": (32, 64, 128, -1),
+    "bits": WIDTHS,
+    "group_size": GROUPS,
     "format": FORMAT_NAMES,
     "grid": ("hessian", "absmax"),
     "order": ("descending", "natural"),
@@ -39,7 +40,7 @@ class Recipe:
     group_size: int = 128  # -1: one group per row
     symmetric: bool = True
     ignore: tuple[str, ...] = ()
-    format: str = "compressed-tensors"
+    format: str = DEFAULT
     exports: tuple[str, ...] = ()  # further formats, each written into a folder of its name
     # solver
     grid: str = "hessian"

@@ -1,25 +1,23 @@
 """How bytes lie. A format turns the canonical codes and scales into named tensors and a config, and reads them back.
 
-A new format is one file and one line in FORMATS.
+A new format is one file beside this one, its entry in `facts.py`, and one line in FORMATS of `table.py`. This module
+imports neither torch nor a format before one is asked for: the command line reads `facts.py` for `--help`.
 """
 
-from llmquant.formats.awq import AWQ
-from llmquant.formats.base import Format, LinearSpec
-from llmquant.formats.compressed_tensors import CompressedTensors
-from llmquant.formats.fake import Fake
-from llmquant.formats.gguf import GGUF
-from llmquant.formats.gptq import GPTQ
-from llmquant.formats.mlx import MLX
+from typing import TYPE_CHECKING, Any
 
-FORMATS: dict[str, Format] = {
-    "compressed-tensors": CompressedTensors(),
-    "gptq": GPTQ(),
-    "awq": AWQ(),
-    "mlx": MLX(),
-    "gguf": GGUF(),
-    "fake": Fake(),
-}
-# Formats that hold the dequantized weights in the checkpoint's own dtype, and no codes.
-DENSE = frozenset({"fake"})
+if TYPE_CHECKING:
+    from llmquant.formats.base import Format, LinearSpec
+    from llmquant.formats.table import FORMATS
 
-__all__ = ["DENSE", "FORMATS", "Format", "LinearSpec"]
+__all__ = ["FORMATS", "Format", "LinearSpec"]
+
+_HOME = {"FORMATS": "table", "Format": "base", "LinearSpec": "base"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'llmquant.formats' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"llmquant.formats.{_HOME[name]}"), name)

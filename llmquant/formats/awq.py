@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import SourceError
-from llmquant.formats.base import Layout, LinearSpec, half_dtype, require_plain, signed, unsigned
+from llmquant.formats.base import Format, Layout, LinearSpec, half_dtype, signed, unsigned
 from llmquant.formats.packing import pack_rows, unpack_rows
 from llmquant.quant.grid import QuantizedWeight
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds column ORDER[i] of its eight
 
 
-class AWQ:
-    def check(self, specs: Sequence[LinearSpec]) -> None:
-        require_plain("awq", specs, bits=(4,), in_multiple=1, out_multiple=8, one_scheme=True, asymmetric=True)
+class AWQ(Format):
+    name = "awq"
 
     def layout(self, spec: LinearSpec) -> Layout:
         rows, columns = spec.shape
@@ -39,12 +38,6 @@ class AWQ:
             f"{spec.prefix}qzeros": _pack((zeros.T.short() + 8).to(torch.uint8)),
             f"{spec.prefix}scales": weight.scales_OG.T.contiguous().to(half_dtype(spec)),
         }
-
-    def weight_bits(self, spec: LinearSpec) -> int:
-        return sum(8 * dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self.layout(spec).values())
-
-    def loaded(self, spec: LinearSpec, weight: QuantizedWeight) -> Tensor:
-        return weight.dequantize()
 
     def config(self, specs: Sequence[LinearSpec], dense_linears: Sequence[str]) -> dict[str, Any]:
         return {

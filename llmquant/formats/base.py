@@ -1,14 +1,16 @@
 """The interface of a format."""
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from llmquant.errors import FormatError, option
+from llmquant.formats.facts import FACTS, GROUPS, Facts, formats_that
 from llmquant.quant.grid import QuantizedWeight, QuantScheme
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # tensor name -> dtype and shape
@@ -47,27 +49,94 @@ class LinearSpec:
         return self.key.removesuffix("weight")
 
 
-class Format(Protocol):
-    """A view of the canonical form."""
+class Format(ABC):
+    """A view of the canonical form. `name` is its key in FACTS, where all is said that needs no code."""
+
+    name: ClassVar[str]
+
+    @property
+    def facts(self) -> Facts:
+        return FACTS[self.name]
 
     def check(self, specs: Sequence[LinearSpec]) -> None:
-        """FormatError where the format cannot hold these linears; called before any work."""
+        """FormatError, with the offender's name, where the format cannot hold these linears; before any work."""
+        for spec in specs:
+            self._check_one(spec)
+        first = specs[0]
+        for spec in specs:
+            if not self.facts.mixes and spec.scheme != first.scheme:
+                raise FormatError(
+                    spec.module,
+                    f"{spec.scheme.bits} bits, group size {spec.scheme.group_size}",
+                    expected=f"{self.name} knows one scheme for all layers, as {first.module} has",
+                    remedy=f"use {option('format')} compressed-tensors",
+                )
 
+    def _check_one(self, spec: LinearSpec) -> None:
+        (rows, columns), scheme, facts = spec.shape, spec.scheme, self.facts
+        if spec.transposed and not facts.conv1d:
+            raise FormatError(
+                spec.module,
+                f"{self.name} cannot hold {spec.kind} layers",
+                expected="nn.Linear",
+                remedy=f"use {option('format')} fake",
+            )
+        if scheme.bits not in facts.bits:
+            raise FormatError(
+                spec.module,
+                f"{scheme.bits} bits in {self.name}",
+                expected=" or ".join(map(str, facts.bits)),
+                remedy=f"change {option('bits')}",
+            )
+        if not scheme.symmetric and scheme.bits not in facts.zero_points:
+            *others, last = formats_that(lambda other: scheme.bits in other.zero_points)
+            widths = " or ".join(map(str, facts.zero_points))
+            raise FormatError(
+                spec.module,
+                "an asymmetric grid" + (f" of {scheme.bits} bits" if widths else "") + f" in {self.name}",
+                expected="a symmetric grid" + (f", or {widths} bits" if widths else ""),
+                remedy=f"leave {option('asymmetric')} out, or use {option('format')} {', '.join(others)} or {last}",
+            )
+        if facts.groups != GROUPS and scheme.group_size not in facts.groups:
+            raise FormatError(
+                spec.module,
+                f"group size {scheme.group_size} in {self.name}",
+                expected=" or ".join(map(str, facts.groups)),
+                remedy=f"change {option('group_size')}",
+            )
+        if columns % facts.in_multiple or rows % facts.out_multiple:
+            raise FormatError(
+                spec.module,
+                f"{rows} outputs, {columns} inputs in {self.name}",
+                expected=f"multiples of {facts.out_multiple} and {facts.in_multiple}",
+                remedy=f"keep it in 16 bit with {option('ignore')}, or use {option('format')} compressed-tensors",
+            )
+
+    @abstractmethod
     def layout(self, spec: LinearSpec) -> Layout:
         """Names, dtypes and shapes of the tensors that `tensors` will give for this linear."""
 
+    @abstractmethod
     def tensors(self, spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
         """The tensors of one linear."""
 
     def loaded(self, spec: LinearSpec, weight: QuantizedWeight) -> Tensor:
         """weight_OI in float32 as a loader of `tensors` computes it, roundings of the format included."""
+        return weight.dequantize()
 
+    @abstractmethod
     def config(self, specs: Sequence[LinearSpec], dense_linears: Sequence[str]) -> dict[str, Any]:
         """Entries for config.json. `dense_linears`: module names of all linears that stay as they are."""
 
+    def model_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The model's own config.json as the format's runtimes want it; most take it as it is."""
+        return config
+
     def weight_bits(self, spec: LinearSpec) -> int:
         """Stored bits of the weight: codes, scales and zeros."""
+        return sum(8 * dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self.layout(spec).values())
 
+    @abstractmethod
     def read(self, spec: LinearSpec, read: Callable[[str], Tensor]) -> QuantizedWeight | Tensor:
         """Inverse of `tensors`, from a reader of stored tensors by name; a dense weight_OI where nothing is packed."""
 
@@ -104,54 +173,3 @@ def in_block(module: str) -> tuple[str, str] | None:
 def half_dtype(spec: LinearSpec) -> torch.dtype:
     """bf16 where the checkpoint is in bf16, else fp16; canonical scales are exact in both."""
     return torch.bfloat16 if spec.dtype == torch.bfloat16 else torch.float16
-
-
-def require_plain(
-    name: str,
-    specs: Sequence[LinearSpec],
-    *,
-    bits: Sequence[int],
-    in_multiple: int,
-    out_multiple: int,
-    one_scheme: bool,
-    asymmetric: bool = False,
-) -> None:
-    """FormatError, with the offender's name, where a linear is not one that the format `name` can hold."""
-    for spec in specs:
-        rows, columns = spec.shape
-        where, scheme = spec.module, spec.scheme
-        if spec.transposed:
-            raise FormatError(
-                where,
-                f"{name} cannot hold {spec.kind} layers",
-                expected="nn.Linear",
-                remedy=f"use {option('format')} fake",
-            )
-        if scheme.bits not in bits:
-            raise FormatError(
-                where,
-                f"{scheme.bits} bits in {name}",
-                expected=" or ".join(map(str, bits)),
-                remedy=f"change {option('bits')}",
-            )
-        if not scheme.symmetric and not asymmetric:
-            raise FormatError(
-                where,
-                f"an asymmetric grid in {name}",
-                expected="a symmetric grid",
-                remedy=f"leave {option('asymmetric')} out, or use {option('format')} awq, mlx, gguf or fake",
-            )
-        if columns % in_multiple or rows % out_multiple:
-            raise FormatError(
-                where,
-                f"{rows} outputs, {columns} inputs in {name}",
-                expected=f"multiples of {out_multiple} and {in_multiple}",
-                remedy=f"keep it in 16 bit with {option('ignore')}, or use {option('format')} compressed-tensors",
-            )
-        if one_scheme and scheme != specs[0].scheme:
-            raise FormatError(
-                where,
-                f"{scheme.bits} bits, group size {scheme.group_size}",
-                expected=f"{name} knows one scheme for all layers, as {specs[0].module} has",
-                remedy=f"use {option('format')} compressed-tensors",
-            )

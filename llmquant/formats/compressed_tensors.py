@@ -11,28 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmquant.errors import FormatError, option
-from llmquant.formats.base import Layout, LinearSpec, signed, unsigned
+from llmquant.formats.base import Format, Layout, LinearSpec, signed, unsigned
 from llmquant.formats.packing import pack_rows, unpack_rows
 from llmquant.quant.grid import QuantizedWeight, QuantScheme
 
 
-class CompressedTensors:
-    def check(self, specs: Sequence[LinearSpec]) -> None:
-        if odd := [spec for spec in specs if spec.transposed]:
-            raise FormatError(
-                odd[0].module,
-                f"compressed-tensors cannot hold {odd[0].kind} layers ({len(odd)} of them)",
-                expected="nn.Linear",
-                remedy=f"use {option('format')} fake",
-            )
-        if any(not spec.scheme.symmetric for spec in specs):
-            raise FormatError(
-                "compressed-tensors",
-                "an asymmetric grid, which its loader cannot open by default",
-                expected="a symmetric grid",
-                remedy=f"leave {option('asymmetric')} out, or use {option('format')} awq, mlx, gguf (4 bits) or fake",
-            )
+class CompressedTensors(Format):
+    name = "compressed-tensors"
 
     def layout(self, spec: LinearSpec) -> Layout:
         rows, columns = spec.shape
@@ -52,9 +37,6 @@ class CompressedTensors:
     def weight_bits(self, spec: LinearSpec) -> int:
         rows, columns = spec.shape
         return rows * (columns * spec.scheme.bits + spec.scheme.groups(columns) * 8 * spec.dtype.itemsize)
-
-    def loaded(self, spec: LinearSpec, weight: QuantizedWeight) -> Tensor:
-        return weight.dequantize()
 
     def config(self, specs: Sequence[LinearSpec], dense_linears: Sequence[str]) -> dict[str, Any]:
         schemes = list(dict.fromkeys(spec.scheme for spec in specs))

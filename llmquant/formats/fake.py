@@ -5,13 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
-from llmquant.formats.base import Layout, LinearSpec
+from llmquant.formats.base import Format, Layout, LinearSpec
 from llmquant.quant.grid import QuantizedWeight
 
 
-class Fake:
-    def check(self, specs: Sequence[LinearSpec]) -> None:
-        """Holds anything."""
+class Fake(Format):
+    name = "fake"
 
     def layout(self, spec: LinearSpec) -> Layout:
         return {spec.key: (spec.dtype, spec.shape[::-1] if spec.transposed else spec.shape)}
@@ -19,9 +18,6 @@ class Fake:
     def tensors(self, spec: LinearSpec, weight: QuantizedWeight) -> dict[str, Tensor]:
         dense = weight.dequantize(spec.dtype)
         return {spec.key: dense.T.contiguous() if spec.transposed else dense}
-
-    def weight_bits(self, spec: LinearSpec) -> int:
-        return spec.shape[0] * spec.shape[1] * 8 * spec.dtype.itemsize
 
     def loaded(self, spec: LinearSpec, weight: QuantizedWeight) -> Tensor:
         return weight.dequantize(spec.dtype).float()

@@ -1,4 +1,4 @@
-"""GGUF blocks of llama.cpp: Q4_0, Q4_1 and Q8_0, 32 weights of a row each. The file around them: gguf_file.py.
+"""GGUF blocks of llama.cpp: Q4_0, Q4_1 and Q8_0, 32 weights of a row each. The file around them: gguf/file.py.
 
 Q4_0  fp16 d, 16 bytes: weight j in the low half of byte j, weight j + 16 in the high half; w = d (u - 8)
 Q4_1  fp16 d, fp16 m, 16 bytes likewise; w = d u + m
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import FormatError, option
-from llmquant.formats.base import Layout, LinearSpec, from_minima, require_plain, signed, unsigned
+from llmquant.formats.base import Format, Layout, LinearSpec, from_minima, signed, unsigned
 from llmquant.quant.grid import QuantizedWeight, QuantScheme
 
 BLOCK = 32
@@ -27,19 +27,10 @@ def kind_of(scheme: QuantScheme) -> str:
     return _KINDS[scheme.bits, scheme.symmetric]
 
 
-class GGUF:
+class GGUF(Format):
     """The blocks of one linear as uint8 [out_features, bytes of a row], under the weight's own name."""
 
-    def check(self, specs: Sequence[LinearSpec]) -> None:
-        require_plain("gguf", specs, bits=(4, 8), in_multiple=BLOCK, out_multiple=1, one_scheme=False, asymmetric=True)
-        for spec in specs:
-            if (spec.scheme.bits, spec.scheme.symmetric) not in _KINDS:
-                raise FormatError(
-                    spec.module,
-                    "an asymmetric grid of 8 bits in gguf",
-                    expected="4 bits",
-                    remedy=f"leave {option('asymmetric')} out",
-                )
+    name = "gguf"
 
     def layout(self, spec: LinearSpec) -> Layout:
         rows, columns = spec.shape

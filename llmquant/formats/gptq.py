@@ -13,17 +13,15 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import FormatError, option
-from llmquant.formats.base import Layout, LinearSpec, half_dtype, in_block, require_plain, signed, unsigned
+from llmquant.formats.base import Format, Layout, LinearSpec, half_dtype, in_block, signed, unsigned
 from llmquant.formats.packing import pack_rows, unpack_rows
 from llmquant.quant.grid import QuantizedWeight
 
 _ZEROS = {4: 0x77777777, 8: 0x7F7F7F7F}
 
 
-class GPTQ:
-    def check(self, specs: Sequence[LinearSpec]) -> None:
-        # 32 is what its kernels in transformers ask of both sides.
-        require_plain("gptq", specs, bits=(4, 8), in_multiple=32, out_multiple=32, one_scheme=True)
+class GPTQ(Format):
+    name = "gptq"
 
     def layout(self, spec: LinearSpec) -> Layout:
         (rows, columns), bits = spec.shape, spec.scheme.bits
@@ -44,12 +42,6 @@ class GPTQ:
             f"{spec.prefix}scales": weight.scales_OG.T.contiguous().to(half_dtype(spec)),
             f"{spec.prefix}g_idx": torch.arange(columns, dtype=torch.int32) // spec.scheme.group(columns),
         }
-
-    def weight_bits(self, spec: LinearSpec) -> int:
-        return sum(8 * dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self.layout(spec).values())
-
-    def loaded(self, spec: LinearSpec, weight: QuantizedWeight) -> Tensor:
-        return weight.dequantize()
 
     def config(self, specs: Sequence[LinearSpec], dense_linears: Sequence[str]) -> dict[str, Any]:
         scheme = specs[0].scheme

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import FormatError, option
-from llmquant.formats.base import Layout, LinearSpec, from_minima, require_plain, signed, unsigned
+from llmquant.formats.base import Format, Layout, LinearSpec, from_minima, signed, unsigned
 from llmquant.formats.packing import pack_rows, unpack_rows
 from llmquant.quant.grid import QuantizedWeight
 
 
-class MLX:
+class MLX(Format):
+    name = "mlx"
+
     def check(self, specs: Sequence[LinearSpec]) -> None:
-        require_plain(
-            "mlx", specs, bits=(2, 3, 4, 8), in_multiple=32, out_multiple=1, one_scheme=False, asymmetric=True
-        )
+        super().check(specs)
         for spec in specs:
             if (spec.scheme.bits, spec.scheme.symmetric, spec.dtype) == (8, False, torch.bfloat16):
                 raise FormatError(
@@ -31,13 +31,6 @@ class MLX:
                     "an asymmetric grid of 8 bits in mlx, whose bias bfloat16 would round by up to a step",
                     expected="a symmetric grid, or 4 bits",
                     remedy=f"leave {option('asymmetric')} out",
-                )
-            if spec.scheme.group_size not in (32, 64, 128):
-                raise FormatError(
-                    spec.module,
-                    f"group size {spec.scheme.group_size} in mlx",
-                    expected="32, 64 or 128",
-                    remedy=f"change {option('group_size')}",
                 )
 
     def layout(self, spec: LinearSpec) -> Layout:
@@ -60,9 +53,6 @@ class MLX:
             f"{spec.prefix}biases": biases,
         }
 
-    def weight_bits(self, spec: LinearSpec) -> int:
-        return sum(8 * dtype.itemsize * torch.Size(shape).numel() for dtype, shape in self.layout(spec).values())
-
     def loaded(self, spec: LinearSpec, weight: QuantizedWeight) -> Tensor:
         return weight.dequantize() if weight.zeros_OG is None else from_minima(weight, _biases(spec, weight).float())
 
@@ -75,6 +65,18 @@ class MLX:
         # mlx-lm reads the first, the Hub shows the second; a linear without scales stays dense by itself.
         return {"quantization": table, "quantization_config": table}
 
+    def model_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """With `rope_theta` and `rope_scaling` at its top, where mlx-lm 0.32 looks for them in most models.
+
+        transformers 5 saves them under rope_parameters only, and mlx-lm would then silently take its own default.
+        """
+        rope = config.get("rope_parameters")
+        if not isinstance(rope, dict) or "rope_theta" not in rope:
+            return config
+        scaled = rope.get("rope_type", "default") != "default"
+        flat = {"rope_theta": rope["rope_theta"]} | ({"rope_scaling": rope} if scaled else {})
+        return flat | config
+
     def read(self, spec: LinearSpec, read: Callable[[str], Tensor]) -> QuantizedWeight:
         codes = unpack_rows(read(f"{spec.prefix}weight").view(torch.int32), spec.scheme.bits, spec.shape[1])
         scales, zeros = read(f"{spec.prefix}scales").float(), None
@@ -82,19 +84,6 @@ class MLX:
             zeros = (-read(f"{spec.prefix}biases").float() / scales).round() - 2 ** (spec.scheme.bits - 1)
             zeros = zeros.to(torch.int8)
         return QuantizedWeight(signed(codes, spec.scheme.bits), scales, spec.scheme, zeros)
-
-
-def flat_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """The config with `rope_theta` and `rope_scaling` at its top, where mlx-lm 0.32 looks for them in most models.
-
-    transformers 5 saves them under rope_parameters only, and mlx-lm would then silently take its own default.
-    """
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
-        return config
-    scaled = rope.get("rope_type", "default") != "default"
-    flat = {"rope_theta": rope["rope_theta"]} | ({"rope_scaling": rope} if scaled else {})
-    return flat | config
 
 
 def _biases(spec: LinearSpec, weight: QuantizedWeight) -> Tensor:

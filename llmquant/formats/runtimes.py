@@ -13,6 +13,7 @@ import torch
 
 from llmquant.errors import FormatError, RecipeError, did_you_mean, option
 from llmquant.formats import FORMATS, LinearSpec
+from llmquant.formats.facts import formats_that
 
 Breaks = Callable[[LinearSpec], bool]
 
@@ -25,7 +26,7 @@ RUNTIMES = {
 }
 _MARLIN = "its quantization/utils/marlin_utils.py: supported types, group sizes, verify_marlin_supports_shape"
 _WNA16 = "its compressed_tensors/schemes/compressed_tensors_wNa16.py: WNA16_SUPPORTED_TYPES_MAP, and marlin_utils.py"
-_PACKED = ("compressed-tensors", "gptq", "awq")
+_PACKED = formats_that(lambda facts: facts.fused)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from llmquant.errors import SourceError
 from llmquant.source.layouts import Grid, PackedLinear, Read, Tensors
 
+METHOD = "gguf"  # the quant_method that `source.py` gives what it opens
 BLOCK = 32  # weights in the blocks of Q4_0, Q4_1 and Q8_0
 _GRIDS = {"Q4_0": 4, "Q8_0": 8}
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from llmquant.checkpoint import open_original
 from llmquant.errors import VerifyError
-from llmquant.formats import DENSE, FORMATS, LinearSpec
+from llmquant.formats import FORMATS, LinearSpec
+from llmquant.formats.facts import FACTS
 from llmquant.log import SILENT, Log, progress_of
 from llmquant.output.check_files import check_beside, check_code, check_config, read_json, verify_files
 from llmquant.output.gguf_spec import ROPE, Expected, Order
@@ -157,7 +158,7 @@ class Container:
     def _check_row(self, row: dict[str, Any], spec: LinearSpec | None, expected: str | None) -> None:
         """Shape, range and finiteness, and the digest that was taken when the tensor was computed."""
         name = row["name"]
-        if spec is None or self.format_name in DENSE:
+        if spec is None or FACTS[self.format_name].dense:
             place = self.places[name]
             if list(place.shape) != row["shape"]:
                 raise VerifyError(name, f"shape {list(place.shape)}", expected=str(row["shape"]))
@@ -219,7 +220,7 @@ class Container:
 
     def _as_loaded(self, spec: LinearSpec) -> np.ndarray[Any, np.dtype[np.float32]]:
         """weight_OI as a loader computes it; MLX adds a bias, which may be rounded, where others subtract a zero."""
-        if self.format_name in DENSE:
+        if FACTS[self.format_name].dense:
             return self.places[spec.key].floats()
         codes, scales, *zeros = DECODERS[self.format_name](spec, self.places)
         groups = codes.astype(np.float32).reshape(*scales.shape, -1)

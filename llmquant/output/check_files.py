@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llmquant.errors import SourceError, VerifyError, option
-from llmquant.formats import DENSE
 from llmquant.formats.base import in_block
+from llmquant.formats.facts import FACTS
 from llmquant.run_dir.manifest import COST, MANIFEST, sha256
 from llmquant.source.base import Source
 from llmquant.source.remote_code import code_files, references
@@ -61,7 +61,7 @@ def check_config(root: Path, format_name: str, rows: list[dict[str, Any]]) -> No
     """What loaders are told fits the ledger: bits, group sizes, and which linears stay dense."""
     config = read_json(root, "config.json")
     told = {key: config[key] for key in ("quantization_config", "quantization") if config.get(key)}
-    if format_name in DENSE:
+    if FACTS[format_name].dense:
         if told:
             raise VerifyError("config.json", "tells of a quantization", expected=f"none, as in format {format_name}")
         return

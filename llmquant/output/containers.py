@@ -11,8 +11,8 @@ from torch import Tensor
 
 from llmquant.errors import FormatError, option
 from llmquant.formats import FORMATS, LinearSpec
+from llmquant.formats.facts import FACTS
 from llmquant.formats.gguf import kind_of
-from llmquant.formats.mlx import flat_rope
 from llmquant.gguf.file import FLOATS, Entry, build_gguf
 from llmquant.gguf.model import GGUFModel
 from llmquant.gguf.tokenizer import tokenizer_metadata
@@ -55,14 +55,14 @@ def open_output(
     format_name: str, source: Source, skeleton: Skeleton, plan: Plan, gguf_pre: str | None = None
 ) -> Output:
     """The container of a format. FormatError where it cannot hold the model; nothing is written yet."""
-    if format_name in ("gguf", "mlx") and "AutoModelForCausalLM" in (source.safe_config.get("auto_map") or {}):
+    if not FACTS[format_name].remote_code and "AutoModelForCausalLM" in (source.safe_config.get("auto_map") or {}):
         raise FormatError(
             format_name,
             f"a model of its own code ({option('trust_remote_code')})",
             expected="a model that its runtimes know",
         )
-    if format_name == "gguf":
-        return GGUFFile(source, skeleton, plan, gguf_pre)
+    if FACTS[format_name].one_file:
+        return GGUFFile(format_name, source, skeleton, plan, gguf_pre)
     return Shards(format_name, source, plan)
 
 
@@ -93,9 +93,7 @@ class Shards:
         return self.format.read(spec, run.tensors.read)
 
     def finish(self, run: RunDir, folder: str = "") -> None:
-        config = self.source.safe_config
-        if self.record.format_name == "mlx":
-            config = flat_rope(config)
+        config = self.format.model_config(self.source.safe_config)
         run.write_json(f"{folder}config.json", config | self.entries)
         for file in self.source.side_files():
             run.write_bytes(folder + file, self.source.local(file).read_bytes())
@@ -105,9 +103,11 @@ class Shards:
 class GGUFFile:
     """One .gguf file: names, order of rows, metadata and tokenizer as llama.cpp wants them; and the licence."""
 
-    def __init__(self, source: Source, skeleton: Skeleton, plan: Plan, pre: str | None = None) -> None:
+    def __init__(
+        self, format_name: str, source: Source, skeleton: Skeleton, plan: Plan, pre: str | None = None
+    ) -> None:
         self.source, self.skeleton = source, skeleton
-        self.format, self.record = FORMATS["gguf"], Record("gguf")
+        self.format, self.record = FORMATS[format_name], Record(format_name)
         self.model = GGUFModel(skeleton.model.config.to_dict())
         rows = [row for row in plan.rows if self._why_not(row) is None]
         self.left_out = [
@@ -116,7 +116,7 @@ class GGUFFile:
             if (why := self._why_not(row)) is not None
         ]
         self.names = {row.name: self.model.name(row.name) for row in rows}
-        self.expected = Expected("gguf", source.config)
+        self.expected = Expected(format_name, source.config)
         kinds = Counter(kind_of(row.spec.scheme) for row in rows if row.spec is not None)
         self.kind = kinds.most_common(1)[0][0]
         self.entries = [self._entry(row) for row in rows]

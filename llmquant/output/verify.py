@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmquant.errors import VerifyError
-from llmquant.formats import DENSE, LinearSpec
+from llmquant.formats import LinearSpec
+from llmquant.formats.facts import FACTS, Facts
 from llmquant.plan import Plan
 from llmquant.quant.grid import QuantizedWeight
 
@@ -47,6 +48,10 @@ class Record:
 
     _new: list[str] = field(default_factory=list)
 
+    @property
+    def facts(self) -> Facts:
+        return FACTS[self.format_name]
+
     def take_new(self) -> dict[str, str]:
         """Digests since the last call."""
         new, self._new = {name: self.digests[name] for name in self._new}, []
@@ -65,7 +70,7 @@ class Record:
         self._note(name, digest(flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, np.uint8)))
 
     def quantized(self, spec: LinearSpec, weight: QuantizedWeight) -> None:
-        if self.format_name in DENSE:  # its weights are what can be compared
+        if self.facts.dense:  # its weights are what can be compared
             dense = weight.dequantize(spec.dtype)
             self.copied(spec.key, dense.T if spec.transposed else dense)
         else:
@@ -290,7 +295,8 @@ def _decode_gguf(spec: LinearSpec, places: Mapping[str, Place]) -> Decoded:
     return codes, scales, (steps - 8).astype(np.int8)
 
 
-# Formats that hold codes; the others are compared as dense weights.
+# Formats that hold codes; the others are compared as dense weights. The names are written here once more, and widths
+# and layouts above, because a reader that took them from `formats/` would repeat a mistake made there.
 DECODERS: dict[str, Callable[[LinearSpec, Mapping[str, Place]], Decoded]] = {
     "compressed-tensors": _decode_compressed_tensors,
     "gptq": _decode_gptq,

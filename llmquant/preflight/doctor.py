@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmquant.errors import SourceError
+from llmquant.formats.facts import FACTS
 from llmquant.source.hub import reach_hub
 from llmquant.versions import installed
 
@@ -16,13 +17,6 @@ PACKAGES = (
     *("llmquant", "torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "bitsandbytes"),
     *("compressed-tensors", "huggingface_hub", "numpy", "typer", "rich", "matplotlib", "jinja2"),
 )
-# What opens the output of each format, as (module, package).
-RUNTIMES = {
-    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
-    "gptq": ("gptqmodel", "gptqmodel"),
-    "awq": ("gptqmodel", "gptqmodel"),
-    "mlx": ("mlx", "mlx-lm"),
-}
 
 
 def diagnose(folder: Path = Path()) -> dict[str, Any]:
@@ -98,11 +92,9 @@ def _hub() -> dict[str, Any]:
 
 def _formats() -> dict[str, dict[str, Any]]:
     """Every output format, and what its checkpoints need to be opened here."""
-    from llmquant.formats import FORMATS
-
     found = {}
-    for name in FORMATS:
-        module, package = RUNTIMES.get(name, ("transformers", "transformers"))
+    for name, facts in FACTS.items():
+        module, package = facts.opened_by
         found[name] = {"opened_by": package, "installed": importlib.util.find_spec(module) is not None}
     return found
 

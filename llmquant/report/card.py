@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmquant.formats.facts import FACTS
 from llmquant.report.command import command_of
 from llmquant.report.data import Evaluation, RunReport, TextWindows
 from llmquant.report.plain import plain
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 _NAMES = {"wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1:test", "c4": "allenai/c4:en:validation"}
 _TITLES = {"vllm": "vLLM", "sglang": "SGLang"}
-_NEEDS = {"compressed-tensors": " compressed-tensors", "gptq": " optimum gptqmodel", "awq": " gptqmodel"}
 _TRANSFORMERS = """# pip install transformers{packages}
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -96,7 +96,7 @@ def _metadata(name: str, report: RunReport, base_model: str | None) -> str:
     data = ModelCardData(
         base_model=base_model,
         model_name=name,
-        library_name={"mlx": "mlx", "gguf": "gguf"}.get(recipe["format"], "transformers"),
+        library_name=FACTS[recipe["format"]].library,
         pipeline_tag=card.pop("pipeline_tag", "text-generation"),
         tags=["llmquant", f"{recipe['bits']}-bit", recipe["format"], *recipe.get("exports", [])],
         datasets=_datasets(card.pop("datasets", []), report.calibration),
@@ -152,7 +152,7 @@ def _uses(name: str, report: RunReport) -> list[dict[str, str]]:
     for format_name, runtimes in report.runtimes.items():
         for runtime, facts in runtimes.items():
             code = _snippet(runtime, format_name, name, report) if facts.opens else None
-            if code is None or runtime in shown or (format_name not in (main, "gguf")):
+            if code is None or runtime in shown or (format_name != main and not FACTS[format_name].one_file):
                 continue
             shown[runtime] = {
                 "title": _TITLES.get(runtime, runtime),
@@ -167,15 +167,16 @@ def _snippet(runtime: str, format_name: str, name: str, report: RunReport) -> st
     """`name` with a slash is a repository, without one a folder."""
     gguf = next((file for file in report.files if file.endswith(".gguf")), "")
     code = bool(report.model.remote_code)
+    facts = FACTS[format_name]
     if runtime == "transformers":
-        more = f', gguf_file="{gguf}"' if format_name == "gguf" else ", trust_remote_code=True" if code else ""
-        packages = " gguf" if format_name == "gguf" else _NEEDS.get(format_name, "")
+        more = f', gguf_file="{gguf}"' if facts.one_file else ", trust_remote_code=True" if code else ""
+        packages = "".join(f" {package}" for package in facts.packages)
         return _TRANSFORMERS.format(name=name, more=more, packages=packages)
     if runtime == "llama.cpp":
         kind = gguf.removesuffix(".gguf").rpartition("-")[2]
         where = f"-hf {name}:{kind}" if "/" in name else f"-m {name}/{gguf}"
         return f'llama-cli {where} -p "The history of"'
-    if format_name == "gguf":
+    if facts.one_file:
         return None  # needs a local file and a foreign tokenizer
     flag = " --trust-remote-code" if code else ""
     return {

@@ -318,6 +318,7 @@ def bitsandbytes(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[s
     return found
 
 
+# By quant_method in the config, as the tools that wrote it spell it; not every one is a format of ours.
 LAYOUTS: dict[str, Callable[[Tensors, dict[str, Any], Read], dict[str, PackedLinear]]] = {
     "compressed-tensors": compressed_tensors,
     "gptq": gptq,
@@ -325,3 +326,8 @@ LAYOUTS: dict[str, Callable[[Tensors, dict[str, Any], Read], dict[str, PackedLin
     "mlx": mlx,
     "bitsandbytes": bitsandbytes,
 }
+
+
+def unnamed(config: dict[str, Any]) -> str | None:
+    """The layout of a config that names no method: mlx-lm writes only bits and group size."""
+    return "mlx" if {"group_size", "bits"} <= config.keys() else None

@@ -18,7 +18,6 @@ import llmquant
 from llmquant.demo import DEMO
 from llmquant.errors import FormatError, SourceError
 from llmquant.formats import FORMATS, LinearSpec
-from llmquant.formats.mlx import flat_rope
 from llmquant.output.verify import Record
 from llmquant.quant.grid import QuantizedWeight
 
@@ -264,15 +263,15 @@ def test_mlx_lm_agrees_to_float32_on_other_models(
 
 def test_rope_is_where_mlx_lm_looks_for_it() -> None:
     linear = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
-    assert flat_rope({"rope_parameters": linear}) == {
+    assert FORMATS["mlx"].model_config({"rope_parameters": linear}) == {
         "rope_theta": 5e5,
         "rope_scaling": linear,
         "rope_parameters": linear,
     }
     plain = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
-    assert flat_rope(plain) == {"rope_theta": 1e4} | plain
-    assert flat_rope(plain | {"rope_theta": 7.0})["rope_theta"] == 7.0
-    assert flat_rope({"n_embd": 3}) == {"n_embd": 3}
+    assert FORMATS["mlx"].model_config(plain) == {"rope_theta": 1e4} | plain
+    assert FORMATS["mlx"].model_config(plain | {"rope_theta": 7.0})["rope_theta"] == 7.0
+    assert FORMATS["mlx"].model_config({"n_embd": 3}) == {"n_embd": 3}
 
 
 @pytest.mark.parametrize("name", ["gptq", "gptq8", "awq", "awq-asymmetric"])

@@ -1,0 +1,121 @@
+"""What is known of each output format, as data: read by the recipe, the lint, the card, `doctor` and README's tables.
+
+Nothing here imports torch: `llmquant --help` and shell completion read these facts and must not wait for it. How the
+bytes lie is code, one file for each format beside this one; `Format.facts` ties the two together.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+WIDTHS = (2, 3, 4, 8)  # bits of a code
+GROUPS = (32, 64, 128, -1)  # weights that share a scale; -1: a whole row
+DEFAULT = "compressed-tensors"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One format.
+
+    title         what a card calls it
+    bits          widths of a code that it holds
+    groups        group sizes that it holds, of those that a recipe may name
+    zero_points   widths at which it holds asymmetric grids; empty: symmetric grids only
+    dense         it holds the dequantized weights in the checkpoint's own dtype, and no codes
+    exportable    its codes, scales and zeros can be read back as the grid that they were
+    mixes         how it says that linears differ in their schemes; "": all linears have one scheme
+    conv1d        it holds Conv1D layers (GPT-2), whose weights are transposed
+    in_multiple, out_multiple   what in_features and out_features must be divisible by
+    opened_by     (module, package) that opens it, for `doctor`
+    packages      what transformers needs beside itself to open it, for the card
+    library       `library_name` on the Hub
+    one_file      config, tokenizer and weights are one file, with no config.json beside it
+    remote_code   a model that brings its own Python code can be opened in it
+    fused         servers read its linears before they fuse q, k, v and gate, up: a fused set must be alike
+    """
+
+    title: str
+    bits: tuple[int, ...] = WIDTHS
+    groups: tuple[int, ...] = GROUPS
+    zero_points: tuple[int, ...] = ()
+    dense: bool = False
+    exportable: bool = False
+    mixes: str = ""
+    conv1d: bool = False
+    in_multiple: int = 1
+    out_multiple: int = 1
+    opened_by: tuple[str, str] = ("transformers", "transformers")
+    packages: tuple[str, ...] = ()
+    library: str = "transformers"
+    one_file: bool = False
+    remote_code: bool = True
+    fused: bool = False
+
+
+FACTS: dict[str, Facts] = {
+    "compressed-tensors": Facts(
+        "compressed-tensors, pack-quantized",
+        # Its loader opens asymmetric grids only where the config says "dequantize", and then one group of them.
+        exportable=True,
+        mixes="one of config_groups for each scheme, with the names of its modules",
+        opened_by=("compressed_tensors", "compressed-tensors"),
+        packages=("compressed-tensors",),
+        fused=True,
+    ),
+    "gptq": Facts(
+        "GPTQ, version 1",
+        bits=(4, 8),
+        exportable=True,
+        in_multiple=32,  # what its kernels in transformers ask of both sides
+        out_multiple=32,
+        opened_by=("gptqmodel", "gptqmodel"),
+        packages=("optimum", "gptqmodel"),
+        fused=True,
+    ),
+    "awq": Facts(
+        "AWQ, version gemm",
+        bits=(4,),
+        zero_points=(4,),
+        exportable=True,
+        out_multiple=8,
+        opened_by=("gptqmodel", "gptqmodel"),
+        packages=("gptqmodel",),
+        fused=True,
+    ),
+    "mlx": Facts(
+        "MLX, affine",
+        groups=(32, 64, 128),
+        zero_points=WIDTHS,
+        mixes="an entry for each module in `quantization`",
+        in_multiple=32,
+        opened_by=("mlx", "mlx-lm"),
+        library="mlx",
+        remote_code=False,
+    ),
+    "gguf": Facts(
+        "GGUF of Q4_0, Q4_1 and Q8_0 blocks",
+        bits=(4, 8),
+        zero_points=(4,),
+        mixes="a type for each tensor",
+        in_multiple=32,
+        packages=("gguf",),
+        library="gguf",
+        one_file=True,
+        remote_code=False,
+    ),
+    "fake": Facts(
+        "dense weights of the checkpoint's own dtype",
+        zero_points=WIDTHS,
+        dense=True,
+        mixes="dense weights need no scheme",
+        conv1d=True,
+    ),
+}
+
+
+def formats_that(fit: Callable[[Facts], bool]) -> tuple[str, ...]:
+    """Names of the formats whose facts `fit`, in the order of FACTS.
+
+    >>> formats_that(lambda facts: bool(facts.zero_points))
+    ('awq', 'mlx', 'gguf', 'fake')
+    """
+    return tuple(name for name, facts in FACTS.items() if fit(facts))
