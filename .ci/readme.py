@@ -66,11 +66,12 @@ def formats() -> str:
                 ", ".join(map(str, facts.bits)),
                 ", ".join("row" if g == -1 else str(g) for g in facts.groups),
                 "yes" if facts.zero_points else "no",
+                "yes" if facts.mixes else "no",
                 "yes" if name in READERS or facts.dense else "no",
                 ", ".join(f"{runtime}*" if runtime in warned else runtime for runtime in open_it),
             ]
         )
-    head = ["format", "bits", "groups of", "zero points", "`eval` reads it", "opened by"]
+    head = ["format", "bits", "groups of", "zero points", "mixed", "`eval` reads it", "opened by"]
     return table(head, rows) + "\n\n\\* with a remark that `plan` prints."
 
 

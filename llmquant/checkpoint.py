@@ -12,9 +12,10 @@ from llmquant.gguf.blocks import METHOD, gguf
 from llmquant.gguf.source import open_gguf_file, open_gguf_of
 from llmquant.source.base import OnlyGGUFError, Source
 from llmquant.source.header import TensorInfo
-from llmquant.source.layouts import LAYOUTS, PackedLinear, unnamed
+from llmquant.source.layouts import LAYOUTS, PackedLinear
 from llmquant.source.resolve import open_source
 from llmquant.source.small_floats import SMALL_FLOATS
+from llmquant.source.stated import unnamed
 
 READERS = {**LAYOUTS, METHOD: gguf}
 

@@ -34,7 +34,8 @@ _SECRETS = re.compile(
 )
 # Control characters, so that no text of others is taken for an option.
 _OPTION = re.compile("\x02([a-z_]+)\x03")
-_RENAMED = {"runtimes": "--for", "timed": "--time"}  # options of `llmquant run` that are not called as their field
+# Options of `llmquant run` that are not called as their field.
+_RENAMED = {"runtimes": "--for", "timed": "--time", "rules": "--rule"}
 
 
 def option(field: str) -> str:

@@ -27,7 +27,6 @@ from llmquant.report.data import RunReport, WeightFile
 from llmquant.report.parts import runtimes_of
 from llmquant.report.plain import parse_file, plain
 from llmquant.run_dir import RunDir
-from llmquant.source.layouts import PackedLinear
 from llmquant.source.names import natural_key
 
 
@@ -99,8 +98,7 @@ class Export:
         self.plan = self.output.plan
 
     def _make_plan(self) -> Plan:
-        groups = _common_group(list(self.source.packed.values()))
-        rows = [self._row(key, groups) for key in sorted(self.source.tensors, key=natural_key)]
+        rows = [self._row(key) for key in sorted(self.source.tensors, key=natural_key)]
         specs = [row.spec for row in rows if row.spec is not None]
         self.format.check(specs)
         layout: Layout = {}
@@ -111,7 +109,7 @@ class Export:
         dense = [n for n, m in self.skeleton.model.named_modules() if is_linear(m) and n not in quantized]
         return Plan(tuple(rows), tuple(dense), layout)
 
-    def _row(self, key: str, common: int | None) -> Row:
+    def _row(self, key: str) -> Row:
         info = self.source.tensors[key]
         dtype, linear = str(info.dtype).removeprefix("torch."), self.source.packed.get(key)
         if linear is None:
@@ -120,9 +118,9 @@ class Export:
             raise SourceError(key, f"{self.source.method} weights that are no integer grid", expected="a grid")
         module = self.skeleton.param_of[key].removesuffix(".weight")
         zeros = None if linear.symmetric else linear.grid(self.source.stored.read).zeros_OG
-        size = linear.shape[1] // linear.n_groups
-        group = -1 if linear.n_groups == 1 and size != common else size
-        scheme = QuantScheme(linear.bits, group, zeros is None or not bool(zeros.any()))
+        scheme = QuantScheme(
+            linear.bits, linear.group_size or linear.shape[1] // linear.n_groups, zeros is None or not bool(zeros.any())
+        )
         kind = type(self.skeleton.model.get_submodule(module)).__name__
         spec = LinearSpec(key, module, kind, (linear.shape[0], linear.shape[1]), linear.dtype, scheme)
         return Row(key, "quantized", f"quantized in {self.source.method}", dtype, linear.shape, None, spec)
@@ -172,9 +170,3 @@ class Export:
             evaluation=None if evaluation is None else evaluation.with_size(bits, self.plan.output_bytes),
             files={name: WeightFile(**facts) for name, facts in files.items()},
         )
-
-
-def _common_group(linears: Sequence[PackedLinear]) -> int | None:
-    """The one group size of all linears with several groups; a linear as wide as it has one group of it."""
-    sizes = {linear.shape[1] // linear.n_groups for linear in linears if linear.n_groups > 1}
-    return sizes.pop() if len(sizes) == 1 else None

@@ -25,7 +25,6 @@ from llmquant.model.skeleton import Skeleton
 from llmquant.model.streams import spilled
 from llmquant.output.containers import Output, open_output
 from llmquant.plan import Plan, make_plan
-from llmquant.quant.solvers import DATA_FREE
 from llmquant.recipe import Recipe, RunOptions
 from llmquant.source.base import Source
 from llmquant.source.card import read_card
@@ -56,8 +55,8 @@ class Draft:
 
     @property
     def calibrated(self) -> bool:
-        """Whether the method wants calibration text."""
-        return self.recipe.method not in DATA_FREE
+        """Whether some linear's solver wants calibration text."""
+        return self.plan.calibrated
 
     @property
     def target(self) -> Path:
@@ -109,10 +108,10 @@ def draft(
     """
     source = as_original(stored)
     skeleton = draft_model(source, recipe, log)
-    products = attempt(lambda: pick_products(recipe.products, skeleton.device, skeleton.dtype, recipe.bits))
     output = open_output(recipe.format, source, skeleton, make_plan(source, skeleton, recipe))
-    lanes = (ORIGINAL, OURS, *pick_baselines(recipe)) if recipe.eval_data != "none" else ()
     plan, formats = output.plan, (recipe.format, *recipe.exports)
+    products = attempt(lambda: pick_products(recipe.products, skeleton.device, skeleton.dtype, plan.most_bits))
+    lanes = (ORIGINAL, OURS, *pick_baselines(recipe, plan.mean_bits)) if recipe.eval_data != "none" else ()
     attempt(lambda: check_exports(recipe.exports, source, skeleton, plan))
     attempt(lambda: refuse_runtimes(options.runtimes, plan.specs, formats, plan.dense_linears))
     return Draft(recipe, options, source, skeleton, output, lanes, products or skeleton.dtype)

@@ -1,6 +1,8 @@
 """One row per tensor of the checkpoint: quantized or copied, and why. Nothing is left out silently."""
 
+import math
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,10 +11,13 @@ import torch
 from llmquant.errors import RecipeError, SourceError, option
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.formats.base import Layout
+from llmquant.formats.facts import fused_sets
 from llmquant.model.meta import is_conv1d, is_linear
 from llmquant.model.skeleton import Skeleton
 from llmquant.quant.grid import QuantScheme
+from llmquant.quant.solvers import DATA_FREE
 from llmquant.recipe import Recipe
+from llmquant.rules import Rule
 from llmquant.source.base import Source
 from llmquant.source.names import natural_key
 
@@ -30,6 +35,7 @@ class Row:
     shape: tuple[int, ...]
     block: int | None
     spec: LinearSpec | None = None
+    by_rule: bool = False  # a rule of the recipe had a say
 
     def as_dict(self) -> dict[str, Any]:
         """The row as report.json holds it. `module`, of quantized rows, is the name under which `layers` lists it."""
@@ -41,7 +47,9 @@ class Row:
             "shape": list(self.shape),
         }
         if self.spec is not None:
-            row |= {"module": self.spec.module, **asdict(self.spec.scheme)}
+            row |= {"module": self.spec.module, **asdict(self.spec.scheme)} | (
+                {"method": self.spec.method} if self.by_rule else {}
+            )
         return row
 
 
@@ -61,6 +69,21 @@ class Plan:
         return [row for row in self.rows if row.block == index]
 
     @property
+    def calibrated(self) -> bool:
+        """Whether some linear's solver wants calibration text."""
+        return any(spec.method not in DATA_FREE for spec in self.specs)
+
+    @property
+    def mean_bits(self) -> float:
+        """Bits of a code, over all quantized weights."""
+        sizes = [(spec.shape[0] * spec.shape[1], spec.scheme.bits) for spec in self.specs]
+        return sum(size * bits for size, bits in sizes) / sum(size for size, _ in sizes)
+
+    @property
+    def most_bits(self) -> int:
+        return max(spec.scheme.bits for spec in self.specs)
+
+    @property
     def output_bytes(self) -> int:
         return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in self.layout.values())
 
@@ -73,29 +96,23 @@ class Plan:
 def make_plan(source: Source, skeleton: Skeleton, recipe: Recipe) -> Plan:
     """Decide on every tensor of `source`.
 
-    Quantized: the weight of each Linear or Conv1D inside a decoder block that no --ignore pattern matches.
-    Everything else is copied. Raises RecipeError where a group size does not divide (all offenders named),
-    where nothing is left to quantize or a pattern matches nothing, FormatError by the format.
+    Quantized: the weight of each Linear or Conv1D inside a decoder block, as `treatments` says. Everything else is
+    copied. Raises RecipeError where a group size does not divide (all offenders named), where nothing is left to
+    quantize, or a rule or pattern decides nothing; FormatError by the format.
     """
-    patterns = {pattern: re.compile(pattern) for pattern in recipe.ignore}
-    unused = set(patterns)
-    rows = []
-    for key in sorted(source.tensors, key=natural_key):
-        ignored_by = [
-            p for p, compiled in patterns.items() if compiled.search(key) or compiled.fullmatch(_module(skeleton, key))
-        ]
-        unused.difference_update(ignored_by)
-        rows.append(_row(source, skeleton, recipe, key, ignored_by))
-    if unused:
-        raise RecipeError(
-            option("ignore"), f"{sorted(unused)[0]!r} matches no tensor", expected="a regular expression that does"
-        )
+    keys = sorted(source.tensors, key=natural_key)
+    chosen = treatments(keys, skeleton, recipe)
+    rows = [_row(source, skeleton, key, chosen.get(_module(skeleton, key))) for key in keys]
     specs = [row.spec for row in rows if row.spec is not None]
     if not specs:
+        kept = any(rule.keep for rule in recipe.rules)
         raise RecipeError(
-            source.name, "no linear is left to quantize", remedy=f"check {option('ignore')}", field="ignore"
+            source.name,
+            "no linear is left to quantize",
+            remedy=f"check {option('ignore')}" + " and the rules that keep" * kept,
+            field="ignore",
         )
-    _check_groups(specs, recipe)
+    _check_groups(specs)
 
     fmt = FORMATS[recipe.format]
     fmt.check(specs)
@@ -111,20 +128,126 @@ def make_plan(source: Source, skeleton: Skeleton, recipe: Recipe) -> Plan:
     return Plan(tuple(rows), tuple(dense), layout)
 
 
+@dataclass(frozen=True)
+class Treatment:
+    """How one linear is quantized; `scheme` None: it is kept. `why` is for the ledger, `by_rule`: a rule had a say."""
+
+    scheme: QuantScheme | None
+    method: str
+    why: str
+    by_rule: bool = False
+
+    @property
+    def care(self) -> tuple[float, ...]:
+        """How much of the weight it keeps: dense, then bits, smaller groups, zero points."""
+        if self.scheme is None:
+            return (math.inf,)
+        group = math.inf if self.scheme.group_size == -1 else self.scheme.group_size
+        return (self.scheme.bits, -group, not self.scheme.symmetric)
+
+
+def treatments(keys: Sequence[str], skeleton: Skeleton, recipe: Recipe) -> dict[str, Treatment]:
+    """The treatment of every linear of the decoder blocks whose weight is among `keys`, by the name of its module.
+
+    The first that matches decides: an --ignore pattern (in the tensor's name, or all of the module's), a rule, the
+    recipe's own fields. RecipeError where a pattern or a rule decides nothing.
+    """
+    chosen: dict[str, Treatment] = {}
+    unused_patterns, unused_rules = dict.fromkeys(recipe.ignore), dict.fromkeys(recipe.rules)
+    for key in keys:
+        module = _module(skeleton, key)
+        ignored = [p for p in recipe.ignore if re.search(p, key) or re.fullmatch(p, module)]
+        for pattern in ignored:
+            unused_patterns.pop(pattern, None)
+        if not _is_candidate(skeleton, key):
+            continue
+        rule = next((rule for rule in recipe.rules if rule.matches(module)), None)
+        if ignored:
+            chosen[module] = Treatment(None, "", f"--ignore {ignored[0]}")
+        else:
+            chosen[module] = _treatment(recipe, rule)
+            if rule is not None:
+                unused_rules.pop(rule, None)
+    if unused_patterns:
+        first = sorted(unused_patterns)[0]
+        raise RecipeError(option("ignore"), f"{first!r} matches no tensor", expected="a regular expression that does")
+    for rule in unused_rules:
+        _refuse_unused(rule, skeleton, chosen)
+    return _widened(chosen)
+
+
+def _is_candidate(skeleton: Skeleton, key: str) -> bool:
+    """Whether the tensor is the weight of a linear in a decoder block."""
+    param = skeleton.param_of.get(key)
+    if param is None or skeleton.block_of(param) is None or not param.endswith(".weight"):
+        return False
+    return is_linear(skeleton.model.get_submodule(param.removesuffix(".weight")))
+
+
+def _treatment(recipe: Recipe, rule: Rule | None) -> Treatment:
+    if rule is not None and rule.keep:
+        return Treatment(None, "", f"rule '{rule}'", True)
+    settings = {} if rule is None else rule.settings
+    bits, group_size, symmetric, method = (
+        settings.get(name, getattr(recipe, name)) for name in ("bits", "group_size", "symmetric", "method")
+    )
+    why = "linear layer of a decoder block" + ("" if rule is None else f", rule '{rule}'")
+    return Treatment(QuantScheme(bits, group_size, symmetric), method, why, rule is not None)
+
+
+def _refuse_unused(rule: Rule, skeleton: Skeleton, linears: Iterable[str]) -> None:
+    """RecipeError that says why no linear is decided by `rule`."""
+    where = f"rule '{rule}'"
+    if any(rule.matches(module) for module in linears):
+        raise RecipeError(
+            where,
+            "decides nothing: what stands before it matches all its linears",
+            remedy="put it before, or out",
+            field="rules",
+        )
+    found = [(name, type(m).__name__) for name, m in skeleton.model.named_modules() if name and rule.matches(name)]
+    if found:
+        name, kind = found[-1]
+        raise RecipeError(
+            where, f"matches {name} ({kind})", expected="a linear layer of a decoder block", field="rules"
+        )
+    raise RecipeError(where, "matches no module", expected="the name of a linear layer, or a part of it", field="rules")
+
+
+def _widened(chosen: dict[str, Treatment]) -> dict[str, Treatment]:
+    """Sets that servers run as one matrix (q, k, v; gate, up) get the scheme of their most careful member.
+
+    Only where a rule decided a member: --ignore alone keeps what it names and nothing else. It holds for all formats,
+    as one checkpoint may be exported to any other.
+    """
+    wider = dict(chosen)
+    for members in fused_sets(chosen):
+        best = max(members, key=lambda member: chosen[member].care)  # the first of equals
+        if not any(chosen[member].by_rule for member in members):
+            continue
+        for member in members:
+            if chosen[member].scheme != (scheme := chosen[best].scheme):
+                leaf, together = best.rpartition(".")[2], "servers run them as one matrix"
+                what = "linear layer of a decoder block, with the scheme" if scheme else f"{chosen[best].why}, the fate"
+                why = f"{what} of {leaf}: {together}"
+                wider[member] = Treatment(scheme, "" if scheme is None else chosen[member].method, why, True)
+    return wider
+
+
 def _module(skeleton: Skeleton, key: str) -> str:
     return skeleton.param_of.get(key, key).rpartition(".")[0]
 
 
-def _row(source: Source, skeleton: Skeleton, recipe: Recipe, key: str, ignored_by: list[str]) -> Row:
+def _row(source: Source, skeleton: Skeleton, key: str, treatment: Treatment | None) -> Row:
     info = source.tensors[key]
     param = skeleton.param_of.get(key)
     block = skeleton.block_of(param) if param is not None else None
-
+    dtype = str(info.dtype).removeprefix("torch.")
     form = source.stored_as(key)
     read_from = "" if form is None else f", dequantized from {form}"
 
     def copied(reason: str) -> Row:
-        return Row(key, "copied", reason + read_from, str(info.dtype).removeprefix("torch."), info.shape, block)
+        return Row(key, "copied", reason + read_from, dtype, info.shape, block)
 
     if param is None:
         return copied("not a parameter of the model class")
@@ -134,43 +257,34 @@ def _row(source: Source, skeleton: Skeleton, recipe: Recipe, key: str, ignored_b
         return copied(f"outside the decoder blocks ({type(module).__name__})")
     if not is_linear(module):
         return copied(f"not a linear layer ({type(module).__name__})")
-    if leaf != "weight":
+    if leaf != "weight" or treatment is None:
         return copied(f"{leaf} of a linear layer")
-    if ignored_by:
-        return copied(f"--ignore {ignored_by[0]}")
+    if treatment.scheme is None:
+        return copied(treatment.why)
     if info.dtype not in _STORABLE:
         raise SourceError(
-            key,
-            f"weights in {str(info.dtype).removeprefix('torch.')}",
-            expected="bfloat16, float16 or float32",
-            remedy="use a 16-bit checkpoint",
+            key, f"weights in {dtype}", expected="bfloat16, float16 or float32", remedy="use a 16-bit checkpoint"
         )
     conv = is_conv1d(module)
     shape = (info.shape[1], info.shape[0]) if conv else (info.shape[0], info.shape[1])
-    scheme = QuantScheme(recipe.bits, recipe.group_size, recipe.symmetric)
-    spec = LinearSpec(key, module_name, "Conv1D" if conv else type(module).__name__, shape, info.dtype, scheme)
-    return Row(
-        key,
-        "quantized",
-        "linear layer of a decoder block" + read_from,
-        str(info.dtype).removeprefix("torch."),
-        info.shape,
-        block,
-        spec,
-    )
+    kind = "Conv1D" if conv else type(module).__name__
+    spec = LinearSpec(key, module_name, kind, shape, info.dtype, treatment.scheme, treatment.method)
+    return Row(key, "quantized", treatment.why + read_from, dtype, info.shape, block, spec, treatment.by_rule)
 
 
-def _check_groups(specs: list[LinearSpec], recipe: Recipe) -> None:
+def _check_groups(specs: list[LinearSpec]) -> None:
     bad = [spec for spec in specs if not spec.scheme.divides(spec.shape[1])]
     if not bad:
         return
+    group_size = bad[0].scheme.group_size
+    bad = [spec for spec in bad if spec.scheme.group_size == group_size]
     kinds = sorted({f"{spec.module} ({spec.shape[1]})" for spec in bad}, key=natural_key)
     widths = {spec.shape[1] for spec in bad}
     fitting = [g for g in (128, 64, 32) if all(width % g == 0 for width in widths)]
     other = f"{option('group_size')} {fitting[0]} or " if fitting else ""
     raise RecipeError(
         ", ".join(kinds),
-        f"in_features not divisible by group size {recipe.group_size}",
+        f"in_features not divisible by group size {group_size}",
         remedy=f"use {other}{option('group_size')} -1, or keep them in 16 bit with {option('ignore')}",
         field="group_size",
     )

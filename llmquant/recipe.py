@@ -3,13 +3,14 @@
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from llmquant.errors import RecipeError, did_you_mean, option
-from llmquant.formats.facts import DEFAULT, FACTS, GROUPS, WIDTHS, formats_that
+from llmquant.formats.facts import DEFAULT, FACTS, formats_that
 from llmquant.paths import expanded
+from llmquant.rules import SETTINGS, Rule, make_rules
 
 # What the small built-in model changes: its context is short and its text fits in seconds.
 DEMO_DEFAULTS: dict[str, Any] = {"seq_len": 512, "eval_data": "builtin", "eval_tokens": 32768, "eval_seq_len": 512}
@@ -18,9 +19,7 @@ FORMAT_NAMES = tuple(FACTS)
 EXPORTABLE = formats_that(lambda facts: facts.exportable)
 
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "method": ("gptq", "rtn"),
-    "bits": WIDTHS,
-    "group_size": GROUPS,
+    **{name: SETTINGS[name] for name in ("method", "bits", "group_size")},
     "format": FORMAT_NAMES,
     "grid": ("hessian", "absmax"),
     "order": ("descending", "natural"),
@@ -39,6 +38,7 @@ class Recipe:
     bits: int = 4
     group_size: int = 128  # -1: one group per row
     symmetric: bool = True
+    rules: tuple[Rule, ...] = ()  # for some of the linears: the first that matches decides, see rules.py
     ignore: tuple[str, ...] = ()
     format: str = DEFAULT
     exports: tuple[str, ...] = ()  # further formats, each written into a folder of its name
@@ -68,6 +68,7 @@ class Recipe:
     max_shard_size: str = "5GB"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", make_rules(self.rules))  # each may be given as a text or a table
         self._check_formats()
         for name, allowed in CHOICES.items():
             if (value := getattr(self, name)) not in allowed or isinstance(value, bool):
@@ -111,14 +112,22 @@ class Recipe:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for reports, in the order of the fields."""
-        return asdict(self) | {"ignore": list(self.ignore), "exports": list(self.exports)}
+        """Plain data for reports, in the order of the fields; `rules` as texts, and only where there are any."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "rules" or self.rules}
+        lists = {
+            "rules": [str(rule) for rule in self.rules],
+            "ignore": list(self.ignore),
+            "exports": list(self.exports),
+        }
+        return plain | {name: value for name, value in lists.items() if name in plain}
 
     @property
     def scheme_name(self) -> str:
-        """As in the names of published checkpoints: W4A16-G128, W8A16-channel."""
+        """As in the names of published checkpoints: W4A16-G128, W8A16-channel; -mixed where rules set other schemes."""
         group = "channel" if self.group_size == -1 else f"G{self.group_size}"
-        return f"W{self.bits}A16-{group}" + ("" if self.symmetric else "-asym")
+        own = {name: getattr(self, name) for name in ("bits", "group_size", "symmetric")}
+        mixed = any(own != {name: rule.settings.get(name, value) for name, value in own.items()} for rule in self.rules)
+        return f"W{self.bits}A16-{group}" + "-asym" * (not self.symmetric) + "-mixed" * mixed
 
 
 @dataclass(frozen=True)
@@ -175,7 +184,7 @@ def from_mapping(values: Mapping[str, Any]) -> Recipe:
         if name not in known:
             raise RecipeError(f"recipe: {name}", "unknown key", remedy=did_you_mean(name, known))
         _check_type(name, value)
-    values = {name: tuple(value) if name in ("ignore", "exports") else value for name, value in values.items()}
+    values = {name: tuple(value) if name in ("rules", "ignore", "exports") else value for name, value in values.items()}
     if "," in (names := values.get("format", "")):  # several at once: the first is the checkpoint
         first, *others = (name.strip() for name in names.split(","))
         values |= {"format": first, "exports": tuple(dict.fromkeys(others))}
@@ -212,6 +221,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "propagation": (float, int, str),
     "ignore": (list, tuple),
     "exports": (list, tuple),
+    "rules": (list, tuple),
     "eval_tokens": (int, str),
 }
 _INTEGERS = ("bits", "group_size", "samples", "seq_len", "seed", "eval_seq_len")
@@ -222,7 +232,7 @@ def _check_type(name: str, value: Any) -> None:
     expected = " or ".join(kind.__name__ for kind in wanted)
     if not isinstance(value, wanted) or (isinstance(value, bool) and "bool" not in expected):
         raise RecipeError(f"recipe: {name}", f"{value!r}", expected=expected, field=name)
-    if isinstance(value, list | tuple) and not all(isinstance(item, str) for item in value):
+    if isinstance(value, list | tuple) and name != "rules" and not all(isinstance(item, str) for item in value):
         raise RecipeError(f"recipe: {name}", f"{value!r}", expected="a list of texts", field=name)
 
 

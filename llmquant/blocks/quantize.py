@@ -27,7 +27,7 @@ def quantize_block(
     `streams` holds the calibration hidden states; None for data-free methods. With passes = "step" each step's
     Hessian sees the quantized steps before it. With `advance` both streams are through the block afterwards.
     """
-    if streams is None or recipe.method in DATA_FREE:
+    if streams is None or all(spec.method in DATA_FREE for spec in specs):
         return [solved for spec in specs for solved in solve_step(block, Step([spec], 0.0), None, recipe)]
     steps = _steps(block, specs, recipe, streams)
     linears = block.linears

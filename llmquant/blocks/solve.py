@@ -1,6 +1,6 @@
 """Linears that share an input: one task for the solver, and its solution set back into the block linear by linear."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from llmquant.blocks.measure import Inputs, LayerReport, measure
 from llmquant.errors import SolveError, option
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.model.block import Block
-from llmquant.quant.grid import QuantizedWeight
+from llmquant.quant.grid import QuantizedWeight, QuantScheme
 from llmquant.quant.hessian import Hessian
 from llmquant.quant.matmul import matmul
 from llmquant.quant.solvers import SOLVERS, LayerTask, Solution, SolveOptions
@@ -30,18 +30,28 @@ class Solved:
 def solve_step(block: Block, step: Step, hessian: Hessian | None, recipe: Recipe) -> list[Solved]:
     """Quantize the linears of `step` and leave their dequantized weights in the block.
 
-    They are one task of stacked rows: every row is a problem of its own. SolveError where the policy is to fail.
+    All share the Hessian; those of one scheme and solver are one task. SolveError where the policy is to fail.
     """
+    inputs = _inputs(" + ".join(spec.module for spec in step.specs), hessian, recipe)
+    drift_II = None if hessian is None else hessian.take_drift()
+    alike: dict[tuple[QuantScheme, str], list[LinearSpec]] = {}
+    for spec in step.specs:
+        alike.setdefault((spec.scheme, spec.method), []).append(spec)
+    tasks = [replace(step, specs=specs) for specs in alike.values()]
+    return [solved for task in tasks for solved in _solve(block, task, inputs, drift_II, recipe)]
+
+
+def _solve(block: Block, step: Step, inputs: Inputs, drift_II: Tensor | None, recipe: Recipe) -> list[Solved]:
+    """Linears of one input, scheme and solver as one task of stacked rows: every row is a problem of its own."""
     specs, weights = step.specs, [block.weight(spec) for spec in step.specs]
     name = " + ".join(spec.module for spec in specs)
-    inputs = _inputs(name, hessian, recipe)
     # All rows stacked are a copy: the solver's, freed before the parts are reported.
     weight_OI = torch.cat(weights) if len(weights) > 1 else weights[0]
-    drift_OI, drift_II = None, None if hessian is None else hessian.take_drift()
+    drift_OI = None
     if drift_II is not None and len(weight_OI) <= len(drift_II):
         drift_OI, drift_II = matmul(weight_OI, drift_II), None
     task = LayerTask(name, weight_OI, inputs.H_II, inputs.n_tokens, specs[0].scheme, drift_OI, drift_II)
-    solution = SOLVERS[recipe.method](task, _options(step, recipe))
+    solution = SOLVERS[specs[0].method](task, _options(step, recipe))
     del task, weight_OI, drift_OI, drift_II
     done, start = [], 0
     for spec, weight_OI in zip(specs, weights, strict=True):

@@ -42,6 +42,14 @@ def run(
             "--asymmetric", help="A zero point for every group (--format awq, mlx, gguf, fake)", rich_help_panel=_JOB
         ),
     ] = False,
+    rule: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            help="For the linears whose name matches: 'down_proj: bits=8, group_size=64' or 'glob:*.0.*: keep'; the "
+            "first rule that matches decides; may be repeated",
+            rich_help_panel=_JOB,
+        ),
+    ] = None,
     ignore: Annotated[
         Optional[list[str]],
         typer.Option(
@@ -167,6 +175,8 @@ def run(
     flags = {
         name: value for name, value in locals().items() if name in Recipe.__dataclass_fields__ and value is not None
     }
+    if rule:
+        flags["rules"] = rule
     if asymmetric:
         flags["symmetric"] = False
     if propagation is not None:

@@ -2,6 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,6 +26,7 @@ class LinearSpec:
     kind       class of the module: Linear, a subclass of it, or Conv1D
     shape      (out_features, in_features), whatever the checkpoint's own layout
     dtype      of the weight in the checkpoint; scales are stored in it
+    method     the solver that chooses its codes; "" where they are chosen already
     """
 
     key: str
@@ -33,6 +35,7 @@ class LinearSpec:
     shape: tuple[int, int]
     dtype: torch.dtype
     scheme: QuantScheme
+    method: str = ""
 
     @property
     def transposed(self) -> bool:
@@ -168,6 +171,11 @@ def in_block(module: str) -> tuple[str, str] | None:
     """
     match = re.match(r"(.*?\.\d+)\.(.+)", module)
     return None if match is None else (match[1], match[2])
+
+
+def commonest(specs: Sequence[LinearSpec]) -> QuantScheme:
+    """The scheme of most of the linears, by which a config calls those that it does not name."""
+    return Counter(spec.scheme for spec in specs).most_common(1)[0][0]
 
 
 def half_dtype(spec: LinearSpec) -> torch.dtype:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmquant.errors import FormatError, option
 from llmquant.formats.base import Format, Layout, LinearSpec, signed, unsigned
 from llmquant.formats.packing import pack_rows, unpack_rows
 from llmquant.quant.grid import QuantizedWeight, QuantScheme
@@ -18,6 +19,17 @@ from llmquant.quant.grid import QuantizedWeight, QuantScheme
 
 class CompressedTensors(Format):
     name = "compressed-tensors"
+
+    def check(self, specs: Sequence[LinearSpec]) -> None:
+        super().check(specs)
+        odd = [spec for spec in specs if spec.kind != "Linear"]
+        if odd and len({spec.scheme for spec in specs}) > 1:  # `at_load` in `config`; it would unpack all alike
+            raise FormatError(
+                odd[0].module,
+                f"{odd[0].kind} layers of several schemes in {self.name}",
+                expected="one scheme: transformers unpacks such layers while it loads them, all by the first",
+                remedy=f"leave out the rules, or use another {option('format')}",
+            )
 
     def layout(self, spec: LinearSpec) -> Layout:
         rows, columns = spec.shape

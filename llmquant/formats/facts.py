@@ -4,12 +4,14 @@ Nothing here imports torch: `llmquant --help` and shell completion read these fa
 bytes lie is code, one file for each format beside this one; `Format.facts` ties the two together.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 WIDTHS = (2, 3, 4, 8)  # bits of a code
 GROUPS = (32, 64, 128, -1)  # weights that share a scale; -1: a whole row
 DEFAULT = "compressed-tensors"
+# Linears that vLLM and SGLang run as one matrix, by its name: all members quantized alike, or none.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Facts:
     library       `library_name` on the Hub
     one_file      config, tokenizer and weights are one file, with no config.json beside it
     remote_code   a model that brings its own Python code can be opened in it
-    fused         servers read its linears before they fuse q, k, v and gate, up: a fused set must be alike
+    fused         servers fuse its q, k, v and gate, up (FUSED): the members must be alike
+    one_scheme_in runtimes that open it only where all linears have one scheme
     """
 
     title: str
@@ -49,6 +52,7 @@ class Facts:
     one_file: bool = False
     remote_code: bool = True
     fused: bool = False
+    one_scheme_in: tuple[str, ...] = ()
 
 
 FACTS: dict[str, Facts] = {
@@ -65,6 +69,8 @@ FACTS: dict[str, Facts] = {
         "GPTQ, version 1",
         bits=(4, 8),
         exportable=True,
+        mixes="patterns of module names in `dynamic`",
+        one_scheme_in=("transformers",),
         in_multiple=32,  # what its kernels in transformers ask of both sides
         out_multiple=32,
         opened_by=("gptqmodel", "gptqmodel"),
@@ -119,3 +125,26 @@ def formats_that(fit: Callable[[Facts], bool]) -> tuple[str, ...]:
     ('awq', 'mlx', 'gguf', 'fake')
     """
     return tuple(name for name, facts in FACTS.items() if fit(facts))
+
+
+def fused_names(leaves: Iterable[str]) -> list[str]:
+    """What servers call the matrices all of whose members are among `leaves`.
+
+    >>> fused_names(["q_proj", "k_proj", "v_proj", "up_proj"])
+    ['qkv_proj']
+    """
+    known = set(leaves)
+    return [name for name, members in FUSED.items() if known.issuperset(members)]
+
+
+def fused_sets(modules: Iterable[str]) -> list[list[str]]:
+    """The modules that servers run as one matrix, set by set, in the order of FUSED; those with two members or more.
+
+    >>> fused_sets(["a.0.up_proj", "a.0.down_proj", "a.0.gate_proj", "a.1.up_proj"])
+    [['a.0.gate_proj', 'a.0.up_proj']]
+    """
+    known = dict.fromkeys(modules)
+    parents = dict.fromkeys(module.rpartition(".")[0] for module in known)
+    sets = [[f"{parent}.{leaf}" for leaf in leaves] for parent in parents for leaves in FUSED.values()]
+    present = [[member for member in members if member in known] for members in sets]
+    return [members for members in present if len(members) > 1]

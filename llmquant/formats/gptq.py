@@ -6,6 +6,7 @@ symmetric grid is 2^(b-1) - 1 everywhere; g_idx int32 [K] = k // g. Asymmetric g
 stored as -1 and carry into its neighbour.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import FormatError, option
-from llmquant.formats.base import Format, Layout, LinearSpec, half_dtype, in_block, signed, unsigned
+from llmquant.formats.base import Format, Layout, LinearSpec, commonest, half_dtype, in_block, signed, unsigned
+from llmquant.formats.facts import fused_names
 from llmquant.formats.packing import pack_rows, unpack_rows
-from llmquant.quant.grid import QuantizedWeight
+from llmquant.quant.grid import QuantizedWeight, QuantScheme
 
 _ZEROS = {4: 0x77777777, 8: 0x7F7F7F7F}
 
@@ -44,7 +46,7 @@ class GPTQ(Format):
         }
 
     def config(self, specs: Sequence[LinearSpec], dense_linears: Sequence[str]) -> dict[str, Any]:
-        scheme = specs[0].scheme
+        scheme = commonest(specs)
         return {
             "quantization_config": {
                 "quant_method": "gptq",
@@ -56,9 +58,38 @@ class GPTQ(Format):
                 "true_sequential": True,
                 "lm_head": False,
                 **self._only(specs, dense_linears),
+                **self._dynamic(specs, scheme),
                 "meta": {"quantizer": ["llmquant"]},
             }
         }
+
+    def _dynamic(self, specs: Sequence[LinearSpec], usual: QuantScheme) -> dict[str, Any]:
+        """The linears whose scheme is not the usual one, as GPTQModel, vLLM and SGLang read them: by patterns that
+        must match from the start of the module's name on; the first that does decides.
+
+        A set that servers run as one matrix is also listed under the matrix's name, by which some of them ask.
+        """
+        # What stored names may lack of the module's: `transformer.` in BLOOM.
+        stored = specs[0].prefix.rstrip(".")
+        lead = specs[0].module.removesuffix(stored) if specs[0].module.endswith(stored) else ""
+        leaves: dict[tuple[str, QuantScheme], list[str]] = {}
+        for spec in specs:
+            if spec.scheme != usual:
+                parent, _, leaf = spec.module.rpartition(".")
+                leaves.setdefault((parent, spec.scheme), []).append(leaf)
+        # One pattern for all blocks whose linears are treated alike, or a large model would have thousands.
+        blocks: dict[tuple[str, str, tuple[str, ...], QuantScheme], list[str]] = {}
+        for (parent, scheme), own in leaves.items():
+            own += fused_names(own)
+            before, number, behind = re.fullmatch(r"(.*?)(\d*)((?<=\d)\..*|)", parent).groups()  # type: ignore[union-attr]
+            blocks.setdefault((before, behind, tuple(own), scheme), []).append(number)
+        dynamic = {}
+        for (before, behind, names, scheme), numbers in blocks.items():
+            start = re.escape(before.removeprefix(lead))
+            start = f"(?:{re.escape(lead)})?{start}" if lead else start
+            pattern = f"+:^{start}(?:{'|'.join(numbers)}){re.escape(behind)}\\.(?:{'|'.join(map(re.escape, names))})$"
+            dynamic[pattern] = {"bits": scheme.bits, "group_size": scheme.group_size}
+        return {"dynamic": dynamic} if dynamic else {}
 
     def _only(self, specs: Sequence[LinearSpec], dense_linears: Sequence[str]) -> dict[str, Any]:
         """The linears of a block that are quantized, where not all are: the same ones in every block."""

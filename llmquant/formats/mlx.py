@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import FormatError, option
-from llmquant.formats.base import Format, Layout, LinearSpec, from_minima, signed, unsigned
+from llmquant.formats.base import Format, Layout, LinearSpec, commonest, from_minima, signed, unsigned
 from llmquant.formats.packing import pack_rows, unpack_rows
 from llmquant.quant.grid import QuantizedWeight
 
@@ -57,10 +57,10 @@ class MLX(Format):
         return weight.dequantize() if weight.zeros_OG is None else from_minima(weight, _biases(spec, weight).float())
 
     def config(self, specs: Sequence[LinearSpec], dense_linears: Sequence[str]) -> dict[str, Any]:
-        first = specs[0].scheme
-        table: dict[str, Any] = {"group_size": first.group_size, "bits": first.bits, "mode": "affine"}
+        usual = commonest(specs)
+        table: dict[str, Any] = {"group_size": usual.group_size, "bits": usual.bits, "mode": "affine"}
         for spec in specs:
-            if spec.scheme != first:
+            if (spec.scheme.group_size, spec.scheme.bits) != (usual.group_size, usual.bits):
                 table[spec.module] = {"group_size": spec.scheme.group_size, "bits": spec.scheme.bits}
         # mlx-lm reads the first, the Hub shows the second; a linear without scales stays dense by itself.
         return {"quantization": table, "quantization_config": table}

@@ -13,7 +13,7 @@ import torch
 
 from llmquant.errors import FormatError, RecipeError, did_you_mean, option
 from llmquant.formats import FORMATS, LinearSpec
-from llmquant.formats.facts import formats_that
+from llmquant.formats.facts import FACTS, formats_that, fused_sets
 
 Breaks = Callable[[LinearSpec], bool]
 
@@ -227,8 +227,6 @@ RULES: tuple[Rule, ...] = (
     ),
 )
 
-# Linears that vLLM and SGLang run as one matrix: all quantized alike, or none.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _SERVERS = ("vllm", "sglang")
 
 
@@ -259,6 +257,20 @@ def lint(specs: Sequence[LinearSpec], format_name: str, dense_linears: Sequence[
                 "their model classes: packed_modules_mapping",
             )
             for runtime in _SERVERS
+        ]
+    if len({spec.scheme for spec in specs}) > 1:
+        others = formats_that(lambda facts: bool(facts.mixes) and not facts.one_scheme_in)
+        found += [
+            Finding(
+                runtime,
+                RUNTIMES[runtime],
+                "refuses",
+                (),
+                "linears have different schemes, and it takes all for the first",
+                f"use one scheme, or --format {', '.join(others)}",
+                "its GPTQConfig in utils/quantization_config.py, which has no field for `dynamic`",
+            )
+            for runtime in FACTS[format_name].one_scheme_in
         ]
     return found
 
@@ -304,12 +316,5 @@ def refuse_runtimes(
 def _mixed(specs: Sequence[LinearSpec], dense_linears: Sequence[str]) -> tuple[str, ...]:
     """Members of fused groups whose schemes differ; dense ones count as a scheme of their own."""
     scheme_of = {spec.module: spec.scheme for spec in specs} | dict.fromkeys(dense_linears)
-    found: list[str] = []
-    for module in scheme_of:
-        parent, _, leaf = module.rpartition(".")
-        for group in FUSED:
-            if leaf == group[0]:
-                members = [f"{parent}.{name}" for name in group if f"{parent}.{name}" in scheme_of]
-                if len({scheme_of[member] for member in members}) > 1:
-                    found += members
-    return tuple(found)
+    sets = fused_sets(scheme_of)
+    return tuple(name for members in sets if len({scheme_of[name] for name in members}) > 1 for name in members)

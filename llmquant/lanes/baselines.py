@@ -71,15 +71,15 @@ def dequantized(name: str, block: Block, specs: Sequence[LinearSpec]) -> dict[st
     return {spec.param: block.laid_out(spec, BASELINES[name].apply(block.weight(spec), spec.scheme)) for spec in specs}
 
 
-def default_baselines(bits: int) -> tuple[str, ...]:
+def default_baselines(bits: float) -> tuple[str, ...]:
     """rtn, and bitsandbytes at its width that is nearest to `bits`."""
-    return ("rtn", "bnb-nf4") if bits <= 4 else ("rtn", "bnb-int8")
+    return ("rtn", "bnb-nf4") if bits < 6 else ("rtn", "bnb-int8")
 
 
-def pick_baselines(recipe: Recipe) -> tuple[str, ...]:
-    """Names of the baseline lanes: `auto`, `none` or a comma-separated list."""
+def pick_baselines(recipe: Recipe, bits: float) -> tuple[str, ...]:
+    """Names of the baseline lanes: `auto`, `none` or a comma-separated list. `bits` of our codes, on average."""
     if recipe.baselines == "auto":
-        return default_baselines(recipe.bits)
+        return default_baselines(bits)
     names = () if recipe.baselines == "none" else tuple(name.strip() for name in recipe.baselines.split(","))
     if unknown := [name for name in names if name not in BASELINES]:
         raise RecipeError(

@@ -4,6 +4,7 @@ The ledger of report.json says what was quantized and how; config.json is what l
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from llmquant.errors import SourceError, VerifyError, option
 from llmquant.formats.base import in_block
 from llmquant.formats.facts import FACTS
+from llmquant.output.told import check_schemes
 from llmquant.run_dir.manifest import COST, MANIFEST, sha256
 from llmquant.source.base import Source
 from llmquant.source.remote_code import code_files, references
@@ -19,6 +21,7 @@ from llmquant.source.remote_code import code_files, references
 _OURS = {"config.json", "model.safetensors.index.json", "README.md", "report.json", "report.html", COST, MANIFEST}
 _LICENCES = ("LICEN", "NOTICE", "USE_POLICY", "COPYING")
 # The list of linears that stay dense, by format; without it, loaders expect all of them to be quantized.
+_KEPT = ("--ignore ", "rule ")  # how the ledger begins to say why a linear was left dense
 _DENSE_LISTS = {"compressed-tensors": "ignore", "awq": "modules_to_not_convert"}
 
 
@@ -82,6 +85,10 @@ def _check_told(told: Any, format_name: str, rows: list[dict[str, Any]]) -> None
             raise VerifyError(f"config.json: {name}", str(value), expected=" or ".join(map(str, sorted(right[name]))))
     if not {"bits", "num_bits"} & {name for name, _ in entries}:
         raise VerifyError("config.json", "does not say how many bits", expected=" or ".join(map(str, sorted(bits))))
+    try:
+        check_schemes(told, rows)
+    except (KeyError, TypeError, AttributeError, re.error) as error:
+        raise VerifyError("config.json: quantization_config", f"cannot be read ({error!r})") from None
     if format_name in _DENSE_LISTS:
         _check_ignored(f"config.json: {_DENSE_LISTS[format_name]}", told.get(_DENSE_LISTS[format_name]) or [], rows)
     if format_name == "gptq":
@@ -115,7 +122,7 @@ def _check_ignored(where: str, ignored: list[str], rows: list[dict[str, Any]]) -
         )
         if row["action"] == "quantized" and any(same):
             raise VerifyError(where, f"names {module}, which is quantized")
-        dense = row["reason"].startswith(("outside the decoder blocks (Linear)", "--ignore"))
+        dense = row["reason"].startswith(("outside the decoder blocks (Linear)", *_KEPT))
         if dense and row["name"].endswith(".weight") and module.rpartition(".")[2] not in leaves:
             unnamed.append(module)
     known = {row["name"].removesuffix(".weight").rpartition(".")[2] for row in rows}
@@ -125,7 +132,7 @@ def _check_ignored(where: str, ignored: list[str], rows: list[dict[str, Any]]) -
 
 def _check_kept(where: str, listed: Any, rows: list[dict[str, Any]]) -> None:
     """The list names the linears of a block that were quantized; without one, none was left dense."""
-    dense = [row["name"] for row in rows if row["action"] == "copied" and row["reason"].startswith("--ignore")]
+    dense = [row["name"] for row in rows if row["action"] == "copied" and row["reason"].startswith(_KEPT)]
     quantized = {inner[1] for row in rows if row["action"] == "quantized" and (inner := in_block(_module(row)))}
     if listed is None and dense:
         raise VerifyError(where, f"is missing, and {dense[0]} is not quantized")

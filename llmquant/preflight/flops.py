@@ -70,7 +70,6 @@ def work_of(plan: Plan, skeleton: Skeleton, recipe: Recipe, tokens: Tokens, n_la
     inputs = _inputs(sorted(plan.specs, key=lambda spec: order[spec.module]))
     # Forwards pause at each step and go on; with one pass per block they are run again with the quantized weights.
     forwards = (1 if recipe.passes == "step" else 2) * (2 if drift else 1)
-    sweeps = default_sweeps(recipe.bits, recipe.group_size) if recipe.sweeps is None else recipe.sweeps
     calibrated, evaluated = tokens.calibration * forwards, tokens.evaluation * n_lanes
     forward_flops = 2.0 * calibrated * (block_weights + attention * tokens.seq_len)
     forward_flops += 2.0 * evaluated * (block_weights + attention * tokens.eval_seq_len)
@@ -80,8 +79,11 @@ def work_of(plan: Plan, skeleton: Skeleton, recipe: Recipe, tokens: Tokens, n_la
     for rows, width in inputs if n_calibration else ():
         columns += width
         solve_flops += n_calibration * width**2 * (3.0 if drift else 1.0) + width**3 / 3  # half of a symmetric product
-        # feedback, loss, plain rounding's loss and energy, half a product each; one per sweep; the drift's two
-        solve_flops += rows * width**2 * (4 + 2 * sweeps + (4 if drift else 0))
+        # feedback, loss, plain rounding's loss and energy, half a product each; the drift's two
+        solve_flops += rows * width**2 * (4 + (4 if drift else 0))
+    for spec in plan.specs if n_calibration else ():
+        sweeps = default_sweeps(spec.scheme.bits, spec.scheme.group_size) if recipe.sweeps is None else recipe.sweeps
+        solve_flops += spec.shape[0] * spec.shape[1] ** 2 * 2 * sweeps  # a product per sweep
     planned = sum(spec.shape[0] * spec.shape[1] for spec in plan.specs)
     return Work(forward_flops, solve_flops, planned, planned if n_calibration else 0, columns)
 

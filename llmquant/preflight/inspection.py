@@ -142,7 +142,7 @@ def _scheme(source: Source, name: str) -> QuantScheme | None:
     if not isinstance(source, PackedSource) or name not in source.packed or source.packed[name].grid is None:
         return None
     linear = source.packed[name]
-    group = -1 if linear.n_groups == 1 else linear.shape[1] // linear.n_groups
+    group = linear.group_size or (-1 if linear.n_groups == 1 else linear.shape[1] // linear.n_groups)
     return QuantScheme(linear.bits, group, linear.symmetric)
 
 

@@ -14,7 +14,6 @@ from llmquant.model.skeleton import Skeleton
 from llmquant.model.streams import Stream
 from llmquant.plan import Plan
 from llmquant.preflight.flops import Tokens
-from llmquant.quant.solvers import DATA_FREE
 from llmquant.recipe import Recipe
 from llmquant.text.windows import Windows, windows_per_batch
 
@@ -44,8 +43,8 @@ def try_block(skeleton: Skeleton, plan: Plan, recipe: Recipe, tokens: Tokens, n_
     Which tokens does not matter to the clock, so no text and no tokenizer are needed.
     """
     specs = [row.spec for row in plan.block(0) if row.spec is not None]
-    calibrated = recipe.method not in DATA_FREE
-    products = pick_products(recipe.products, skeleton.device, skeleton.dtype, recipe.bits)
+    calibrated = plan.calibrated
+    products = pick_products(recipe.products, skeleton.device, skeleton.dtype, plan.most_bits)
     generator = torch.Generator().manual_seed(0)
 
     def batches(seq_len: int, count: int) -> list[Tensor]:

@@ -45,6 +45,8 @@ def make_card(name: str, report: RunReport, base_model: str | None = None) -> st
         base=f"`{_plain(base_model or report.model.id)}`",
         report=report,
         recipe=recipe,
+        bits=" and ".join(map(str, _widths(report))),
+        title=FACTS[recipe["format"]].title,
         n_quantized=n_quantized,
         n_copied=len(rows) - n_quantized,
         verdict=verdict(report),
@@ -84,6 +86,11 @@ def template_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).parents[2] / "model_cards"
 
 
+def _widths(report: RunReport) -> list[int]:
+    """The widths of the codes, which rules may mix."""
+    return sorted({row.bits for row in report.tensors if row.bits is not None})
+
+
 def _metadata(name: str, report: RunReport, base_model: str | None) -> str:
     """The YAML head. A folder's name is no base_model: on the Hub it would point at somebody else's model."""
     from huggingface_hub import ModelCardData
@@ -98,7 +105,7 @@ def _metadata(name: str, report: RunReport, base_model: str | None) -> str:
         model_name=name,
         library_name=FACTS[recipe["format"]].library,
         pipeline_tag=card.pop("pipeline_tag", "text-generation"),
-        tags=["llmquant", f"{recipe['bits']}-bit", recipe["format"], *recipe.get("exports", [])],
+        tags=["llmquant", *(f"{bits}-bit" for bits in _widths(report)), recipe["format"], *recipe.get("exports", [])],
         datasets=_datasets(card.pop("datasets", []), report.calibration),
         eval_results=_results(report.evaluation),
         **card,

@@ -3,6 +3,7 @@
 import shlex
 from typing import Any
 
+from llmquant.errors import flag
 from llmquant.recipe import Recipe, make_recipe
 from llmquant.report.data import RunReport
 
@@ -24,17 +25,16 @@ def command_of(report: RunReport) -> str:
         recipe["format"] = ",".join([recipe["format"], *exports])
     for name in Recipe.__dataclass_fields__:
         value = recipe.get(name)
-        if name in recipe and value != defaults[name]:
+        if name in recipe and value != defaults.get(name):
             words += _flag(name, value)
     return " ".join(map(shlex.quote, words))
 
 
 def _flag(name: str, value: Any) -> list[str]:
-    flag = f"--{name.replace('_', '-')}"
     if name == "symmetric":
         return [] if value else ["--asymmetric"]
     if isinstance(value, bool):
-        return [flag if value else f"--no-{name.replace('_', '-')}"]
+        return [flag(name) if value else f"--no-{name.replace('_', '-')}"]
     if isinstance(value, list | tuple):
-        return [word for item in value for word in (flag, str(item))]
-    return [] if value is None else [flag, str(value)]
+        return [word for item in value for word in (flag(name), str(item))]
+    return [] if value is None else [flag(name), str(value)]

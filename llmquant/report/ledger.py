@@ -63,6 +63,7 @@ class TensorRow:
     bits: int | None = None
     group_size: int | None = None  # -1: one group per row
     symmetric: bool | None = None
+    method: str | None = None  # of its solver, where a rule of the recipe decided on it
     notes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:

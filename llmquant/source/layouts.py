@@ -10,6 +10,7 @@ Shapes: O out_features, I in_features, G groups in a row.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from llmquant.formats.awq import unpack_awq
 from llmquant.formats.packing import unpack_rows
 from llmquant.source.header import TensorInfo
 from llmquant.source.quant_state import MARK, QuantState, read_state
+from llmquant.source.stated import ConfigGroups, Dynamic, own_entries, stated_bits
 
 Read = Callable[[str], Tensor]
 Tensors = dict[str, TensorInfo]
@@ -74,6 +76,7 @@ class PackedLinear:
     grid: Callable[[Read], Grid] | None
     dense: Callable[[Read], Tensor]
     form: str = ""
+    group_size: int = 0  # as the config says: -1 for a whole row; 0 where it does not, n_groups then decides
 
 
 def _linear(
@@ -86,11 +89,18 @@ def _linear(
     grid: Callable[[Read], Grid],
     *,
     symmetric: bool,
+    group_size: Any = None,
 ) -> PackedLinear:
+    """`group_size` as the config says it, whatever that is: what does not fit the scales is not believed."""
     names = tuple(f"{prefix}.{part}" for part in parts)
-    return PackedLinear(
-        prefix, shape, scales.dtype, bits, n_groups, symmetric, names, grid, lambda read: grid(read).dense()
-    )
+    fits = type(group_size) is int and (group_size == shape[1] / max(1, n_groups) or (group_size, n_groups) == (-1, 1))
+    stated = group_size if fits else 0
+    dense = partial(_dense, grid)
+    return PackedLinear(prefix, shape, scales.dtype, bits, n_groups, symmetric, names, grid, dense, group_size=stated)
+
+
+def _dense(grid: Callable[[Read], Grid], read: Read) -> Tensor:
+    return grid(read).dense()
 
 
 def _with(tensors: Tensors, leaf: str, *parts: str) -> Iterator[tuple[str, list[TensorInfo]]]:
@@ -116,19 +126,21 @@ def _signed(codes: Tensor, bits: int) -> Tensor:
 
 
 def compressed_tensors(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, PackedLinear]:
-    """compressed-tensors, pack-quantized. Bits and group size follow from the shapes (bits = 32 words / I, group = I /
-    scales of a row), so checkpoints with several config groups can be read."""
+    """compressed-tensors, pack-quantized, with any number of config groups. Bits and group size are those of the group
+    that names a linear. Where none does, they follow from the shapes: bits = 32 words / I, group = I / scales of a row.
+    """
     if config.get("format") != "pack-quantized":
         raise SourceError(
             "quantization_config",
             f"compressed-tensors format {config.get('format')!r}",
             expected="pack-quantized, float-quantized or mxfp4-pack-quantized",
         )
-    found = {}
+    found, groups = {}, ConfigGroups(config)
     for prefix, (packed, scale, shape_info) in _with(tensors, "weight_packed", "weight_scale", "weight_shape"):
         shape = _stored_shape(read(shape_info.name), prefix)
         rows, columns = shape
-        bits = 32 * packed.shape[-1] // columns
+        stated = groups.find(prefix)
+        bits = stated_bits(stated.get("num_bits"), prefix) or 32 * packed.shape[-1] // columns
         fits = 2 <= bits <= 8 and packed.shape == (rows, -(-columns * bits // 32))
         fits = fits and len(scale.shape) == 2 and scale.shape[0] == rows and columns % max(1, scale.shape[1]) == 0
         _require(fits, prefix, shape, packed, scale)
@@ -140,7 +152,9 @@ def compressed_tensors(tensors: Tensors, config: dict[str, Any], read: Read) -> 
         parts += ("weight_zero_point",) * (zero is not None) + ("weight_g_idx",) * (order is not None)
         grid = _compressed_grid(prefix, shape, bits, zero, order)
         found[f"{prefix}.weight"] = _linear(
-            prefix, shape, scale, bits, scale.shape[1], parts, grid, symmetric=zero is None
+            *(prefix, shape, scale, bits, scale.shape[1], parts, grid),
+            symmetric=zero is None,
+            group_size=-1 if stated.get("strategy") == "channel" else stated.get("group_size"),
         )
     return found
 
@@ -168,17 +182,20 @@ def _compressed_grid(
 
 
 def gptq(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, PackedLinear]:
-    """GPTQ, v1 and v2. In v1 the stored zeros are one too small. g_idx names each input's group."""
-    bits, version = config.get("bits"), config.get("checkpoint_format", "gptq")
-    if bits not in (2, 3, 4, 8) or version not in ("gptq", "gptq_v2"):
+    """GPTQ, v1 and v2. In v1 the stored zeros are one too small. g_idx names each input's group; `dynamic` overrides
+    bits and group size of modules by patterns."""
+    version = config.get("checkpoint_format", "gptq")
+    if config.get("bits") not in (2, 3, 4, 8) or version not in ("gptq", "gptq_v2"):
         raise SourceError(
             "quantization_config",
-            f"gptq checkpoint_format {version!r}, {bits} bits",
+            f"gptq checkpoint_format {version!r}, {config.get('bits')} bits",
             expected="gptq or gptq_v2, 2, 3, 4 or 8 bits",
         )
-    found = {}
+    found, dynamic = {}, Dynamic(config)
     for prefix, (qweight, qzeros, scales) in _with(tensors, "qweight", "qzeros", "scales"):
         order = tensors.get(f"{prefix}.g_idx")
+        stated = config | dynamic.find(prefix)
+        bits = stated_bits(stated["bits"], prefix)
         _require(len(qweight.shape) == len(scales.shape) == 2, prefix, "two dimensions", qweight, scales)
         rows = qweight.shape[1]
         columns = order.shape[0] if order is not None else qweight.shape[0] * 32 // bits
@@ -196,7 +213,8 @@ def gptq(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, Pack
             scales.shape[0],
             parts,
             grid,
-            symmetric=bool(config.get("sym", True)),
+            symmetric=bool(stated.get("sym", True)),
+            group_size=stated.get("group_size"),
         )
     return found
 
@@ -240,23 +258,24 @@ def awq(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, Packe
             ("qweight", "qzeros", "scales"),
             grid,
             symmetric=False,
+            group_size=config.get("group_size"),
         )
     return found
 
 
 def mlx(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, PackedLinear]:
-    """MLX affine: w = u s + bias, u unsigned. Bits follow from the shapes, group sizes stand in the config."""
-    if config.get("mode", "affine") != "affine":
-        raise SourceError("quantization_config", f"mlx mode {config['mode']!r}", expected="affine")
-    found = {}
+    """MLX affine: w = u s + bias, u unsigned. Bits and group sizes stand in the config, for all or for a module."""
+    found, own = {}, own_entries(config)
     for prefix, (scales, biases, weight) in _with(tensors, "scales", "biases", "weight"):
-        own = config.get(prefix) if isinstance(config.get(prefix), dict) else config
-        group = (own or config).get("group_size", config.get("group_size"))
+        stated = config | (own.find(prefix) or {})
+        if stated.get("mode", "affine") != "affine":
+            raise SourceError(prefix, f"mlx mode {stated['mode']!r}", expected="affine")
+        group, bits = stated.get("group_size"), stated_bits(stated.get("bits"), prefix)
         if not isinstance(group, int):
             raise SourceError(prefix, f"group_size {group!r} in the config", expected="a number")
         _require(len(weight.shape) == len(scales.shape) == 2, prefix, "a matrix", weight, scales)
         shape = (scales.shape[0], scales.shape[1] * group)
-        bits = 32 * weight.shape[1] // max(1, shape[1])
+        bits = bits or 32 * weight.shape[1] // max(1, shape[1])
         fits = 2 <= bits <= 8 and weight.shape == (shape[0], shape[1] * bits // 32) and biases.shape == scales.shape
         _require(fits, prefix, shape, weight, scales, biases)
 
@@ -268,7 +287,7 @@ def mlx(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, Packe
 
         parts = tuple(f"{prefix}.{part}" for part in ("weight", "scales", "biases"))
         found[f"{prefix}.weight"] = PackedLinear(
-            prefix, shape, scales.dtype, bits, scales.shape[1], False, parts, None, dense
+            *(prefix, shape, scales.dtype, bits, scales.shape[1], False, parts, None, dense), group_size=group
         )
     return found
 
@@ -326,8 +345,3 @@ LAYOUTS: dict[str, Callable[[Tensors, dict[str, Any], Read], dict[str, PackedLin
     "mlx": mlx,
     "bitsandbytes": bitsandbytes,
 }
-
-
-def unnamed(config: dict[str, Any]) -> str | None:
-    """The layout of a config that names no method: mlx-lm writes only bits and group size."""
-    return "mlx" if {"group_size", "bits"} <= config.keys() else None

@@ -198,10 +198,13 @@ def test_a_linear_that_a_format_cannot_hold_is_refused_by_name(name: str, spec: 
         FORMATS[name].check([spec])
 
 
-@pytest.mark.parametrize("name", ["gptq", "awq"])
-def test_one_scheme_only(name: str) -> None:
+@pytest.mark.parametrize("name", FORMATS)
+def test_one_scheme_only_where_the_facts_say_so(name: str) -> None:
+    specs = [spec_of(4, 32, (32, 128)), spec_of(4, 64, (32, 128), module="b")]
+    if FORMATS[name].facts.mixes:
+        return FORMATS[name].check(specs)
     with pytest.raises(FormatError, match="knows one scheme"):
-        FORMATS[name].check([spec_of(4, 32, (32, 128)), spec_of(4, 64, (32, 128), module="b")])
+        FORMATS[name].check(specs)
 
 
 def test_the_record_of_an_asymmetric_weight_holds_its_zeros() -> None:

@@ -1,0 +1,229 @@
+"""A rule per tensor: how rules are written, what they decide in the plan, and what is refused before the work."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import llmquant
+from llmquant.errors import FormatError, RecipeError
+from llmquant.model.skeleton import Skeleton
+from llmquant.plan import Plan, make_plan
+from llmquant.preflight.estimate import estimate
+from llmquant.recipe import RunOptions, make_recipe
+from llmquant.rules import SETTINGS, Rule, make_rules, parse_rule
+from llmquant.source.resolve import open_source
+
+ModelOf = Callable[[str], Path]
+SMALL: dict[str, Any] = {
+    "group_size": 32,
+    "samples": 4,
+    "seq_len": 32,
+    "eval_data": "builtin",
+    "eval_tokens": 128,
+    "eval_seq_len": 64,
+    "baselines": "none",
+}
+
+
+MIXED = ["down_proj: bits=8", "layers.1.*v_proj: bits=8, method=rtn", "glob:*.layers.2.self_attn.*: group_size=64"]
+
+
+def quantized(model: Path, out: Path, rules: Any = MIXED, **flags: Any) -> Path:
+    llmquant.quantize(model, make_recipe("x", flags=SMALL | {"rules": rules} | flags), out)
+    return out
+
+
+# -- how a rule is written -----------------------------------------------------------------------------
+def test_three_ways_to_write_a_rule_mean_the_same(tmp_path: Path) -> None:
+    text = "glob:*.mlp.down_proj: bits=8, group_size=-1, symmetric=false, method=rtn"
+    table = {"match": "glob:*.mlp.down_proj", "bits": 8, "group_size": -1, "symmetric": False, "method": "rtn"}
+    assert make_rules([text]) == make_rules([table]) == (Rule(**table),)  # type: ignore[arg-type]
+    file = tmp_path / "mixed.toml"
+    file.write_text('bits = 4\n[[rules]]\nmatch = "down_proj"\nbits = 8\n[[rules]]\nmatch = "layers.0."\nkeep = true\n')
+    recipe = make_recipe("x", file)
+    assert recipe.rules == (Rule("down_proj", bits=8), Rule("layers.0.", keep=True))
+    assert recipe == make_recipe("x", flags={"rules": ["down_proj: bits=8", "layers.0.: keep"]})
+    assert recipe == llmquant.Recipe(rules=("down_proj: bits=8", Rule("layers.0.", keep=True)))  # type: ignore[arg-type]
+
+
+settings = st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in SETTINGS.items()})
+
+
+@given(st.sampled_from(["down_proj", "(?:q|k)_proj", "glob:*.[0-3].*", r"a=b, c\.d"]), settings)
+def test_a_rule_reads_back_from_its_text(match: str, settings: dict[str, Any]) -> None:
+    rule = Rule(match, keep=not settings, **settings)
+    assert parse_rule(str(rule)) == rule
+
+
+WRONG = [
+    ("down_proj", "rule 'down_proj': no settings"),
+    ("down_proj: bits=5", "rule 'down_proj': bits: '5'; expected one of 2, 3, 4, 8"),
+    ("down_proj: bits=16", "rule 'down_proj': bits: '16'"),
+    ("down_proj: bit=8", "'bit=8'; expected keep, or some of bits=..."),
+    ("down_proj: bits=8, bits=4", "bits is there twice"),
+    ("down_proj: keep, bits=4", "keeps, and sets bits"),
+    ("down_proj: keep=true", "'keep=true'"),
+    ("down_proj: symmetric=yes", "symmetric: 'yes'; expected one of true, false"),
+    ("down_proj: method=awq", "method: 'awq'; expected one of gptq, rtn"),
+    ("down_proj: group_size=96", "group_size: '96'; expected one of 32, 64, 128, -1"),
+    ("down_proj: ", "''; expected keep"),
+    ("(: keep", "missing ), unterminated subpattern"),
+    (": keep", "has no pattern"),
+    ("glob:: keep", "has no pattern"),
+    ({"match": "a", "bit": 8}, "rule 'a': bit: unknown key; did you mean bits?"),
+    ({"bits": 8}, "has no pattern"),
+    ({"match": "a"}, "rule 'a': says nothing"),
+    ({"match": "a", "bits": True}, "rule 'a': bits: True"),
+    ({"match": "a", "bits": 8.0}, "rule 'a': bits: 8.0"),
+    ({"match": "a", "keep": 1}, "rule 'a': keep: 1"),
+    ({"match": 7, "keep": True}, "has no pattern"),
+    (7, "recipe: rules: 7"),
+]
+
+
+@pytest.mark.parametrize(("value", "message"), WRONG)
+def test_what_is_no_rule_is_refused_in_one_line_that_names_it(value: Any, message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        make_recipe("x", flags={"rules": [value]})
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_two_rules_of_one_pattern_are_refused() -> None:
+    with pytest.raises(RecipeError, match="rule 'down_proj': is there twice"):
+        make_recipe("x", flags={"rules": ["down_proj: bits=8", "down_proj: group_size=64"]})
+    with pytest.raises(RecipeError, match="recipe: rules: 'down_proj: keep'; expected list"):
+        make_recipe("x", flags={"rules": "down_proj: keep"})
+
+
+def test_names_and_plain_data() -> None:
+    assert make_recipe("x").scheme_name == "W4A16-G128"
+    assert make_recipe("x", flags={"rules": ["a: bits=8"]}).scheme_name == "W4A16-G128-mixed"
+    for rule in ("a: keep", "a: method=rtn", "a: bits=4"):
+        assert make_recipe("x", flags={"rules": [rule]}).scheme_name == "W4A16-G128"
+    assert "rules" not in make_recipe("x").as_dict()
+    recipe = make_recipe("x", flags={"rules": MIXED})
+    assert make_recipe("x", flags=recipe.as_dict()) == recipe
+
+
+# -- the plan ------------------------------------------------------------------------------------------
+def plan_of(model: Path, **flags: Any) -> Plan:
+    source = open_source(model)
+    recipe = make_recipe("x", flags={"group_size": 32} | flags)
+    return make_plan(source, Skeleton(source, torch.device("cpu"), torch.float32), recipe)
+
+
+def schemes(plan: Plan) -> dict[str, tuple[int, int]]:
+    """(bits, group size) of the quantized linears of block 0, by the last part of their names."""
+    found = [spec for spec in plan.specs if ".layers.0." in spec.module]
+    return {spec.module.rpartition(".")[2]: (spec.scheme.bits, spec.scheme.group_size) for spec in found}
+
+
+def reason(plan: Plan, name: str) -> str:
+    return next(row.reason for row in plan.rows if row.name == name)
+
+
+def test_the_first_rule_that_matches_decides_and_the_rest_falls_to_the_recipe(tiny_model: ModelOf) -> None:
+    plan = plan_of(
+        tiny_model("llama"), bits=3, rules=["layers.0.mlp.down: bits=8", "down_proj: bits=4", "o_proj: keep"]
+    )
+    assert schemes(plan)["down_proj"] == (8, 32)
+    assert schemes(plan)["q_proj"] == (3, 32)
+    assert "o_proj" not in schemes(plan)
+    assert {spec.scheme.bits for spec in plan.specs if "layers.1.mlp.down" in spec.module} == {4}
+    assert reason(plan, "model.layers.0.self_attn.o_proj.weight") == "rule 'o_proj: keep'"
+    assert "rule 'down_proj: bits=4'" in reason(plan, "model.layers.1.mlp.down_proj.weight")
+    assert reason(plan, "model.layers.0.self_attn.q_proj.weight") == "linear layer of a decoder block"
+
+
+def test_a_rule_that_says_what_the_recipe_says_changes_no_scheme(tiny_model: ModelOf) -> None:
+    model = tiny_model("llama")
+    assert plan_of(model, rules=["proj: bits=4"]).specs == plan_of(model).specs
+    kept, ignored = plan_of(model, rules=["down_proj: keep"]), plan_of(model, ignore=["down_proj"])
+    assert (kept.specs, kept.dense_linears) == (ignored.specs, ignored.dense_linears)
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        (["v_proj: bits=8"], {"q_proj": (8, 32), "k_proj": (8, 32), "v_proj": (8, 32), "o_proj": (4, 32)}),
+        (["v_proj: group_size=64"], {"q_proj": (4, 32), "k_proj": (4, 32), "v_proj": (4, 32)}),
+        (["up_proj: bits=3", "gate_proj: bits=2"], {"up_proj": (3, 32), "gate_proj": (3, 32)}),
+        (["k_proj: keep", "v_proj: bits=8"], {"q_proj": None, "k_proj": None, "v_proj": None}),
+        (["self_attn: bits=8"], {"q_proj": (8, 32), "o_proj": (8, 32), "up_proj": (4, 32)}),
+    ],
+)
+def test_what_servers_fuse_gets_the_most_careful_scheme(
+    rules: list[str], expected: dict[str, Any], tiny_model: ModelOf
+) -> None:
+    plan = plan_of(tiny_model("llama"), rules=rules)
+    found = schemes(plan)
+    assert {name: found.get(name) for name in expected} == expected
+    assert plan_of(tiny_model("llama"), format="fake", rules=rules).specs == plan.specs
+
+
+def test_the_ledger_names_whom_a_widened_linear_follows(tiny_model: ModelOf) -> None:
+    plan = plan_of(tiny_model("llama"), rules=["v_proj: bits=8", "gate_proj: keep"])
+    assert reason(plan, "model.layers.0.self_attn.q_proj.weight") == (
+        "linear layer of a decoder block, with the scheme of v_proj: servers run them as one matrix"
+    )
+    assert reason(plan, "model.layers.0.mlp.up_proj.weight") == (
+        "rule 'gate_proj: keep', the fate of gate_proj: servers run them as one matrix"
+    )
+
+
+def test_ignore_alone_widens_nothing_and_stands_before_all_rules(tiny_model: ModelOf) -> None:
+    found = schemes(plan_of(tiny_model("llama"), ignore=["k_proj", "down_proj"], rules=["mlp: bits=8"]))
+    assert "k_proj" not in found
+    assert found["q_proj"] == (4, 32)
+    assert "down_proj" not in found
+    assert found["up_proj"] == (8, 32)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"rules": ["nosuch: keep"]}, "rule 'nosuch: keep': matches no module"),
+        (
+            {"rules": ["embed_tokens: bits=8"]},
+            r"matches model\.embed_tokens \(Embedding\); expected a linear layer of a",
+        ),
+        ({"rules": ["lm_head: keep"]}, r"matches lm_head \(Linear\)"),
+        ({"rules": ["glob:down_proj: keep"]}, "matches no module"),
+        ({"rules": ["mlp: bits=8", "down_proj: bits=3"]}, "rule 'down_proj: bits=3': decides nothing"),
+        ({"rules": ["down_proj: bits=8"], "ignore": ["down_proj"]}, "decides nothing"),
+        ({"rules": [".: keep"]}, "no linear is left to quantize; check --ignore and the rules that keep"),
+        ({"rules": ["down_proj: group_size=64"]}, r"down_proj \(96\).*not divisible by group size 64"),
+    ],
+)
+def test_rules_that_decide_nothing_are_refused_before_the_work(
+    flags: dict[str, Any], message: str, tiny_model: ModelOf, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=message) as error:
+        quantized(tiny_model("llama"), tmp_path / "out", **flags)
+    assert not list(tmp_path.iterdir())
+    found = estimate(tiny_model("llama"), make_recipe("x", flags=SMALL | flags), RunOptions(tmp_path / "out"))
+    assert str(error.value) in [problem.message for problem in found.problems if problem.blocking]
+
+
+def test_a_format_without_mixed_schemes_is_refused_by_name_before_the_work(tiny_model: ModelOf, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="awq knows one scheme for all layers"):
+        quantized(tiny_model("llama"), tmp_path / "a", ["down_proj: group_size=-1"], format="awq")
+    with pytest.raises(FormatError, match=r"down_proj: 8 bits in awq"):
+        quantized(tiny_model("llama"), tmp_path / "a", format="compressed-tensors,awq")
+    with pytest.raises(FormatError, match=r"--for transformers: .*have different schemes"):
+        llmquant.quantize(
+            tiny_model("llama"),
+            make_recipe("x", flags=SMALL | {"rules": MIXED, "format": "gptq"}),
+            tmp_path / "a",
+            runtimes=["transformers"],
+        )
+    # transformers unpacks a subclass of nn.Linear at loading, all of them by the first group.
+    with pytest.raises(FormatError, match="FalconLinear layers of several schemes"):
+        quantized(tiny_model("falcon"), tmp_path / "a", ["dense_4h_to_h: bits=8"])
+    assert not list(tmp_path.iterdir())
