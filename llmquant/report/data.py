@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, NotRequired, TypedDict
 
+from llmquant.formats.facts import FACTS
 from llmquant.lanes.scores import ORIGINAL, OURS, Exponential, Figures
 from llmquant.report.ledger import Layer, TensorRow
 from llmquant.report.plain import parse_file, plain
@@ -177,6 +178,8 @@ class RunReport:
     def __post_init__(self) -> None:
         if self.evaluation is not None and not {ORIGINAL, OURS} <= self.evaluation.lanes.keys():
             raise ValueError(f"its evaluation has no lane {ORIGINAL} or no lane {OURS}")
+        if unknown := {self.recipe["format"], *self.recipe.get("exports", ()), *self.runtimes} - FACTS.keys():
+            raise ValueError(f"names a format {sorted(unknown)[0]!r} that this version does not know")
 
 
 @dataclass(frozen=True)
