@@ -13,15 +13,13 @@ import torch
 from llmquant.checkpoint import PackedSource, open_checkpoint
 from llmquant.errors import FormatError, SourceError, option
 from llmquant.formats import FORMATS, LinearSpec
-from llmquant.formats.base import Layout
 from llmquant.formats.facts import FACTS
+from llmquant.job import draft_model
 from llmquant.log import SILENT, Log, Progress, progress_of
-from llmquant.model.meta import is_linear
-from llmquant.model.skeleton import Skeleton
 from llmquant.output.containers import open_output
-from llmquant.plan import Plan, Row
+from llmquant.plan import Plan, Row, lay_out
 from llmquant.quant.grid import QuantizedWeight, QuantScheme
-from llmquant.recipe import parse_size
+from llmquant.recipe import Recipe, parse_size
 from llmquant.report.card import make_card
 from llmquant.report.data import RunReport, WeightFile
 from llmquant.report.parts import runtimes_of
@@ -49,8 +47,7 @@ def export(
     source = open_packed(model, trust_remote_code=trust_remote_code)
     measured = parse_file(RunReport, source.local("report.json"), SourceError)
     progress = progress_of(log)
-    source.announce_code(progress)
-    exporter = Export(source, format_name, gguf_pre)
+    exporter = Export(source, format_name, progress, gguf_pre)
     run = RunDir(Path(out), overwrite=overwrite, needed_bytes=exporter.plan.output_bytes + source.side_bytes)
     with run:
         exporter.write(run, parse_size("max_shard_size", max_shard_size), progress)
@@ -69,7 +66,7 @@ def export_beside(
         source = open_checkpoint(run.path, trust_remote_code=trust_remote_code)
         assert isinstance(source, PackedSource)
         source.name = run.out.name
-        Export(source, name).write(run, max_shard_bytes, log, f"{name}/")
+        Export(source, name, SILENT).write(run, max_shard_bytes, log, f"{name}/")
 
 
 def open_packed(model: str | Path, *, trust_remote_code: bool = False) -> PackedSource:
@@ -89,25 +86,17 @@ def open_packed(model: str | Path, *, trust_remote_code: bool = False) -> Packed
 class Export:
     """One checkpoint on its way into one format; everything that can be refused is refused here."""
 
-    def __init__(self, source: PackedSource, format_name: str, gguf_pre: str | None = None) -> None:
+    def __init__(self, source: PackedSource, format_name: str, log: Progress, gguf_pre: str | None = None) -> None:
         if format_name not in FORMATS:
             raise FormatError(option("format"), repr(format_name), expected=f"one of {', '.join(FORMATS)}")
         self.source, self.format_name, self.format = source, format_name, FORMATS[format_name]
-        self.skeleton = Skeleton(source, torch.device("cpu"), torch.float32)
+        self.skeleton = draft_model(source, Recipe(device="cpu", dtype="float32"), log)
         self.output = open_output(format_name, source, self.skeleton, self._make_plan(), gguf_pre)
         self.plan = self.output.plan
 
     def _make_plan(self) -> Plan:
         rows = [self._row(key) for key in sorted(self.source.tensors, key=natural_key)]
-        specs = [row.spec for row in rows if row.spec is not None]
-        self.format.check(specs)
-        layout: Layout = {}
-        for row in rows:
-            info = self.source.tensors[row.name]
-            layout |= self.format.layout(row.spec) if row.spec else {row.name: (info.dtype, info.shape)}
-        quantized = {spec.module for spec in specs}
-        dense = [n for n, m in self.skeleton.model.named_modules() if is_linear(m) and n not in quantized]
-        return Plan(tuple(rows), tuple(dense), layout)
+        return lay_out(rows, self.source, self.skeleton, self.format_name)
 
     def _row(self, key: str) -> Row:
         info = self.source.tensors[key]

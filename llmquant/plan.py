@@ -113,8 +113,15 @@ def make_plan(source: Source, skeleton: Skeleton, recipe: Recipe) -> Plan:
             field="ignore",
         )
     _check_groups(specs)
+    return lay_out(rows, source, skeleton, recipe.format)
 
-    fmt = FORMATS[recipe.format]
+
+def lay_out(rows: Sequence[Row], source: Source, skeleton: Skeleton, format_name: str) -> Plan:
+    """The plan with these rows: the tensors of the output, and which linears stay dense.
+
+    FormatError where the format cannot hold the linears, SourceError where two tensors would have one name.
+    """
+    fmt, specs = FORMATS[format_name], [row.spec for row in rows if row.spec is not None]
     fmt.check(specs)
     layout: Layout = {}
     for row in rows:

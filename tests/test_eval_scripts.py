@@ -49,19 +49,6 @@ def test_divergence_covers_every_token_in_both_tables(
     assert [sum(count) for count in counts] == [4 * 31, 4 * 31]
 
 
-def test_compare(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    quantized: Path,
-    tiny_model: Callable[[str], Path],
-) -> None:
-    original = str(tiny_model("llama"))
-    run(monkeypatch, "compare.py", original, str(quantized), "--reference", original)
-    out = capsys.readouterr().out
-    assert "| original | 16.000 |" in out
-    assert "| tiny-w4 - llama |" in out
-
-
 def test_speed_times_functions_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPTS))
     for names in runpy.run_path(str(SCRIPTS / "speed.py"))["STAGES"].values():
