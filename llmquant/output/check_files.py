@@ -20,8 +20,8 @@ from llmquant.source.remote_code import code_files, references
 # Files of an output that are neither weights nor the original's.
 _OURS = {"config.json", "model.safetensors.index.json", "README.md", "report.json", "report.html", COST, MANIFEST}
 _LICENCES = ("LICEN", "NOTICE", "USE_POLICY", "COPYING")
-# The list of linears that stay dense, by format; without it, loaders expect all of them to be quantized.
 _KEPT = ("--ignore ", "rule ")  # how the ledger begins to say why a linear was left dense
+# The list of linears that stay dense, by format; without it, loaders expect all of them to be quantized.
 _DENSE_LISTS = {"compressed-tensors": "ignore", "awq": "modules_to_not_convert"}
 
 
