@@ -100,7 +100,7 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
         facts = run_report(job, layers, lanes, floor, run.weight_files())
         report = Report(facts, Cost(**watch.cost()), run.out)
         if not FORMATS[recipe.format].facts.one_file:  # which holds its config itself
-            check_config(run.path, recipe.format, report.data["tensors"])
+            check_config(run.path, recipe.format, facts.tensors)
         run.write_json("report.json", report.data)
         run.write_json("cost.json", report.cost)
         run.write_bytes("README.md", make_card(run.out.name, facts).encode())

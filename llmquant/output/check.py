@@ -6,7 +6,7 @@ errors in the report are, too. Every tensor is compared, or counted in `Checked.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ from llmquant.output.gguf_spec import ROPE, Expected, Order
 from llmquant.output.verify import DECODERS, Decoded, Place, digest, read_places
 from llmquant.output.verify_gguf import check_header, in_checkpoint, read_gguf
 from llmquant.paths import expanded
-from llmquant.quant.grid import QuantScheme
 from llmquant.report.data import RunReport
-from llmquant.report.plain import parse_file, plain
+from llmquant.report.ledger import Layer, TensorRow
+from llmquant.report.plain import parse_file
 from llmquant.source.base import Source
 
 OLD_REPORT = "the report is of an older version and does not say which layer has their weights"
@@ -57,23 +57,23 @@ def verify_folder(folder: str | Path, original: str | Path | None = None, log: L
     far from it as the report says (||W - W^||^2 / ||W||^2, to one part in a thousand).
     """
     root = expanded(folder, VerifyError)
-    manifest, report = verify_files(root), plain(parse_file(RunReport, root / "report.json"))
+    manifest, report = verify_files(root), parse_file(RunReport, root / "report.json")
     n_files, digests = len(manifest["files"]), manifest["tensors"]
     progress_of(log).line(f"{n_files} files are those of the manifest")
-    trusted = bool(report["compute"].get("trust_remote_code"))
+    trusted, format_name = report.compute.trust_remote_code, report.recipe["format"]
     source = None if original is None else open_original(original, trust_remote_code=trusted)  # runs nothing
-    exports = tuple(report["recipe"].get("exports", ()))
-    main = Container(root, report["recipe"]["format"], report["tensors"], digests)
+    exports = tuple(report.recipe.get("exports", ()))
+    main = Container(root, format_name, report.tensors, digests)
     main.check()
     main.check_files(trusted, source, exports)
     if source is not None:
-        main.check_original(source, report["layers"])
+        main.check_original(source, report.layers)
     for name in exports:
-        beside = Container(root / name, name, report["tensors"], digests)
+        beside = Container(root / name, name, report.tensors, digests)
         beside.check(main)
         beside.check_files(trusted, source)
         progress_of(log).line(f"{name}/ holds the same weights")
-    quantized = sum(row["action"] == "quantized" for row in main.rows)
+    quantized = sum(row.action == "quantized" for row in main.rows)
     against = None if source is None else source.name
     return Checked(n_files, quantized, len(main.rows) - quantized, against, dict(main.not_compared), exports)
 
@@ -88,15 +88,15 @@ class Container:
 
     root: Path
     format_name: str
-    ledger: list[dict[str, Any]]
+    ledger: Sequence[TensorRow]
     digests: Mapping[str, str]
-    rows: list[dict[str, Any]] = field(init=False)
+    rows: list[TensorRow] = field(init=False)
     places: dict[str, Place] = field(init=False)
     not_compared: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         if self.format_name != "gguf":
-            self.rows, self.places = self.ledger, read_places(self.root)
+            self.rows, self.places = list(self.ledger), read_places(self.root)
             return
         files = sorted(self.root.glob("*.gguf"))
         if len(files) != 1:
@@ -104,18 +104,19 @@ class Container:
         self.file = files[0]
         self.metadata, self.stored = read_gguf(self.file)
         self.order = Order.of_file(self.file.name, self.metadata)
-        keys = [row["name"] for row in self.ledger]
+        keys = [row.name for row in self.ledger]
         self.places = in_checkpoint(self.file.name, self.stored, dict.fromkeys([*keys, ROPE]), self.order)
         self.rows = [row for row in self.ledger if self._is_here(row)]
         if ROPE in self.places and ROPE not in keys:  # which an export computes
-            self.rows.append({"name": ROPE, "action": "copied", "shape": list(self.places[ROPE].shape)})
+            place = self.places[ROPE]
+            self.rows.append(TensorRow(ROPE, "copied", "computed from the config", place.dtype, place.shape))
 
-    def _is_here(self, row: dict[str, Any]) -> bool:
+    def _is_here(self, row: TensorRow) -> bool:
         """Whether the GGUF file holds the tensor: all but a tied head, and what llama.cpp has no name for."""
-        if (name := row["name"]) in self.places:
+        if (name := row.name) in self.places:
             return True
         stored = self.order.stored_name(name)
-        if row["action"] == "quantized" or stored not in (None, "output.weight"):
+        if row.action == "quantized" or stored not in (None, "output.weight"):
             raise VerifyError(f"{self.file.name}: {name}", "is missing", expected=f"a tensor {stored}")
         why = "llama.cpp has no such tensor" if stored is None else "tied to the embedding"
         self.not_compared[f"left out of the GGUF file ({why})"] += 1
@@ -129,39 +130,39 @@ class Container:
         expected = set[str]()
         for row in self.rows:
             spec = _spec(row)
-            names = {row["name"]} if spec is None else set(FORMATS[self.format_name].layout(spec))
+            names = {row.name} if spec is None else set(FORMATS[self.format_name].layout(spec))
             if missing := sorted(names - self.places.keys()):
-                raise VerifyError(missing[0], "is missing", expected=f"all tensors of {row['name']}")
+                raise VerifyError(missing[0], "is missing", expected=f"all tensors of {row.name}")
             expected |= names
             self._check_row(row, spec, self._digest_of(row, spec, main))
         if odd := sorted(self.places.keys() - expected):
             raise VerifyError(odd[0], "is in no row of the report's ledger")
-        if odd := sorted(self.digests.keys() - {row["name"] for row in (self.rows if main is None else main.rows)}):
+        if odd := sorted(self.digests.keys() - {row.name for row in (self.rows if main is None else main.rows)}):
             raise VerifyError(odd[0], "is in the manifest and in no row of the report's ledger")
         if main is not None and self.format_name == "gguf":
             self._check_header(read_json(main.root, "config.json"))
 
-    def _digest_of(self, row: dict[str, Any], spec: LinearSpec | None, main: "Container | None") -> str | None:
+    def _digest_of(self, row: TensorRow, spec: LinearSpec | None, main: "Container | None") -> str | None:
         """What the tensor must decode to: the same in all formats, but for vectors in GGUF, which are in float32."""
-        name = row["name"]
+        name = row.name
         if main is None or self.format_name != "gguf" or spec is not None:
             return self.digests.get(name)
         if name == ROPE:  # by `_check_header`
             return digest(self.places[name].raw())
-        vector = len(row["shape"]) == 1
+        vector = len(row.shape) == 1
         return (
             digest(self.order.as_stored(name, torch.from_numpy(main.places[name].floats())).numpy())
             if vector
             else self.digests.get(name)
         )
 
-    def _check_row(self, row: dict[str, Any], spec: LinearSpec | None, expected: str | None) -> None:
+    def _check_row(self, row: TensorRow, spec: LinearSpec | None, expected: str | None) -> None:
         """Shape, range and finiteness, and the digest that was taken when the tensor was computed."""
-        name = row["name"]
+        name = row.name
         if spec is None or FACTS[self.format_name].dense:
             place = self.places[name]
-            if list(place.shape) != row["shape"]:
-                raise VerifyError(name, f"shape {list(place.shape)}", expected=str(row["shape"]))
+            if place.shape != row.shape:
+                raise VerifyError(name, f"shape {list(place.shape)}", expected=str(list(row.shape)))
             if not place.is_finite():
                 raise VerifyError(name, "holds NaN or Inf")
             found = digest(place.raw())
@@ -186,20 +187,20 @@ class Container:
         if source is not None:
             check_beside(self.root, self.format_name, source, exports)
 
-    def check_original(self, source: Source, layers: list[dict[str, Any]]) -> None:
+    def check_original(self, source: Source, layers: Sequence[Layer]) -> None:
         """The tensors of the ledger are those of the original, and each is as far from it as the report says."""
-        if odd := sorted(({row["name"] for row in self.ledger} - {ROPE}) ^ source.tensors.keys()):
+        if odd := sorted(({row.name for row in self.ledger} - {ROPE}) ^ source.tensors.keys()):
             raise VerifyError(
                 odd[0],
                 f"is {'only' if odd[0] in source.tensors else 'not'} in {source.name}",
                 remedy="name the original that it was made from",
             )
-        errors = {layer["name"]: layer["weight_error"] for layer in layers}
+        errors = {layer.name: layer.weight_error for layer in layers}
         for row in self.rows:
-            if row["name"] == ROPE:  # by `_check_header`
+            if row.name == ROPE:  # by `_check_header`
                 continue
             if (spec := _spec(row)) is None:
-                self._check_copied(row["name"], source)
+                self._check_copied(row.name, source)
             elif (said := _said(row, errors)) is None:
                 self.not_compared[OLD_REPORT] += 1
             else:
@@ -233,18 +234,20 @@ class Container:
         return dense
 
 
-def _spec(row: dict[str, Any]) -> LinearSpec | None:
+def _spec(row: TensorRow) -> LinearSpec | None:
     """What the decoder needs of a quantized row. A Conv1D's shape is the stored one."""
-    if row["action"] != "quantized":
+    if row.scheme is None:
         return None
-    scheme = QuantScheme(row["bits"], row["group_size"], row["symmetric"])
-    rows, columns = row["shape"]
-    module = row["name"].removesuffix(".weight")
-    return LinearSpec(row["name"], module, "Linear", (rows, columns), getattr(torch, row["dtype"]), scheme)
+    (rows, columns), module = row.shape, row.name.removesuffix(".weight")
+    return LinearSpec(row.name, module, "Linear", (rows, columns), getattr(torch, row.dtype), row.scheme)
 
 
 def _check_range(spec: LinearSpec, decoded: Decoded) -> None:
     codes, scales, *_ = decoded
+    group = spec.scheme.group(spec.shape[1])
+    if codes.shape != spec.shape or scales.size * group != codes.size:
+        got = f"{codes.shape[0]} x {codes.shape[1]} codes with {scales.size} scales"
+        raise VerifyError(spec.key, got, expected=f"{spec.shape[0]} x {spec.shape[1]}, groups of {group}")
     low, high = int(codes.min()), int(codes.max())
     if low < spec.scheme.code_min or high > spec.scheme.code_max:
         raise VerifyError(spec.key, f"codes {low}..{high}", expected=f"{spec.scheme.code_min}..{spec.scheme.code_max}")
@@ -252,12 +255,12 @@ def _check_range(spec: LinearSpec, decoded: Decoded) -> None:
         raise VerifyError(spec.key, "a scale is zero or not finite")
 
 
-def _said(row: dict[str, Any], errors: Mapping[str, float]) -> float | None:
+def _said(row: TensorRow, errors: Mapping[str, float]) -> float | None:
     """The error of a weight by the report's row of its layer; None where an old report does not name the layer."""
-    if (module := row.get("module", row["name"].removesuffix(".weight"))) in errors:
+    if (module := row.of_module) in errors:
         return errors[module]
-    if "module" in row:
-        raise VerifyError(row["name"], f"layer {module} is not among the report's", expected="its error")
+    if row.module is not None:
+        raise VerifyError(row.name, f"layer {module} is not among the report's", expected="its error")
     return None
 
 

@@ -13,6 +13,7 @@ from llmquant.errors import SourceError, VerifyError, option
 from llmquant.formats.base import in_block
 from llmquant.formats.facts import FACTS
 from llmquant.output.told import check_schemes
+from llmquant.report.ledger import TensorRow
 from llmquant.run_dir.manifest import COST, MANIFEST, sha256
 from llmquant.source.base import Source
 from llmquant.source.remote_code import code_files, references
@@ -60,7 +61,7 @@ def _files_in(root: Path) -> list[str]:
     return [name for name in names if not name.startswith((".git", ".cache/"))]
 
 
-def check_config(root: Path, format_name: str, rows: list[dict[str, Any]]) -> None:
+def check_config(root: Path, format_name: str, rows: Sequence[TensorRow]) -> None:
     """What loaders are told fits the ledger: bits, group sizes, and which linears stay dense."""
     config = read_json(root, "config.json")
     told = {key: config[key] for key in ("quantization_config", "quantization") if config.get(key)}
@@ -76,9 +77,9 @@ def check_config(root: Path, format_name: str, rows: list[dict[str, Any]]) -> No
         _check_told(table, format_name, rows)
 
 
-def _check_told(told: Any, format_name: str, rows: list[dict[str, Any]]) -> None:
-    quantized = [row for row in rows if row["action"] == "quantized"]
-    bits, sizes = ({row[key] for row in quantized} for key in ("bits", "group_size"))
+def _check_told(told: Any, format_name: str, rows: Sequence[TensorRow]) -> None:
+    schemes = {row.scheme for row in rows if row.scheme is not None}
+    bits, sizes = {scheme.bits for scheme in schemes}, {scheme.group_size for scheme in schemes}
     right, entries = {"bits": bits, "num_bits": bits, "group_size": sizes}, list(_entries(told))
     for name, value in entries:
         if name in right and value not in right[name]:
@@ -102,12 +103,7 @@ def _entries(value: Any) -> Iterator[tuple[str, Any]]:
         yield from _entries(item)
 
 
-def _module(row: dict[str, Any]) -> str:
-    """Without a key `module` (an older version's row), the module has the weight's name."""
-    return str(row.get("module", row["name"].removesuffix(".weight")))
-
-
-def _check_ignored(where: str, ignored: list[str], rows: list[dict[str, Any]]) -> None:
+def _check_ignored(where: str, ignored: list[str], rows: Sequence[TensorRow]) -> None:
     """The list names every linear that was left dense, and none that was quantized.
 
     Modules may be named otherwise in the model than in the checkpoint: before the path of a quantized one; a dense one,
@@ -116,24 +112,24 @@ def _check_ignored(where: str, ignored: list[str], rows: list[dict[str, Any]]) -
     leaves = {name.rpartition(".")[2] for name in ignored}
     unnamed: list[str] = []
     for row in rows:
-        module = _module(row)
+        module = row.of_module
         same = (
             n for n in ignored if n == module or n.endswith(f".{module}") or ("." in n and module.endswith(f".{n}"))
         )
-        if row["action"] == "quantized" and any(same):
+        if row.action == "quantized" and any(same):
             raise VerifyError(where, f"names {module}, which is quantized")
-        dense = row["reason"].startswith(("outside the decoder blocks (Linear)", *_KEPT))
-        if dense and row["name"].endswith(".weight") and module.rpartition(".")[2] not in leaves:
+        dense = row.reason.startswith(("outside the decoder blocks (Linear)", *_KEPT))
+        if dense and row.name.endswith(".weight") and module.rpartition(".")[2] not in leaves:
             unnamed.append(module)
-    known = {row["name"].removesuffix(".weight").rpartition(".")[2] for row in rows}
+    known = {row.name.removesuffix(".weight").rpartition(".")[2] for row in rows}
     if len(unnamed) > len([name for name in ignored if name.rpartition(".")[2] not in known]):
         raise VerifyError(where, f"does not name {unnamed[0]}, which is not quantized")
 
 
-def _check_kept(where: str, listed: Any, rows: list[dict[str, Any]]) -> None:
+def _check_kept(where: str, listed: Any, rows: Sequence[TensorRow]) -> None:
     """The list names the linears of a block that were quantized; without one, none was left dense."""
-    dense = [row["name"] for row in rows if row["action"] == "copied" and row["reason"].startswith(_KEPT)]
-    quantized = {inner[1] for row in rows if row["action"] == "quantized" and (inner := in_block(_module(row)))}
+    dense = [row.name for row in rows if row.action == "copied" and row.reason.startswith(_KEPT)]
+    quantized = {inner[1] for row in rows if row.action == "quantized" and (inner := in_block(row.of_module))}
     if listed is None and dense:
         raise VerifyError(where, f"is missing, and {dense[0]} is not quantized")
     if listed is not None and (odd := sorted({name for names in listed for name in names} ^ quantized)):

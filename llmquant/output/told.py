@@ -1,14 +1,16 @@
 """What config.json tells loaders of each linear, read anew: no code is shared with `formats`, which wrote it."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from llmquant.errors import VerifyError
+from llmquant.report.ledger import TensorRow
 
 Scheme = tuple[Any, Any]  # bits, group size
 
 
-def check_schemes(told: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def check_schemes(told: dict[str, Any], rows: Sequence[TensorRow]) -> None:
     """VerifyError unless the quantization config `told` gives every quantized row of the ledger its own scheme."""
     by_name = _named(told)
     patterns = [
@@ -16,12 +18,12 @@ def check_schemes(told: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         for pattern, entry in told.get("dynamic", {}).items()
     ]
     for row in rows:
-        if row["action"] != "quantized":
+        if row.scheme is None:
             continue
-        name = row.get("module", row["name"].removesuffix(".weight"))
+        name = row.of_module
         found = by_name.get(name) or next((scheme for pattern, scheme in patterns if pattern.match(name)), None)
         found = found or by_name.get("Linear") or _scheme(told)
-        if found != (wanted := (row["bits"], row["group_size"])):
+        if found != (wanted := (row.scheme.bits, row.scheme.group_size)):
             raise VerifyError(
                 f"config.json: {name}",
                 f"{found[0]} bits in groups of {found[1]}",

@@ -150,7 +150,7 @@ def _worst(layers: Sequence[Layer], count: int = 3) -> list[dict[str, Any]]:
 def _ledger(report: RunReport) -> list[dict[str, Any]]:
     """A row per tensor of the source, with its layer's error where it was quantized."""
     errors = {layer.name: layer.relative_error for layer in report.layers}
-    return [_ledger_row(row, errors.get(row.module or row.name.removesuffix(".weight"))) for row in report.tensors]
+    return [_ledger_row(row, errors.get(row.of_module)) for row in report.tensors]
 
 
 def _ledger_row(row: TensorRow, error: float | None) -> dict[str, str]:

@@ -8,6 +8,10 @@ layer's own output or weights.
 from dataclasses import dataclass
 from typing import Literal
 
+from llmquant.quant.grid import QuantScheme
+
+_DTYPES = ("bfloat16", "float16", "float32")  # of weights that are quantized
+
 
 @dataclass(frozen=True)
 class Histogram:
@@ -69,3 +73,21 @@ class TensorRow:
     def __post_init__(self) -> None:
         if self.action == "quantized" and None in (self.bits, self.group_size, self.symmetric):
             raise ValueError("is quantized, without bits, group_size or symmetric")
+        if (scheme := self.scheme) is None:
+            return
+        if len(self.shape) != 2 or self.dtype not in _DTYPES:
+            raise ValueError(f"is quantized, but {self.dtype} of {len(self.shape)} dimensions")
+        if scheme.bits not in range(1, 9) or (scheme.group_size < 1 and scheme.group_size != -1):
+            raise ValueError(f"is quantized to {scheme.bits} bits in groups of {scheme.group_size}")
+
+    @property
+    def scheme(self) -> QuantScheme | None:
+        """Bits, group size and symmetry of a quantized tensor; None of the others."""
+        if self.action != "quantized" or self.bits is None or self.group_size is None or self.symmetric is None:
+            return None
+        return QuantScheme(self.bits, self.group_size, self.symmetric)
+
+    @property
+    def of_module(self) -> str:
+        """The name in the model under which `layers` lists the linear; its own where the row names none."""
+        return self.module or self.name.removesuffix(".weight")

@@ -22,6 +22,8 @@ from llmquant.gguf.header import read_header
 from llmquant.output import check
 from llmquant.output.check import verify_folder
 from llmquant.output.verify import DECODERS, digest, read_places
+from llmquant.report.ledger import TensorRow
+from llmquant.report.plain import parse
 
 TINY: dict[str, Any] = {"group_size": 32, "samples": 4, "seq_len": 32, "eval_data": "none"}
 
@@ -94,7 +96,7 @@ def lied(folder: Path) -> None:
     report, manifest = (json.loads((folder / f"{name}.json").read_text()) for name in ("report", "manifest"))
     places, name = read_places(folder), report["recipe"]["format"]
     for row in report["tensors"]:
-        spec = check._spec(row)
+        spec = check._spec(parse(TensorRow, row, "row"))
         packed = spec is not None and name in DECODERS
         parts = DECODERS[name](spec, places) if packed else (places[row["name"]].raw(),)
         manifest["tensors"][row["name"]] = digest(*parts)
@@ -270,8 +272,38 @@ def test_a_layer_without_an_error_is_not_passed_over(
     with pytest.raises(VerifyError, match=r"weight: layer .* is not among the report's"):
         verify_folder(folder, tiny_model("llama"))
     edited(folder, lambda report: [layer.update(weight_error=float("nan")) for layer in report["layers"]])
-    with pytest.raises(VerifyError, match=r"weight_error: nan; expected a finite number"):
+    with pytest.raises(VerifyError, match=r"report\.json: layers\[0\]\.weight_error: nan; expected a finite number"):
         verify_folder(folder, tiny_model("llama"))
+
+
+@pytest.mark.parametrize("action", ["quantized", "copied"])
+def test_a_ledger_that_does_not_fit_the_weights_is_an_error_by_name(
+    action: str, finished: Path, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Whatever a row of report.json says otherwise, and the manifest fits it."""
+    folder = shutil.copytree(finished, tmp_path / "out")
+    whole = (folder / "report.json").read_bytes()
+    values: dict[str, list[Any]] = {
+        "bits": [0, 3, 8, 99, None],
+        "group_size": [0, -2, 7, 64, -1, 10**9],
+        "symmetric": [None, "yes"],
+        "shape": [[], [64], [64, 64, 64], [1, 1], [-64, 64]],
+        "dtype": ["float8_e4m3fn", "load", ""],
+        "action": ["quantized" if action == "copied" else "copied", "lost"],
+        "name": ["", "x.weight"],
+        "module": ["x"],
+    }
+    names = values if action == "quantized" else ("shape", "action", "name")
+    for key in names:
+        for value in values[key]:
+
+            def change(report: dict[str, Any], key: str = key, value: Any = value) -> None:
+                next(row for row in report["tensors"] if row["action"] == action)[key] = value
+
+            edited(folder, change)
+            with pytest.raises(VerifyError):
+                verify_folder(folder, tiny_model("llama"))
+            (folder / "report.json").write_bytes(whole)
 
 
 def test_the_command_says_what_it_compared(

@@ -107,9 +107,13 @@ def test_the_ledger_shows_errors_where_the_checkpoint_has_other_names_than_the_m
     rows = {row["module"]: row["name"] for row in data["tensors"] if row["action"] == "quantized"}
     assert rows.keys() == {layer["name"] for layer in data["layers"]}
     assert all(f"{module}.weight" == f"transformer.{key}" for module, key in rows.items())
-    ledger = Page(make_html("name", facts_of(data))).text["ledger"]
+    page = page_of("name", data)
+    ledger = Page(page).text["ledger"]
     for layer in data["layers"]:
         assert f"{layer['relative_error']:.2e}" in ledger
+    shown = re.findall(r'<tr data-action="(\w+)">.*?<td>([^<]*)</td><td>[^<]*</td></tr>', page)
+    assert [bool(error) for action, error in shown if action == "quantized"] == [True] * len(rows)
+    assert not any(error for action, error in shown if action != "quantized")
 
 
 def test_the_page_needs_nothing_beside_itself(text: str) -> None:
