@@ -3,29 +3,26 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmquant.blocks.forwards import CalibrationStreams
 from llmquant.blocks.measure import LayerReport
 from llmquant.blocks.quantize import quantize_block
 from llmquant.blocks.snapshots import Snapshots, snapshot_bytes
 from llmquant.blocks.solve import Solved
 from llmquant.comparison import noise_floor
-from llmquant.errors import ResumeError, option
 from llmquant.export import export_beside
 from llmquant.formats import FORMATS, LinearSpec
+from llmquant.hidden import HiddenStates
 from llmquant.job import Job, fingerprint, prepare, refuse_damaged_weights
-from llmquant.lanes.baselines import dequantized
-from llmquant.lanes.scores import ORIGINAL, OURS, Lanes
+from llmquant.lanes.scores import ORIGINAL
 from llmquant.log import SILENT, BlockDone, Log, Progress, Stopwatch, progress_of
 from llmquant.memory import trim
 from llmquant.model.block import Block
-from llmquant.model.streams import Stream, Streams
+from llmquant.model.streams import Streams
 from llmquant.output.check_files import check_config
 from llmquant.recipe import Recipe, RunOptions, make_recipe, parse_size
 from llmquant.report.card import make_card
@@ -125,71 +122,47 @@ class _Pass:
 
     def __init__(self, job: Job, run: RunDir, streams: Streams, watch: Stopwatch, log: Progress) -> None:
         self.job, self.run, self.watch, self.log = job, run, watch, log
-        self.skeleton, self.output, self.record = job.skeleton, job.output, job.output.record
-        self.streams: CalibrationStreams | None = None
-        if job.calibration is not None:
-            original = streams.new("calibration (original)") if job.recipe.propagation != 0 else None
-            self.streams = CalibrationStreams(streams.new("calibration"), original, streams.spare_bytes, job.products)
-        self.lanes = Lanes(job.lanes, job.evaluation, streams) if job.evaluation is not None else None
+        self.blocks, self.output, self.record = job.skeleton.blocks, job.output, job.output.record
+        self.hidden = HiddenStates(job, streams)
         for name in streams.spilled:
             log.line(f"--max-ram: the {name} stream is kept in a file")
-        self.snapshots = Snapshots(run, self._all_streams(), log)
+        self.snapshots = Snapshots(run, self.hidden.streams(), log)
 
     def go(self) -> tuple[list[LayerReport], dict[str, LaneReport]]:
-        job, n_blocks = self.job, len(self.skeleton.blocks)
         trim()
-        self._embed()
+        with self.watch.stage("embed"):
+            self.hidden.embed()
         trim()
-        layers: list[LayerReport] = []
-        committed = list(self.run.records)
-        if not committed:
+        if not self.run.records:
             self._copy(None)
-        behind = 0
-        if committed:
-            with self.watch.stage("resume"):
-                behind = self.snapshots.load()
-        if behind:
-            self._check_streams(behind - 1, committed[behind - 1])
-        for index, body in enumerate(committed):
-            self.record.restore(body["digests"])
-            if index >= behind and self._all_streams():
-                self._replay(self.skeleton.blocks[index])
-                self._check_streams(index, body)
-            self.log.line(f"block {index + 1}: finished before")
-            layers += [LayerReport.from_dict(layer) for layer in body["layers"]]
-        for index in range(len(committed), n_blocks):
+        layers = self._finished_before()
+        for block in self.blocks[len(self.run.records) :]:
             begin = time.perf_counter()
-            job.source.prefetch(row.name for i in (index, index + 1) for row in job.plan.block(i))
-            with self.skeleton.blocks[index].loaded() as block:
+            ahead = (block.index, block.index + 1)
+            self.job.source.prefetch(row.name for index in ahead for row in self.job.plan.block(index))
+            with block.loaded():
                 solved = self._block(block)
-            self._copy(index)
+            self._copy(block.index)
             trim()
             layers += [item.report for item in solved]
             with self.watch.stage("write"):
                 self.run.commit_block(self._body(solved))
-            self._say(index, n_blocks, solved, time.perf_counter() - begin)
+            self._say(block, solved, time.perf_counter() - begin)
             del solved  # a block's codes; the next block would come on top of them
             if self.snapshots.due():
                 with self.watch.stage("snapshot"):
                     self.snapshots.save()
         return layers, self._score()
 
-    def _embed(self) -> None:
-        """Hidden states before the first block for all windows, and every block's arguments."""
-        with self.watch.stage("embed"):
-            if self.job.calibration is not None and self.streams is not None:
-                self.skeleton.record(self.job.calibration.batches(), self.streams.append)
-            if self.job.evaluation is not None and self.lanes is not None:
-                self.skeleton.record(self.job.evaluation.batches(), self.lanes.start)
-
     def _block(self, block: Block) -> list[Solved]:
-        specs = self._specs(block)
+        hidden, specs = self.hidden, self.hidden.specs(block)
         with self.watch.stage("evaluate"):
-            self._advance_others(block, specs)
+            hidden.advance_others(block)
         with self.watch.stage("quantize"):
-            solved = quantize_block(block, specs, self.job.recipe, self.streams, advance=self._more(block))
+            more = hidden.more_follow(block)
+            solved = quantize_block(block, specs, self.job.recipe, hidden.calibration, advance=more)
         with self.watch.stage("evaluate"):
-            self._advance_ours(block)
+            hidden.advance_ours(block)
         with self.watch.stage("write"):
             for item in solved:
                 self.output.quantized(self.run, item.spec, item.weight)
@@ -200,61 +173,35 @@ class _Pass:
         return {
             "layers": [item.report.as_dict() for item in solved],
             "digests": self.record.take_new(),
-            "streams": {name: stream.checksum() for name, stream in self._all_streams().items()},
+            "streams": self.hidden.checksums(),
         }
 
-    def _all_streams(self) -> dict[str, Stream]:
-        streams = dict(self.lanes.streams) if self.lanes is not None else {}
-        if self.streams is not None:
-            streams["calibration"] = self.streams.quantized
-            if self.streams.original is not None:
-                streams["calibration (original)"] = self.streams.original
-        return streams
+    def _finished_before(self) -> list[LayerReport]:
+        """Hidden states behind the blocks of an interrupted run: by its newest snapshot, and through the rest again."""
+        committed, behind = list(self.run.records), 0
+        if committed:
+            with self.watch.stage("resume"):
+                behind = self.snapshots.load()
+        if behind:
+            self.hidden.check(behind - 1, committed[behind - 1]["streams"])
+        for index, body in enumerate(committed):
+            self.record.restore(body["digests"])
+            if index >= behind and self.hidden.streams():
+                self._replay(self.blocks[index])
+                self.hidden.check(index, body["streams"])
+            self.log.line(f"block {index + 1}: finished before")
+        return [LayerReport.from_dict(layer) for body in committed for layer in body["layers"]]
 
     def _replay(self, block: Block) -> None:
-        """A finished block again, without Hessians and solve: all streams through it, with the codes on disk."""
-        specs = self._specs(block)
-        calibrate = partial(block.forward, products=self.job.products)
         with self.watch.stage("resume"), block.loaded():
-            self._advance_others(block, specs)
-            if self.streams is not None and self.streams.original is not None and self._more(block):
-                self.streams.original.update(calibrate)
-            for spec in specs:
-                stored = self.output.read(self.run, spec)
-                if not isinstance(stored, Tensor):
-                    stored = FORMATS[self.job.recipe.format].loaded(spec, stored)
-                block.set_weight(spec, stored.float())
-            if self.streams is not None and self._more(block):
-                self.streams.quantized.update(calibrate)
-            self._advance_ours(block)
+            self.hidden.replay(block, self._written)
 
-    def _check_streams(self, index: int, body: dict[str, Any]) -> None:
-        for name, stream in self._all_streams().items():
-            if stream.checksum() != body["streams"][name]:
-                raise ResumeError(
-                    f"block {index + 1}, stream {name}",
-                    "differs from what the interrupted run computed",
-                    remedy=f"start again with {option('resume')} never",
-                )
-
-    def _specs(self, block: Block) -> list[LinearSpec]:
-        return [row.spec for row in self.job.plan.block(block.index) if row.spec is not None]
-
-    def _more(self, block: Block) -> bool:
-        """Whether another block follows: behind the last one nobody reads the calibration streams."""
-        return block.index + 1 < len(self.skeleton.blocks)
-
-    def _advance_others(self, block: Block, specs: Sequence[LinearSpec]) -> None:
-        """Every lane but ours, while the block holds its original weights."""
-        if self.lanes is not None:
-            self.lanes.advance(ORIGINAL, block.forward)
-            for name in self.job.lanes[2:]:
-                with block.holding(dequantized(name, block, specs)):
-                    self.lanes.advance(name, block.forward)
-
-    def _advance_ours(self, block: Block) -> None:
-        if self.lanes is not None:
-            self.lanes.advance(OURS, block.forward)
+    def _written(self, spec: LinearSpec) -> Tensor:
+        """A quantized linear, dequantized from the disk."""
+        stored = self.output.read(self.run, spec)
+        if not isinstance(stored, Tensor):
+            stored = FORMATS[self.job.recipe.format].loaded(spec, stored)
+        return stored.float()
 
     def _copy(self, block: int | None) -> None:
         """Write the tensors of a block (None: outside the blocks) that stay as they are."""
@@ -264,20 +211,21 @@ class _Pass:
                     self.output.copied(self.run, row)
 
     def _score(self) -> dict[str, LaneReport]:
-        if self.lanes is None:
+        if self.hidden.lanes is None:
             return {}
-        with self.watch.stage("evaluate"), self.skeleton.head() as logits_of:
-            scores = self.lanes.score(lambda lane, hidden: logits_of(hidden))
+        with self.watch.stage("evaluate"), self.job.skeleton.head() as logits_of:
+            scores = self.hidden.lanes.score(lambda lane, hidden: logits_of(hidden))
         reports = lane_reports(self.job, scores)
         self.log.scored({lane: report.kl_mean for lane, report in reports.items() if lane != ORIGINAL})
         return reports
 
-    def _say(self, index: int, n_blocks: int, solved: Sequence[Solved], seconds: float) -> None:
+    def _say(self, block: Block, solved: Sequence[Solved], seconds: float) -> None:
         errors = [item.report.relative_error for item in solved if item.report.relative_error is not None]
         worst = f", largest relative error {max(errors):.2e}" if errors else ""
-        line = f"block {index + 1}/{n_blocks}: {len(solved)} linears, {seconds:.1f} s{worst}"
-        off = self.lanes.relative_errors() if self.lanes is not None else {}
-        self.log.block(BlockDone(line, index + 1, n_blocks, seconds, off))
+        done, total = block.index + 1, len(self.blocks)
+        line = f"block {done}/{total}: {len(solved)} linears, {seconds:.1f} s{worst}"
+        off = self.hidden.lanes.relative_errors() if self.hidden.lanes is not None else {}
+        self.log.block(BlockDone(line, done, total, seconds, off))
         for item in solved:
             for note in item.report.notes:
                 self.log.line(f"  {item.report.name}: {note}")

@@ -24,7 +24,7 @@ RANK = {
     "report": 8,
     "output": 9,
     "job": 10,
-    **dict.fromkeys(("hub", "export", "comparison", "result"), 11),
+    **dict.fromkeys(("hub", "export", "comparison", "result", "hidden"), 11),
     **dict.fromkeys(("pipeline", "preflight"), 12),
     "cli": 13,
     **dict.fromkeys(("__init__", "__main__"), 14),

@@ -498,9 +498,9 @@ def test_a_signal_ends_the_command_with_75_and_the_same_command_goes_on(
     command += ["--samples", "4", "--seq-len", "32", "--group-size", "32"]
     real = pipeline._Pass._say
 
-    def say(self: Any, index: int, *rest: Any) -> None:
-        real(self, index, *rest)
-        if index == 1:
+    def say(self: Any, block: Any, *rest: Any) -> None:
+        real(self, block, *rest)
+        if block.index == 1:
             os.kill(os.getpid(), number)
             time.sleep(1)
 

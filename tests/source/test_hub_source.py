@@ -146,9 +146,9 @@ def child_secrets(folder: Path) -> dict[str, Any]:
         codes[name] = cli.main(["run", "--model", f"user/{name}", "--out", str(folder / "secret" / name), *options])
     real = pipeline._Pass._say
 
-    def crash(self: Any, index: int, *rest: Any) -> None:
-        real(self, index, *rest)
-        raise RuntimeError(f"a bug in block {index}")
+    def crash(self: Any, block: Any, *rest: Any) -> None:
+        real(self, block, *rest)
+        raise RuntimeError(f"a bug in block {block.index}")
 
     pipeline._Pass._say = crash  # type: ignore[method-assign]
     try:

@@ -1,0 +1,102 @@
+"""The hidden states of a run between two blocks: those of the calibration text, and those of every lane.
+
+All of them go through each block while it is in memory, and stand before the next one afterwards.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+
+from llmquant.blocks.forwards import CalibrationStreams
+from llmquant.errors import ResumeError, option
+from llmquant.formats import LinearSpec
+from llmquant.job import Job
+from llmquant.lanes.baselines import dequantized
+from llmquant.lanes.scores import ORIGINAL, OURS, Lanes
+from llmquant.model.block import Block
+from llmquant.model.streams import Stream, Streams
+
+
+class HiddenStates:
+    """The streams of one run.
+
+    calibration   through the quantized blocks and, for error propagation, through the original ones; None: no text
+    lanes         of the evaluation; None without one
+    """
+
+    def __init__(self, job: Job, streams: Streams) -> None:
+        self._job = job
+        self.calibration: CalibrationStreams | None = None
+        if job.calibration is not None:
+            original = streams.new("calibration (original)") if job.recipe.propagation != 0 else None
+            quantized = streams.new("calibration")
+            self.calibration = CalibrationStreams(quantized, original, streams.spare_bytes, job.products)
+        self.lanes = Lanes(job.lanes, job.evaluation, streams) if job.evaluation is not None else None
+
+    def streams(self) -> dict[str, Stream]:
+        """All of them by name."""
+        found = dict(self.lanes.streams) if self.lanes is not None else {}
+        if self.calibration is not None:
+            found["calibration"] = self.calibration.quantized
+            if self.calibration.original is not None:
+                found["calibration (original)"] = self.calibration.original
+        return found
+
+    def embed(self) -> None:
+        """Fill them with what enters the first block; every block knows its arguments afterwards."""
+        skeleton = self._job.skeleton
+        if self._job.calibration is not None and self.calibration is not None:
+            skeleton.record(self._job.calibration.batches(), self.calibration.append)
+        if self._job.evaluation is not None and self.lanes is not None:
+            skeleton.record(self._job.evaluation.batches(), self.lanes.start)
+
+    def specs(self, block: Block) -> list[LinearSpec]:
+        """The linears of a block that are quantized."""
+        return [row.spec for row in self._job.plan.block(block.index) if row.spec is not None]
+
+    def more_follow(self, block: Block) -> bool:
+        """Whether another block follows: behind the last one nobody reads the calibration streams."""
+        return block.index + 1 < len(self._job.skeleton.blocks)
+
+    def advance_others(self, block: Block) -> None:
+        """Every lane but ours through a block that holds its original weights."""
+        if self.lanes is not None:
+            self.lanes.advance(ORIGINAL, block.forward)
+            for name in self._job.lanes[2:]:
+                with block.holding(dequantized(name, block, self.specs(block))):
+                    self.lanes.advance(name, block.forward)
+
+    def advance_ours(self, block: Block) -> None:
+        """Our lane through a block that holds its quantized weights."""
+        if self.lanes is not None:
+            self.lanes.advance(OURS, block.forward)
+
+    def replay(self, block: Block, written: Callable[[LinearSpec], Tensor]) -> None:
+        """All of them through a finished block, without Hessians and solve.
+
+        written   the dequantized weight_OI of a linear, as it lies on the disk
+        """
+        calibrate = partial(block.forward, products=self._job.products)
+        calibration = self.calibration if self.more_follow(block) else None
+        self.advance_others(block)
+        if calibration is not None and calibration.original is not None:
+            calibration.original.update(calibrate)
+        for spec in self.specs(block):
+            block.set_weight(spec, written(spec))
+        if calibration is not None:
+            calibration.quantized.update(calibrate)
+        self.advance_ours(block)
+
+    def checksums(self) -> dict[str, str]:
+        return {name: stream.checksum() for name, stream in self.streams().items()}
+
+    def check(self, index: int, wanted: dict[str, str]) -> None:
+        """ResumeError unless they have the checksums that the interrupted run had behind block `index`."""
+        for name, checksum in self.checksums().items():
+            if checksum != wanted[name]:
+                raise ResumeError(
+                    f"block {index + 1}, stream {name}",
+                    "differs from what the interrupted run computed",
+                    remedy=f"start again with {option('resume')} never",
+                )
