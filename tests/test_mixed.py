@@ -26,7 +26,9 @@ from llmquant.formats.packing import unpack_rows
 from llmquant.output.check_files import check_config
 from llmquant.preflight.estimate import estimate
 from llmquant.recipe import RunOptions, make_recipe
-from llmquant.report.verdict import command_of
+from llmquant.report.command import command_of
+from llmquant.report.data import RunReport
+from llmquant.report.plain import parse_file
 
 ModelOf = Callable[[str], Path]
 SMALL: dict[str, Any] = {
@@ -65,6 +67,10 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Callable[[str
 def report_of(folder: Path) -> dict[str, Any]:
     report: dict[str, Any] = json.loads((folder / "report.json").read_text())
     return report
+
+
+def facts_of(folder: Path) -> RunReport:
+    return parse_file(RunReport, folder / "report.json")
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -214,7 +220,7 @@ def test_a_config_that_swaps_two_schemes_is_found(
     )
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": json.loads(swapped)}))
     with pytest.raises(VerifyError, match=r"config\.json: model\.layers.*8 bits in groups of"):
-        check_config(tmp_path, name, report_of(mixed[1](name))["tensors"])
+        check_config(tmp_path, name, facts_of(mixed[1](name)).tensors)
 
 
 def test_a_mixed_run_that_was_stopped_goes_on_to_the_same_bytes_and_another_job_is_refused(
@@ -270,7 +276,7 @@ def test_report_card_and_command_show_the_rules(mixed: tuple[Path, Callable[[str
     assert report["recipe"]["rules"] == MIXED
     assert "quantized to 4 and 8 bits" in card
     assert "- 4-bit\n- 8-bit\n" in card
-    assert "--rule 'down_proj: bits=8' --rule" in command_of(report)
+    assert "--rule 'down_proj: bits=8' --rule" in command_of(facts_of(out))
     rows = rows_of(out)
     sizes = {name: row["shape"][0] * row["shape"][1] for name, row in rows.items()}
     bits = sum(size * (rows[name]["bits"] + 16 / rows[name]["group_size"]) for name, size in sizes.items())
