@@ -230,7 +230,7 @@ def test_plan_time_measures_a_block_of_the_model(
         tokens += hidden.shape[0] * hidden.shape[1]
         return forward(self, hidden, *products)
 
-    def seconds(work: Callable[[], object]) -> float:
+    def seconds(work: Callable[[], object], device: torch.device) -> float:
         begin = tokens
         work()
         return 1.0 + tokens - begin
