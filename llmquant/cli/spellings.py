@@ -45,7 +45,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 COMMANDS = {"quantize": "run", "quant": "run", "evaluate": "eval", "perplexity": "eval", "info": "inspect"}
 
-_RUN = {"symmetric": "asymmetric", "exports": "format", "repo": "push_to_hub"}
+_RUN = {"symmetric": "asymmetric", "rules": "rule", "exports": "format", "repo": "push_to_hub"}
 _EVALUATION = {"eval_data": "data", "eval_tokens": "tokens", "eval_seq_len": "seq_len"}
 # Command -> field of the recipe or the API -> the command's parameter for it, where that has another name.
 FIELDS = {"eval": _EVALUATION, "compare": _EVALUATION, "run": _RUN, "plan": _RUN}
