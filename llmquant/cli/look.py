@@ -46,7 +46,7 @@ def _plan_of(run: Callable[..., Any]) -> Callable[..., Any]:
     """`run` with --dry-run on."""
 
     def plan(**options: Any) -> None:
-        """What `run` with the same options would do and cost. Reads headers only, writes nothing."""
+        """What `run` with the same options would do and cost. Reads headers and local texts, writes nothing."""
         run(**options, dry_run=True)
 
     signature = inspect.signature(run, eval_str=True)
