@@ -18,7 +18,6 @@ from llmquant.export import export_beside
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.hidden import HiddenStates
 from llmquant.job import Job, fingerprint, prepare, refuse_damaged_weights
-from llmquant.lanes.scores import ORIGINAL
 from llmquant.log import SILENT, BlockDone, Log, Progress, Stopwatch, progress_of
 from llmquant.memory import trim
 from llmquant.model.block import Block
@@ -28,6 +27,7 @@ from llmquant.recipe import Recipe, RunOptions, make_recipe, parse_size
 from llmquant.report.card import make_card
 from llmquant.report.data import Cost, LaneReport, Report, load_report
 from llmquant.report.html import make_html
+from llmquant.report.tables import compared
 from llmquant.result import lane_reports, run_report
 from llmquant.run_dir import RunDir
 
@@ -216,7 +216,7 @@ class _Pass:
         with self.watch.stage("evaluate"), self.job.skeleton.head() as logits_of:
             scores = self.hidden.lanes.score(lambda lane, hidden: logits_of(hidden))
         reports = lane_reports(self.job, scores)
-        self.log.scored({lane: report.kl_mean for lane, report in reports.items() if lane != ORIGINAL})
+        self.log.scored({lane: report.kl_mean for lane, report in compared(reports).items()})
         return reports
 
     def _say(self, block: Block, solved: Sequence[Solved], seconds: float) -> None:
