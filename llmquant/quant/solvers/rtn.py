@@ -28,6 +28,7 @@ def solve_rtn(task: LayerTask, options: SolveOptions = SolveOptions()) -> Soluti
 def round_to_nearest(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
     """weight_OI quantized on `plain_grid` and dequantized again, in the dtype it came in.
 
+    >>> import torch
     >>> round_to_nearest(torch.tensor([[7.5, -1.2, 0.4]]), QuantScheme(4, -1)).tolist()
     [[7.0, -1.0, 0.0]]
     """
