@@ -111,7 +111,9 @@ def test_llama_cpp_computes_the_same(name: str, rope: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "flags", [{}, {"bits": 8}, {"symmetric": False, "format": "awq"}], ids=["4", "8", "asymmetric"]
+    "flags",
+    [{}, {"bits": 8}, {"symmetric": False, "format": "awq"}, {"rules": ["down_proj: bits=8"]}],
+    ids=["4", "8", "asymmetric", "mixed"],
 )
 def test_llama_cpp_agrees_on_the_demo_model_and_its_tokens(flags: dict[str, Any], tmp_path: Path) -> None:
     out = quantized("demo", tmp_path / "q", **flags)
