@@ -35,12 +35,25 @@ def read_json(root: Path, name: str) -> dict[str, Any]:
     return found
 
 
+def read_manifest(root: Path) -> dict[str, Any]:
+    """manifest.json of a finished folder: a table of files and one of tensors, or VerifyError."""
+    found = read_json(root, MANIFEST)
+    tables = [found.get(key) for key in ("files", "tensors")] if isinstance(found, dict) else [None]
+    if not all(isinstance(table, dict) for table in tables) or not all(
+        isinstance(entry, dict) for entry in found["files"].values()
+    ):
+        raise VerifyError(
+            str(root / MANIFEST), "has no tables of files and tensors", expected="what llmquant writes there"
+        )
+    return found
+
+
 def verify_files(root: Path) -> dict[str, Any]:
     """VerifyError unless the files in `root` are those of its manifest, byte for byte; the manifest.
 
     Of cost.json, which differs from run to run, the manifest has no hash: it must be there.
     """
-    manifest = read_json(root, MANIFEST)
+    manifest = read_manifest(root)
     table: dict[str, dict[str, Any]] = manifest["files"]
     present = set(_files_in(root)) - {MANIFEST}
     if odd := sorted(present ^ table.keys()):
@@ -48,9 +61,9 @@ def verify_files(root: Path) -> dict[str, Any]:
     for name, entry in table.items():
         if name == COST:
             continue
-        if (size := (root / name).stat().st_size) != entry["bytes"]:
-            raise VerifyError(name, f"{size} bytes", expected=str(entry["bytes"]))
-        if sha256(root / name) != entry["sha256"]:
+        if (size := (root / name).stat().st_size) != entry.get("bytes"):
+            raise VerifyError(name, f"{size} bytes", expected=str(entry.get("bytes")))
+        if sha256(root / name) != entry.get("sha256"):
             raise VerifyError(name, "its bytes have changed", remedy="fetch or make it again")
     return manifest
 

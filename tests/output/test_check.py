@@ -389,6 +389,16 @@ def test_a_tensor_of_the_manifest_that_no_row_names_is_caught(finished: Path, tm
         verify_folder(folder)
 
 
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"files": {}, "tensors": []}', '{"files": {"x": 1}, "tensors": {}}', "{"]
+)
+def test_a_damaged_manifest_is_one_error(content: str, finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "out")
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(VerifyError, match=r"manifest\.json: (cannot be read|has no tables of files and tensors)"):
+        verify_folder(folder)
+
+
 def test_exports_beside_are_compared_tensor_by_tensor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Damage that the manifest fits, in each of them; and a tied head, which GGUF leaves out, is said."""
     extra = {"tie_word_embeddings": True, "rope_parameters": LLAMA3}
