@@ -146,6 +146,15 @@ def test_an_accelerators_memory_is_counted_apart(
     assert any(message.startswith("memory of meta: up to 0.0 GB; expected at most its 0.0 GB") for message in said)
 
 
+def test_kinds_that_a_rule_sets_apart_stand_together(tiny_model: Callable[[str], Path]) -> None:
+    flags = {"group_size": 32, "method": "rtn", "eval_data": "none", "rules": ["glob:*.1.mlp.*: keep"]}
+    kinds = estimate(tiny_model("llama"), llmquant.make_recipe("x", flags=flags)).kinds
+    names = [kind.name for kind in kinds]
+    assert names.count("model.layers.*.mlp.up_proj.weight") == 2
+    runs = [name for name, before in zip(names, ["", *names], strict=False) if name != before]
+    assert len(runs) == len(set(runs))
+
+
 def test_sizes_are_those_of_the_run(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = llmquant.make_recipe("x", flags=FLAGS | {"ignore": ["layers.0"]})
     found = estimate(tiny_model("llama"), recipe, RunOptions(tmp_path / "out"))
