@@ -186,10 +186,7 @@ def _stream(lanes: dict[str, Lane], streams: Lanes, watch: Stopwatch, log: Progr
 
 
 def _advance(name: str, lane: Lane, index: int, streams: Lanes) -> None:
-    blocks = (index, index + 1)
-    lane.source.prefetch(
-        key for key, param in lane.skeleton.param_of.items() if lane.skeleton.block_of(param) in blocks
-    )
+    lane.skeleton.weights.prefetch(param for block in lane.skeleton.blocks[index : index + 2] for param in block.params)
     with lane.skeleton.blocks[index].loaded() as block:
         streams.advance(name, block.forward)
 

@@ -13,6 +13,7 @@ import tiny
 import torch
 from peers import dequantized
 from safetensors.torch import load_file
+from tiny import SMALL
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -31,15 +32,6 @@ from llmquant.report.data import RunReport
 from llmquant.report.plain import parse_file
 
 ModelOf = Callable[[str], Path]
-SMALL: dict[str, Any] = {
-    "group_size": 32,
-    "samples": 4,
-    "seq_len": 32,
-    "eval_data": "builtin",
-    "eval_tokens": 128,
-    "eval_seq_len": 64,
-    "baselines": "none",
-}
 # 8 bits for down_proj, q, k and v of one block; groups of 64 in another; a solver of its own for one linear.
 MIXED = ["down_proj: bits=8", "layers.1.*v_proj: bits=8, method=rtn", "glob:*.layers.2.self_attn.*: group_size=64"]
 MIXABLE = formats_that(lambda facts: bool(facts.mixes))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import SMALL
 
 import llmquant
 from llmquant.errors import FormatError, RecipeError
@@ -19,15 +20,6 @@ from llmquant.rules import SETTINGS, Rule, make_rules, parse_rule
 from llmquant.source.resolve import open_source
 
 ModelOf = Callable[[str], Path]
-SMALL: dict[str, Any] = {
-    "group_size": 32,
-    "samples": 4,
-    "seq_len": 32,
-    "eval_data": "builtin",
-    "eval_tokens": 128,
-    "eval_seq_len": 64,
-    "baselines": "none",
-}
 
 
 MIXED = ["down_proj: bits=8", "layers.1.*v_proj: bits=8, method=rtn", "glob:*.layers.2.self_attn.*: group_size=64"]

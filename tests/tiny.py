@@ -60,6 +60,16 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron": ("NemotronConfig", LLAMA),
 }
 GPT2_ARCHITECTURE = ("GPT2Config", GPT2)
+# Recipe flags of a run of seconds on one of these models, with both texts.
+SMALL: dict[str, Any] = {
+    "group_size": 32,
+    "samples": 4,
+    "seq_len": 32,
+    "eval_data": "builtin",
+    "eval_tokens": 128,
+    "eval_seq_len": 64,
+    "baselines": "none",
+}
 
 
 def build(

@@ -34,7 +34,14 @@ class Weights:
 
     def read(self, name: str) -> Tensor:
         """A parameter as the checkpoint holds it; SourceError where it holds NaN or Inf."""
-        return self.source.read_finite(self._key_of[self.tied.get(name, name)])
+        return self.source.read_finite(self._key(name))
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Say which parameters will be read next; a source on the Hub fetches their files meanwhile."""
+        self.source.prefetch(map(self._key, names))
+
+    def _key(self, name: str) -> str:
+        return self._key_of[self.tied.get(name, name)]
 
     def load(self, names: Iterable[str]) -> None:
         """Read `names` and put them in, in the compute dtype (or the dtype that the model insists on)."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from llmquant.errors import OutputError, RecipeError, ResumeError, VerifyError, option
+from llmquant.errors import OutputError, ResumeError, VerifyError, option
 from llmquant.formats.base import Layout
 from llmquant.paths import expanded
 from llmquant.run_dir.disk import FULL, Disk, disk_error, fsync_path, lock, replace_file
@@ -61,8 +61,6 @@ class RunDir:
         self.finished = False
         self.threads = threads
         self._overwrite, self._resume, self._disk = overwrite, resume, disk or Disk()
-        if resume not in ("auto", "required", "never"):
-            raise RecipeError(option("resume"), repr(resume), expected="auto, required or never")
         self._fingerprint = dict(fingerprint or {})
         self.tensors, self.streams = TensorFiles(self._disk, self.path), StreamFiles(self._disk, self.partial)
         self._given: set[str] = set()  # files beside the weights
