@@ -115,12 +115,13 @@ def test_every_format_is_that_of_the_cpu(flags: dict[str, Any], model: Path, tmp
 @pytest.mark.parametrize(
     "flags",
     [
+        {"rules": ["down_proj: bits=8", "v_proj: method=rtn", "layers.1.*o_proj: keep"]},
         {"passes": "block", "grid": "absmax", "order": "natural"},
         {"bits": 2, "sweeps": 2, "propagation": 0.5},
         {"propagation": 0, "refit": False, "symmetric": False, "format": "fake"},
         {"calibration": "nan", "on_bad_layer": "rtn"},
     ],
-    ids=["block", "refined", "asymmetric", "bad"],
+    ids=["rules", "block", "refined", "asymmetric", "bad"],
 )
 def test_every_way_of_solving_is_that_of_the_cpu(
     flags: dict[str, Any], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
