@@ -38,9 +38,9 @@ _RESOLVE = re.compile(rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 _CDN = re.compile(rf"/cdn/{_REPO}/(?P<file>.+)")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Request:
-    """One line of the log; `sent` counts the bytes of the body."""
+    """One line of the log, there before its answer is; `sent` counts the bytes of the body so far."""
 
     method: str
     path: str
@@ -237,14 +237,14 @@ class Handler(BaseHTTPRequestHandler):
         closing = {"Connection": "close"} if self.close_connection else {}
         for name, value in (headers | closing | {"Content-Length": str(len(body))}).items():
             self.send_header(name, value)
+        authorized = "Authorization" in self.headers
+        request = Request(self.command, self.path, self.headers.get("Range"), authorized, status, sent=0)
+        self.server.log.append(request)  # a client that has the answer may look at once
         self.end_headers()
-        sent = 0
         try:
-            while self.command != "HEAD" and sent < len(body):
-                if stalled and sent > len(body) // 2:
+            while self.command != "HEAD" and request.sent < len(body):
+                if stalled and request.sent > len(body) // 2:
                     self.server.stopped.wait()
-                sent += self.connection.send(body[sent : sent + 65536])
+                request.sent += self.connection.send(body[request.sent : request.sent + 65536])
         except OSError:  # the client has read enough
             self.close_connection = True
-        authorized = "Authorization" in self.headers
-        self.server.log.append(Request(self.command, self.path, self.headers.get("Range"), authorized, status, sent))
