@@ -1,7 +1,6 @@
 """Any checkpoint we can read, as dense weights: 16-bit ones as they are, quantized ones tensor by tensor."""
 
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from llmquant.source.layouts import LAYOUTS, PackedLinear
 from llmquant.source.resolve import open_source
 from llmquant.source.small_floats import SMALL_FLOATS
 from llmquant.source.stated import unnamed
+from llmquant.source.wrapped import DerivedSource, WrappedSource
 
 READERS = {**LAYOUTS, METHOD: gguf}
 
@@ -76,14 +76,12 @@ def method_of(source: Source) -> str | None:
     return exact if exact in SMALL_FLOATS else str(method or "unknown method")
 
 
-class PackedSource(Source):
+class PackedSource(WrappedSource):
     """A quantized checkpoint seen as a dense one; `packed` holds its packed linears by the names of their weights."""
 
     def __init__(self, stored: Source, method: str) -> None:
-        # Not Source.__init__: files were listed and checked by `stored`.
-        self.stored, self.method = stored, method
-        self.name, self.revision, self.folder = stored.name, stored.revision, stored.folder
-        self.trust_remote_code, self.code = stored.trust_remote_code, stored.code
+        super().__init__(stored)
+        self.method = method
         left_out = ("quantization_config", "quantization")
         self.config = {key: value for key, value in stored.config.items() if key not in left_out}
         self.packed: dict[str, PackedLinear] = self._packed(stored.config)
@@ -109,10 +107,6 @@ class PackedSource(Source):
         return view
 
     @property
-    def weight_bytes(self) -> int:
-        return self.stored.weight_bytes
-
-    @property
     def bits_per_weight(self) -> float:
         """Stored bits of codes, scales and zeros by the number of weights they stand for."""
         parts = [part for linear in self.packed.values() for part in linear.parts]
@@ -130,23 +124,12 @@ class PackedSource(Source):
         """A dense weight_OI for packed tensors, in float32 where it was a grid; others as stored."""
         return self.packed[name].dense(self.stored.read) if name in self.packed else self.stored.read(name)
 
-    def files(self) -> list[str]:
-        return self.stored.files()
-
-    def local(self, file: str) -> Path:
-        return self.stored.local(file)
-
-    def tokenizer(self) -> Any:
-        return self.stored.tokenizer()
-
-    def is_local(self, name: str) -> bool:
-        return all(self.stored.is_local(part.name) for part in self.parts(name))
-
-    def prefetch(self, names: Iterable[str]) -> None:
-        self.stored.prefetch(part.name for name in names for part in self.parts(name))
-
-    def download_bytes(self) -> int:
-        return self.stored.download_bytes()
+    def read_entry(self, name: str, index: int) -> Tensor:
+        if name not in self.packed:
+            return self.stored.read_entry(name, index)
+        if len(self.packed[name].shape) < 3:
+            return self.read(name)[index]
+        return self.packed[name].dense(lambda part: self.stored.read_entry(part, index)[None])[0]
 
 
 def stored_forms(source: Source) -> dict[str, int]:
@@ -156,6 +139,8 @@ def stored_forms(source: Source) -> dict[str, int]:
 
 def bits_per_weight(source: Source) -> float:
     """Measured bits of the quantized linears, scales included; of all weights where nothing is quantized."""
+    while isinstance(source, DerivedSource):
+        source = source.stored
     if isinstance(source, PackedSource):
         return source.bits_per_weight
     return 8 * source.weight_bytes / sum(info.numel for info in source.tensors.values())

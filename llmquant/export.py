@@ -96,7 +96,7 @@ class Export:
 
     def _make_plan(self) -> Plan:
         rows = [self._row(key) for key in sorted(self.source.tensors, key=natural_key)]
-        return lay_out(rows, self.source, self.skeleton, self.format_name)
+        return lay_out(rows, self.skeleton, self.format_name)
 
     def _row(self, key: str) -> Row:
         info = self.source.tensors[key]

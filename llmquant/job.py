@@ -108,7 +108,9 @@ def draft(
     """
     source = as_original(stored)
     skeleton = draft_model(source, recipe, log)
-    output = open_output(recipe.format, source, skeleton, make_plan(source, skeleton, recipe))
+    plan = make_plan(skeleton.source, skeleton, recipe)
+    source = skeleton.source.listed(row.name for row in plan.rows)
+    output = open_output(recipe.format, source, skeleton, plan)
     plan, formats = output.plan, (recipe.format, *recipe.exports)
     products = attempt(lambda: pick_products(recipe.products, skeleton.device, skeleton.dtype, plan.most_bits))
     lanes = (ORIGINAL, OURS, *pick_baselines(recipe, plan.mean_bits)) if recipe.eval_data != "none" else ()

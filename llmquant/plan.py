@@ -2,8 +2,9 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from llmquant.rules import Rule
 from llmquant.source.base import Source
 from llmquant.source.names import natural_key
 
+_SMALL = 50  # a linear with less than this part of its block's weights is not worth a refusal
 _STORABLE = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -66,7 +68,14 @@ class Plan:
         return [row.spec for row in self.rows if row.spec is not None]
 
     def block(self, index: int | None) -> list[Row]:
-        return [row for row in self.rows if row.block == index]
+        return self._by_block.get(index, [])
+
+    @cached_property
+    def _by_block(self) -> dict[int | None, list[Row]]:
+        found: dict[int | None, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(row.block, []).append(row)
+        return found
 
     @property
     def calibrated(self) -> bool:
@@ -97,11 +106,16 @@ def make_plan(source: Source, skeleton: Skeleton, recipe: Recipe) -> Plan:
     """Decide on every tensor of `source`.
 
     Quantized: the weight of each Linear or Conv1D inside a decoder block, as `treatments` says. Everything else is
-    copied. Raises RecipeError where a group size does not divide (all offenders named), where nothing is left to
-    quantize, or a rule or pattern decides nothing; FormatError by the format.
+    copied; a tensor that holds all experts, of which none is quantized, as it is. Raises RecipeError where a group size
+    does not divide (all offenders named), where nothing is left to quantize, or a rule or pattern decides nothing;
+    FormatError by the format.
     """
     keys = sorted(source.tensors, key=natural_key)
     chosen = treatments(keys, skeleton, recipe)
+    _refuse_unknown_experts(keys, skeleton, recipe)
+    if whole := [key for key, parts in source.slices.items() if not _any_quantized(skeleton, parts, chosen)]:
+        source = source.listed(whole)
+        keys = sorted(source.tensors, key=natural_key)
     rows = [_row(source, skeleton, key, chosen.get(_module(skeleton, key))) for key in keys]
     specs = [row.spec for row in rows if row.spec is not None]
     if not specs:
@@ -113,10 +127,32 @@ def make_plan(source: Source, skeleton: Skeleton, recipe: Recipe) -> Plan:
             field="ignore",
         )
     _check_groups(specs)
-    return lay_out(rows, source, skeleton, recipe.format)
+    return lay_out(rows, skeleton, recipe.format)
 
 
-def lay_out(rows: Sequence[Row], source: Source, skeleton: Skeleton, format_name: str) -> Plan:
+def _refuse_unknown_experts(keys: Iterable[str], skeleton: Skeleton, recipe: Recipe) -> None:
+    """SourceError for experts that are no linears, unless the user keeps them: they would be most of the model."""
+    for key in keys:
+        param = skeleton.param_of.get(key)
+        if param is None or skeleton.block_of(param) is None or len(skeleton.source.tensors[key].shape) < 2:
+            continue
+        module = skeleton.model.get_submodule(param.rpartition(".")[0])
+        known = is_linear(module) or "expert" not in type(module).__name__.lower()
+        if not known and not any(re.search(pattern, key) for pattern in recipe.ignore):
+            raise SourceError(
+                f"{skeleton.where}: {key}",
+                f"experts of an unknown form ({type(module).__name__})",
+                expected="projections of every expert with a gate and an activation between them",
+                remedy=f"keep them in 16 bit with {option('ignore')}",
+            )
+
+
+def _any_quantized(skeleton: Skeleton, keys: Iterable[str], chosen: Mapping[str, "Treatment"]) -> bool:
+    found = (chosen.get(_module(skeleton, key)) for key in keys)
+    return any(treatment is not None and treatment.scheme is not None for treatment in found)
+
+
+def lay_out(rows: Sequence[Row], skeleton: Skeleton, format_name: str) -> Plan:
     """The plan with these rows: the tensors of the output, and which linears stay dense.
 
     FormatError where the format cannot hold the linears, SourceError where two tensors would have one name.
@@ -125,10 +161,10 @@ def lay_out(rows: Sequence[Row], source: Source, skeleton: Skeleton, format_name
     fmt.check(specs)
     layout: Layout = {}
     for row in rows:
-        info = source.tensors[row.name]
-        new = fmt.layout(row.spec) if row.spec is not None else {row.name: (info.dtype, info.shape)}
+        stored = {row.name: (getattr(torch, row.dtype), row.shape)}
+        new: Layout = stored if row.spec is None else fmt.layout(row.spec)
         if clash := sorted(name for name in new if name in layout):  # not sets: `layout` grows to all tensors
-            raise SourceError(source.name, f"the output would hold {clash[0]} twice")
+            raise SourceError(skeleton.where, f"the output would hold {clash[0]} twice")
         layout |= new
     quantized = {spec.module for spec in specs}
     dense = [n for n, m in skeleton.model.named_modules() if is_linear(m) and n not in quantized]
@@ -171,8 +207,10 @@ def treatments(keys: Sequence[str], skeleton: Skeleton, recipe: Recipe) -> dict[
         rule = next((rule for rule in recipe.rules if rule.matches(module)), None)
         if ignored:
             chosen[module] = Treatment(None, "", f"--ignore {ignored[0]}")
+        elif why := skeleton.unquantizable(module):
+            chosen[module] = Treatment(None, "", why)
         else:
-            chosen[module] = _treatment(recipe, rule)
+            chosen[module] = _spared(_treatment(recipe, rule), module, skeleton)
             if rule is not None:
                 unused_rules.pop(rule, None)
     if unused_patterns:
@@ -180,7 +218,7 @@ def treatments(keys: Sequence[str], skeleton: Skeleton, recipe: Recipe) -> dict[
         raise RecipeError(option("ignore"), f"{first!r} matches no tensor", expected="a regular expression that does")
     for rule in unused_rules:
         _refuse_unused(rule, skeleton, chosen)
-    return _widened(chosen)
+    return _widened(chosen, skeleton)
 
 
 def _is_candidate(skeleton: Skeleton, key: str) -> bool:
@@ -202,6 +240,20 @@ def _treatment(recipe: Recipe, rule: Rule | None) -> Treatment:
     return Treatment(QuantScheme(bits, group_size, symmetric), method, why, rule is not None)
 
 
+def _spared(treatment: Treatment, module: str, skeleton: Skeleton) -> Treatment:
+    """`treatment`, or keep a small linear whose inputs its groups do not divide; a large one is refused later."""
+    linear, scheme = skeleton.model.get_submodule(module), treatment.scheme
+    in_features = linear.weight.shape[0 if is_conv1d(linear) else 1]
+    if scheme is None or scheme.divides(in_features):
+        return treatment
+    index = skeleton.block_of(module)
+    assert index is not None
+    if _SMALL * linear.weight.numel() > skeleton.blocks[index].n_weights:
+        return treatment
+    why = f"small, and groups of {scheme.group_size} do not divide its {in_features} inputs"
+    return Treatment(None, "", why, treatment.by_rule)
+
+
 def _refuse_unused(rule: Rule, skeleton: Skeleton, linears: Iterable[str]) -> None:
     """RecipeError that says why no linear is decided by `rule`."""
     where = f"rule '{rule}'"
@@ -221,14 +273,37 @@ def _refuse_unused(rule: Rule, skeleton: Skeleton, linears: Iterable[str]) -> No
     raise RecipeError(where, "matches no module", expected="the name of a linear layer, or a part of it", field="rules")
 
 
-def _widened(chosen: dict[str, Treatment]) -> dict[str, Treatment]:
-    """Sets that servers run as one matrix (q, k, v; gate, up) get the scheme of their most careful member.
+def _expert_sets(chosen: Mapping[str, Treatment], skeleton: Skeleton) -> list[list[str]]:
+    """The linears of all experts of each layer: servers run them in one kernel, of one scheme.
+
+    RecipeError where --ignore keeps some of a layer's experts and not all.
+    """
+    sets: dict[str, list[str]] = {}
+    for module in chosen:
+        if (owner := skeleton.experts_of(module)) is not None:
+            sets.setdefault(owner, []).append(module)
+    for owner, members in sets.items():
+        kept = [member for member in members if chosen[member].scheme is None and not chosen[member].by_rule]
+        if kept and len(kept) < len(members):
+            raise RecipeError(
+                owner,
+                f"{len(kept)} of the {len(members)} linears of its experts are kept ({chosen[kept[0]].why})",
+                expected="all experts of a layer, or none: servers run them in one kernel",
+                remedy=f"{option('ignore')} {re.escape(owner.rpartition('.')[2])}, or a pattern that spares them",
+                field="ignore",
+            )
+    return list(sets.values())
+
+
+def _widened(chosen: dict[str, Treatment], skeleton: Skeleton) -> dict[str, Treatment]:
+    """Sets that servers run as one matrix (q, k, v; gate, up) get the scheme of their most careful member, and so do
+    all experts of a layer.
 
     Only where a rule decided a member: --ignore alone keeps what it names and nothing else. It holds for all formats,
     as one checkpoint may be exported to any other.
     """
     wider = dict(chosen)
-    for members in fused_sets(chosen):
+    for members in (*fused_sets(chosen), *_expert_sets(chosen, skeleton)):
         best = max(members, key=lambda member: chosen[member].care)  # the first of equals
         if not any(chosen[member].by_rule for member in members):
             continue
@@ -251,12 +326,15 @@ def _row(source: Source, skeleton: Skeleton, key: str, treatment: Treatment | No
     block = skeleton.block_of(param) if param is not None else None
     dtype = str(info.dtype).removeprefix("torch.")
     form = source.stored_as(key)
-    read_from = "" if form is None else f", dequantized from {form}"
+    origin = source.origin(key)
+    read_from = (origin and f", {origin}") + ("" if form is None else f", dequantized from {form}")
 
     def copied(reason: str) -> Row:
         return Row(key, "copied", reason + read_from, dtype, info.shape, block)
 
     if param is None:
+        if key in skeleton.source.slices:
+            return copied("all experts in one tensor, none of them quantized")
         return copied("not a parameter of the model class")
     module_name, _, leaf = param.rpartition(".")
     module = skeleton.model.get_submodule(module_name)

@@ -2,16 +2,18 @@
 
 Two streams go through: the quantized one, whose hidden states come from the blocks as they were written, and the
 original one, which error propagation compares it with. At each step the quantized forwards see the block with the
-steps before it quantized, the original forwards see the block's own weights.
+steps before it quantized, the original forwards see the block's own weights. All experts of a layer are one wave of
+steps: none of them reads what another one computes.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmquant.formats import LinearSpec
 from llmquant.model.block import Block
@@ -19,6 +21,8 @@ from llmquant.model.paused import Paused
 from llmquant.model.streams import Stream
 from llmquant.quant.hessian import Hessian
 from llmquant.quant.matmul import forwards_in
+
+_AT_ONCE = 2**27  # entries of all Hessians that are summed up at once, of experts: 512 MB
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,39 @@ class Step:
         return self.specs[0].shape[1]
 
 
-class BlockForwards:
-    """The forwards of both calibration streams through one block, paused at the same step batch by batch.
+@dataclass(frozen=True)
+class Wave:
+    """Steps whose inputs a forward reads at one point: a single step, or one of every expert of a layer.
 
-    Forwards stay paused between the steps as long as what they hold fits `spare_bytes`; the others run anew up to each
-    step. Weights are rounded once to the precision of the products, instead of in each forward.
+    module    where the forward is paused
+    experts   each step's expert, whose input is that entry of what `module` reads; None for a single step
+    """
+
+    module: nn.Module
+    steps: list[Step]
+    experts: list[int] | None = None
+
+    def parts(self) -> list["Wave"]:
+        """The wave in parts whose Hessians fit the memory that is meant for them."""
+        if self.experts is None:
+            return [self]
+        count = max(1, _AT_ONCE // self.steps[0].in_features ** 2)
+        starts = range(0, len(self.steps), count)
+        return [
+            Wave(self.module, self.steps[start : start + count], self.experts[start : start + count])
+            for start in starts
+        ]
+
+    def inputs(self, read: Any) -> list[Tensor]:
+        """The input of every step, from what `module` reads."""
+        return [read] if self.experts is None else [read[expert] for expert in self.experts]
+
+
+class BlockForwards:
+    """The forwards of both calibration streams through one block, paused at the same wave batch by batch.
+
+    Forwards stay paused between the waves as long as what they hold fits `spare_bytes`; the others run anew up to each
+    wave. Weights are rounded once to the precision of the products, instead of in each forward.
     """
 
     def __init__(self, block: Block, specs: Sequence[LinearSpec], streams: CalibrationStreams) -> None:
@@ -66,30 +98,45 @@ class BlockForwards:
         self._current = dict(self._originals)
         self._kept: dict[tuple[int, str], tuple[Paused, int]] = {}  # with the bytes it holds
 
-    def weights_changed(self, step: Step) -> None:
-        """The linears of `step` have other weights in the block now."""
-        for spec in step.specs:
-            self._current[spec.param] = self._block.get(spec.param).to(self._streams.products)
+    def weights_changed(self, wave: Wave) -> None:
+        """The linears of `wave` have other weights in the block now."""
+        for step in wave.steps:
+            for spec in step.specs:
+                self._current[spec.param] = self._block.get(spec.param).to(self._streams.products)
 
-    def hessian(self, position: int, step: Step) -> Hessian:
-        """Over all batches, of the inputs of the step at `position`; steps must come in order."""
-        hessian, original = self._empty(step), self._streams.original
-        others = iter(original) if original is not None else None
+    def hessians(self, position: int, wave: Wave) -> list[Hessian]:
+        """One for each step of the wave at `position`, over all batches; waves must come in order."""
+        hessians, original = [self._empty(step) for step in wave.steps], self._streams.original
+        others = iter(original) if original is not None and any(step.propagation for step in wave.steps) else None
         for batch, hidden in enumerate(self._streams.quantized):
-            reference = None
+            references: Sequence[Tensor | None] = [None] * len(hessians)
             if others is not None:
-                reference = self._input(self._originals, position, (batch, "original"), next(others))
-            hessian.add(self._input(self._current, position, (batch, "quantized"), hidden), reference)
-        return hessian
+                references = wave.inputs(self._read(self._originals, position, (batch, "original"), next(others)))
+            inputs = wave.inputs(self._read(self._current, position, (batch, "quantized"), hidden))
+            for hessian, x, reference in zip(hessians, inputs, references, strict=True):
+                hessian.add(x, reference)
+        return hessians
 
-    def hessians_of_all(self, steps: Sequence[Step]) -> list[Hessian]:
-        """The Hessians of all steps in one pass, before any of them is quantized."""
-        hessians = [self._empty(step) for step in steps]
+    def pool(self, position: int, wave: Wave) -> Hessian:
+        """The Hessian of what all experts of a wave read; for a wave whose own do not fit the memory together."""
+        pool = self._empty(wave.steps[0])
+        for batch, hidden in enumerate(self._streams.quantized):
+            for x in wave.inputs(self._read(self._current, position, (batch, "quantized"), hidden)):
+                pool.add(x)
+        return pool
+
+    def hessians_of_all(self, waves: Sequence[Wave]) -> list[list[Hessian]]:
+        """The Hessians of all waves in one pass, before any of them is quantized."""
+        hessians = [[self._empty(step) for step in wave.steps] for wave in waves]
         original = self._streams.original
         for hidden, other in zip(self._streams.quantized, original or self._streams.quantized, strict=True):
             run, reference = self._paused(hidden), self._paused(other)
-            for position, hessian in enumerate(hessians):
-                hessian.add(run.input_of(position), reference.input_of(position) if original is not None else None)
+            for position, (wave, sums) in enumerate(zip(waves, hessians, strict=True)):
+                references: Sequence[Tensor | None] = [None] * len(sums)
+                if original is not None and wave.experts is None:
+                    references = wave.inputs(reference.input_of(position))
+                for hessian, x, y in zip(sums, wave.inputs(run.input_of(position)), references, strict=True):
+                    hessian.add(x, y)
             run.close()
             reference.close()
         return hessians
@@ -103,8 +150,8 @@ class BlockForwards:
             partial(self._block.forward, hidden), partial(forwards_in, self._streams.products, self._block.dtype)
         )
 
-    def _input(self, weights: Mapping[str, Tensor], position: int, key: tuple[int, str], hidden: Tensor) -> Tensor:
-        """What the step at `position` reads with `weights` in the block, by the forward of `key` (batch, stream)."""
+    def _read(self, weights: Mapping[str, Tensor], position: int, key: tuple[int, str], hidden: Tensor) -> Any:
+        """What the wave at `position` reads with `weights` in the block, by the forward of `key` (batch, stream)."""
         run, _ = self._kept.pop(key, (None, 0))
         run = run or self._paused(hidden)
         with self._block.holding(weights):

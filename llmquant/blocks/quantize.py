@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 
-from llmquant.blocks.forwards import BlockForwards, CalibrationStreams, Step
+from torch import nn
+
+from llmquant.blocks.forwards import BlockForwards, CalibrationStreams, Step, Wave
 from llmquant.blocks.solve import Solved, solve_step
-from llmquant.errors import SourceError, option
 from llmquant.formats import LinearSpec
 from llmquant.memory import SLACK, trim
 from llmquant.model.block import Block
 from llmquant.model.paused import pausing
-from llmquant.quant.hessian import default_propagation
+from llmquant.quant.hessian import LENT, Hessian, default_propagation, pooled
 from llmquant.quant.solvers import DATA_FREE
 from llmquant.recipe import Recipe
 
@@ -24,23 +25,28 @@ def quantize_block(
 ) -> list[Solved]:
     """Quantize the linears `specs` of the loaded `block` and leave their dequantized weights in it.
 
-    `streams` holds the calibration hidden states; None for data-free methods. With passes = "step" each step's
-    Hessian sees the quantized steps before it. With `advance` both streams are through the block afterwards.
+    `streams` holds the calibration hidden states; None for data-free methods. With passes = "step" each wave's
+    Hessians see the quantized waves before it. With `advance` both streams are through the block afterwards.
     """
     if streams is None or all(spec.method in DATA_FREE for spec in specs):
         return [solved for spec in specs for solved in solve_step(block, Step([spec], 0.0), None, recipe)]
-    steps = _steps(block, specs, recipe, streams)
-    linears = block.linears
+    waves = _waves(block, specs, recipe, streams)
     done: list[Solved] = []
-    with pausing([linears[step.specs[0].module] for step in steps]):
+    with pausing([wave.module for wave in waves]):
         forwards = BlockForwards(block, specs, streams)
         if recipe.passes == "block":
-            hessians = forwards.hessians_of_all(steps)
-        for position, step in enumerate(steps):
-            hessian = hessians[position] if recipe.passes == "block" else forwards.hessian(position, step)
-            trim(SLACK)
-            done += solve_step(block, step, hessian, recipe)
-            forwards.weights_changed(step)
+            of_all = forwards.hessians_of_all(waves)
+        for position, wave in enumerate(waves):
+            parts = [wave] if recipe.passes == "block" else wave.parts()
+            pool = forwards.pool(position, wave) if len(parts) > 1 else None
+            for part in parts:
+                hessians = of_all[position] if recipe.passes == "block" else forwards.hessians(position, part)
+                if part.experts is not None:
+                    _lend(hessians, pool or pooled(hessians))
+                trim(SLACK)
+                for step, hessian in zip(part.steps, hessians, strict=True):
+                    done += solve_step(block, step, hessian, recipe)
+            forwards.weights_changed(wave)
             trim(SLACK)
         if advance:
             forwards.finish()
@@ -48,25 +54,35 @@ def quantize_block(
     return done
 
 
-def _steps(block: Block, specs: Sequence[LinearSpec], recipe: Recipe, streams: CalibrationStreams) -> list[Step]:
-    """The planned linears by shared input, in the order of the forward; all of them must be reached."""
+def _lend(hessians: Sequence[Hessian], pool: Hessian) -> None:
+    """Lend every expert's Hessian some of what all experts of the layer read."""
+    for hessian in hessians:
+        hessian.lend(pool, LENT * len(hessian.sum_II))
+
+
+def _waves(block: Block, specs: Sequence[LinearSpec], recipe: Recipe, streams: CalibrationStreams) -> list[Wave]:
+    """The planned linears by shared input, in the order of the forward; those of all experts of a layer together."""
     by_module = {spec.module: spec for spec in specs}
-    hidden = next(iter(streams.quantized))
-    names = block.steps(lambda: block.forward(hidden, streams.products))
-    steps = [[by_module[name] for name in step if name in by_module] for step in names]
-    reached = {spec.module for step in steps for spec in step}
-    if missed := sorted(set(by_module) - reached):
-        raise SourceError(
-            f"{block.where}: {missed[0]}",
-            "the block's forward does not run it as a layer, so its input cannot be seen",
-            remedy=f"keep it in 16 bit with {option('ignore')}, or use {option('method')} rtn",
-        )
+    width, linears = next(iter(streams.quantized)).shape[-1], block.linears
 
     def strength(in_features: int) -> float:
         if streams.original is None:
             return 0.0
-        wide = in_features > hidden.shape[-1]
-        auto = default_propagation(streams.quantized.n_tokens, in_features, wide=wide)
+        auto = default_propagation(streams.quantized.n_tokens, in_features, wide=in_features > width)
         return auto if recipe.propagation == "auto" else float(recipe.propagation)
 
-    return [Step(step, strength(step[0].shape[1])) for step in steps if step]
+    waves: dict[nn.Module, Wave] = {}
+    for names in block.steps:
+        if not (members := [by_module[name] for name in names if name in by_module]):
+            continue
+        if (place := block.expert(names[0])) is None:
+            module = linears[members[0].module]
+            waves[module] = Wave(module, [Step(members, strength(members[0].shape[1]))])
+        else:
+            # Without error propagation: the original model sends other tokens to an expert.
+            gather, expert = place
+            wave = waves.setdefault(gather, Wave(gather, [], []))
+            wave.steps.append(Step(members, 0.0))
+            assert wave.experts is not None
+            wave.experts.append(expert)
+    return list(waves.values())

@@ -11,16 +11,15 @@ torch.Size([1, 6, 256])
 Shapes: B batch, T time, D hidden, O out_features, I in_features.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
-from typing import Any
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from llmquant.errors import SourceError, option
 from llmquant.formats import LinearSpec
+from llmquant.model.experts import Experts
 from llmquant.model.meta import is_linear
 from llmquant.model.tape import Call
 from llmquant.model.weights import Weights
@@ -34,11 +33,15 @@ class Block:
     module   the model's own, on the meta device except while it is `loaded`
     params   names of its parameters and persistent buffers in the model
     calls    what it is called with besides the hidden states, by the shape [B, T] of a batch of tokens
+    steps    names of its linears by the input that they share, in the order of the forward
+    unseen   linears whose inputs cannot be seen, so that they are not quantized -> why
     """
 
     def __init__(self, index: int, name: str, module: nn.Module, params: list[str], weights: Weights) -> None:
         self.index, self.name, self.module, self.params = index, name, module, params
         self.calls: dict[tuple[int, ...], Call] = {}
+        self.steps: list[list[str]] = []
+        self.unseen: dict[str, str] = {}
         self._weights = weights
 
     @property
@@ -59,6 +62,24 @@ class Block:
     def linears(self) -> dict[str, nn.Module]:
         """Its nn.Linear and Conv1D modules by their full names."""
         return {f"{self.name}.{name}": m for name, m in self.module.named_modules() if is_linear(m)}
+
+    @cached_property
+    def n_weights(self) -> int:
+        """Of all its linears."""
+        return sum(self.get(f"{name}.weight").numel() for name in self.linears)
+
+    def expert(self, linear: str) -> tuple[nn.Module, int] | None:
+        """For a linear of an expert: the module that gathers what it reads, and the expert's number; else None."""
+        for owner, module in self._experts:
+            if linear.startswith(owner):
+                number, _, leaf = linear[len(owner) :].partition(".")
+                return module.down_inputs if leaf and leaf == module.down else module.up_inputs, int(number)
+        return None
+
+    @cached_property
+    def _experts(self) -> list[tuple[str, Experts]]:
+        named = self.module.named_modules(prefix=self.name)
+        return [(f"{name}.", module) for name, module in named if isinstance(module, Experts)]
 
     # -- weights -------------------------------------------------------------------------------------------
     @contextmanager
@@ -98,43 +119,3 @@ class Block:
         call = self.calls[tuple(hidden_BTD.shape[:2])]
         with torch.no_grad(), forwards_in(products or self.dtype, self.dtype):
             return call(self.module, hidden_BTD.to(self.device))
-
-    def steps(self, forward: Callable[[], object]) -> list[list[str]]:
-        """Linears of the loaded block by the input they share, in the order in which `forward` reaches them.
-
-        Two linears share an input where they read the same elements of the same memory and nothing wrote into it in
-        between. SourceError where one runs more than once.
-        """
-        seen: dict[tuple[Any, ...], list[str]] = {}
-        alive: list[Tensor] = []  # inputs stay referenced, or another one could be born at the same address
-
-        def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0]
-            alive.append(x)
-            place = (x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride())
-            seen.setdefault((*place, _state(x)), []).append(name)
-
-        hooks = [m.register_forward_pre_hook(partial(note, name)) for name, m in self.linears.items()]
-        try:
-            forward()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        names = [name for step in seen.values() for name in step]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise SourceError(
-                f"{self.where}: {twice}",
-                "runs more than once in a block",
-                remedy=f"keep it in 16 bit with {option('ignore')}",
-            )
-        return list(seen.values())
-
-
-def _state(x: Tensor) -> int:
-    """A number that changes when something is written into `x`: torch's count of writes to its memory.
-
-    Inference tensors have no such count; for them it is a hash of the values.
-    """
-    if not x.is_inference():
-        return x._version
-    return hash(x.cpu().contiguous().view(torch.uint8).numpy().tobytes())

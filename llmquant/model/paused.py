@@ -25,16 +25,16 @@ class Paused:
         self, forward: Callable[[], Tensor], around: Callable[[], AbstractContextManager[object]] = nullcontext
     ) -> None:
         self._run, self._around = _Run(forward), around
+        self._at: tuple[int, Any] = (-1, None)
 
-    def input_of(self, position: int) -> Tensor:
-        """Go on up to the module at `position`; the input that it is about to read."""
-        reached, x = -1, torch.empty(0)
-        while reached != position:
+    def input_of(self, position: int) -> Any:
+        """Go on up to the module at `position`; the input that it is about to read. Asked again, it stays there."""
+        while self._at[0] != position:
             result = self._go_on()
             if self._run.dead:
                 raise RuntimeError(f"the block's forward ended before step {position}")
-            reached, x = result
-        return x
+            self._at = result
+        return self._at[1]
 
     def finish(self) -> Tensor:
         """Go on to the end; what the forward returns."""
@@ -45,11 +45,13 @@ class Paused:
         return output
 
     def _go_on(self) -> Any:
+        self._at = (-1, None)
         with self._around():
             return self._run.switch()
 
     def close(self) -> None:
         """Give up, and free what the forward holds."""
+        self._at = (-1, None)
         self._run.throw()
 
     def held_bytes(self) -> int:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmquant.errors import SourceError
 from llmquant.model.block import Block
-from llmquant.model.meta import build_model, find_blocks
+from llmquant.model.experts import Experts
+from llmquant.model.meta import find_blocks, open_model
+from llmquant.model.probe import probe
 from llmquant.model.tape import Stop, Tape, answer, forward_replaced, stand_ins, stop, take_hidden
 from llmquant.model.weights import Weights
 from llmquant.source.base import Source
@@ -26,18 +27,15 @@ class Skeleton:
     """A causal LM without weights, whose blocks are loaded and freed one by one.
 
     where     the checkpoint's name, for errors
+    source    the checkpoint as the model holds it: experts one by one
     weights   its parameters, in and out of memory
     blocks    its decoder blocks, in order
     """
 
     def __init__(self, source: Source, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> None:
         self.where = source.name
-        self.model = build_model(source, dtype)
-        for module in self.model.modules():  # computed buffers (rope tables) are real and stay on the device
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = buffer.to(device)
-        self.weights = Weights(self.model, source, device, dtype)
+        self.model, self.source, param_of = open_model(source, dtype)
+        self.weights = Weights(self.model, self.source, param_of, device, dtype)
         stack = find_blocks(self.model, source)
         self._stack = stack[0][0].rpartition(".")[0] + "."
         params: list[list[str]] = [[] for _ in stack]
@@ -45,7 +43,14 @@ class Skeleton:
             if (index := self.block_of(param)) is not None:
                 params[index].append(param)
         self.blocks = [Block(i, name, module, params[i], self.weights) for i, (name, module) in enumerate(stack)]
-        self._refuse_fused_experts()
+        self._idle = tuple(f"{name}." for name in probe(self.where, self.model, self.blocks))
+        for module in self.model.modules():  # computed buffers (rope tables) are real and stay on the device
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+        names = [name for name, module in self.model.named_modules() if isinstance(module, Experts)]
+        self._experts = [f"{name}." for name in names]
+        self._shared = {param for param in self.weights.tied.values() if self.block_of(param) is not None}
         self._width: int | None = None  # of a block's answer; the tape learns it
 
     @property
@@ -88,22 +93,24 @@ class Skeleton:
             return None
         return int(param[len(self._stack) :].split(".", 1)[0])
 
-    def _refuse_fused_experts(self) -> None:
-        for block in self.blocks:
-            for path, module in block.module.named_modules():
-                for leaf, parameter in module.named_parameters(recurse=False):
-                    if parameter.ndim >= 3 and not isinstance(module, nn.Conv1d):
-                        raise SourceError(
-                            f"{self.where}: {block.name}.{path}.{leaf}",
-                            f"all experts in one tensor {tuple(parameter.shape)} ({type(module).__name__})",
-                            expected="nn.Linear or Conv1D weights",
-                            remedy="fused MoE experts are not supported yet",
-                        )
+    def experts_of(self, module: str) -> str | None:
+        """The module of experts that a linear is part of; None for all others."""
+        return next((owner[:-1] for owner in self._experts if module.startswith(owner)), None)
+
+    def unquantizable(self, module: str) -> str:
+        """Why a linear of a block must stay as it is; "" where it need not."""
+        index, param = self.block_of(module), f"{module}.weight"
+        if index is not None and (why := self.blocks[index].unseen.get(module)):
+            return why
+        if param in self._shared:
+            return "several blocks share it"
+        return "the model wants it in float32" if self.weights.is_strict(param) else ""
 
     def _outer(self, without: nn.Module | None) -> list[str]:
-        """Parameters outside the blocks, except those of one module."""
+        """Parameters outside the blocks that a text needs, except those of one module."""
         skip = {name for name, module in self.model.named_modules() if module is without}
-        return [n for n in self.weights.names if self.block_of(n) is None and n.rpartition(".")[0] not in skip]
+        outside = [name for name in self.weights.names if self.block_of(name) is None]
+        return [n for n in outside if n.rpartition(".")[0] not in skip and not n.startswith(self._idle)]
 
     # -- into the blocks, and out of them ------------------------------------------------------------------
     def record(self, batches: Iterable[Tensor], entry: Callable[[Tensor], None]) -> None:

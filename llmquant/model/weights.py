@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmquant.model.meta import dtype_plan, find_ties, names_of_tensors
+from llmquant.model.meta import dtype_plan
+from llmquant.model.names import find_ties
 from llmquant.source.base import Source
 
 
@@ -23,14 +24,17 @@ class Weights:
     tied       parameters that the checkpoint holds only under another parameter's name -> that name
     """
 
-    def __init__(self, model: Any, source: Source, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Any, source: Source, param_of: dict[str, str], device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.device, self.dtype, self.source = device, dtype, source
         self._model = model
         self.names: list[str] = list(model.state_dict())
-        self.param_of = names_of_tensors(model, source)
+        self.param_of = param_of
         self.tied = find_ties(model, set(self.param_of.values()), source)
         self._key_of = {param: key for key, param in self.param_of.items()}
         self._dtype_plan = dtype_plan(model, dtype)
+        self._strict = dtype_plan(model, torch.bfloat16)
 
     def read(self, name: str) -> Tensor:
         """A parameter as the checkpoint holds it; SourceError where it holds NaN or Inf."""
@@ -89,6 +93,10 @@ class Weights:
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:
             module._buffers[leaf] = value
+
+    def is_strict(self, name: str) -> bool:
+        """Whether the model insists on float32 for a parameter, whatever the others are in."""
+        return any(dtype == torch.float32 and re.search(p, name) for p, dtype in self._strict.items())
 
     def _compute_dtype(self, name: str) -> torch.dtype:
         return next((dtype for pattern, dtype in self._dtype_plan.items() if re.search(pattern, name)), self.dtype)

@@ -24,6 +24,8 @@ factorization works, and shrinks with many tokens, is ours.
 Shapes: N tokens, I in_features, O out_features, B columns of a block.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,7 @@ from llmquant.quant.matmul import matmul, sums_of
 
 # Few tokens per input dimension leave H noisy and need more damping: 0.01, or 0.003 from 8 tokens per dimension on.
 _DAMP_FEW, _DAMP_MANY, _MANY = 0.01, 0.003, 8
+LENT = 0.25  # tokens per input dimension that an expert is lent from all experts of its layer
 _DAMP_STEP, _DAMP_TRIES = 3.0, 5  # a failed factorization is tried again with this many times the damping
 _COLUMNS = 512  # columns in a block of a symmetric product
 _AT_ONCE = 2**22  # entries that `_reverse` moves through one copy
@@ -63,6 +66,7 @@ class Hessian:
         self.products = products
         self.n_tokens = 0
         self.n_excluded = 0
+        self.n_lent = 0.0  # tokens' worth of another Hessian in the sum
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
         """Add all tokens of `x` [..., I], the quantized model's input. `original` is the original model's input.
@@ -92,6 +96,18 @@ class Hessian:
                 self.sum_II[:end, start:end].addmm_(x_NI[:, :end].T, x_NI[:, start:end])
         self.n_tokens += x_NI.shape[0]
 
+    def lend(self, pool: "Hessian", n_tokens: float) -> None:
+        """Add `pool`, which should have seen tokens like ours, as if it were `n_tokens` more:
+
+            H <- (N H + n H_pool) / (N + n)
+
+        An expert that few tokens reach has a noisy H, or none. What all experts of its layer read tells more of what it
+        will read than plain rounding assumes.
+        """
+        if pool.n_tokens:
+            self.sum_II.add_(pool.sum_II, alpha=n_tokens / pool.n_tokens)
+            self.n_lent += n_tokens
+
     def mean(self) -> Tensor:
         """H_II = sum / N, symmetric to the bit. Divides the sum in place: call this once."""
         for start in range(0, self.sum_II.shape[0], _COLUMNS):
@@ -99,7 +115,7 @@ class Hessian:
             self.sum_II[start:end, :start] = self.sum_II[:start, start:end].T
             diagonal = self.sum_II[start:end, start:end]
             diagonal.copy_(diagonal.triu() + diagonal.triu(1).T)
-        return self.sum_II.div_(max(1, self.n_tokens))
+        return self.sum_II.div_(max(1.0, self.n_tokens + self.n_lent))
 
     def take_drift(self) -> Tensor | None:
         """drift_II = C - H with C = E[x xhat^T]; None without drift. Divides the sum in place and hands it over."""
@@ -107,6 +123,16 @@ class Hessian:
             return None
         drift_II, self.drift_II = self.drift_II.div_(max(1, self.n_tokens)), None
         return drift_II
+
+
+def pooled(hessians: Sequence[Hessian]) -> Hessian:
+    """The Hessian of all tokens of all of them. They share their in_features."""
+    first = hessians[0]
+    pool = Hessian(len(first.sum_II), first.sum_II.device, first.sum_II.dtype, products=first.products)
+    for hessian in hessians:
+        pool.sum_II += hessian.sum_II
+        pool.n_tokens += hessian.n_tokens
+    return pool
 
 
 def quadratic(E_OI: Tensor, H_II: Tensor) -> Tensor:

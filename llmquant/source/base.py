@@ -7,6 +7,7 @@ safetensors files are read; pickles never.
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,19 @@ class Source:
         """The stored tensors that `name` is read from."""
         return [self.tensors[name]]
 
+    def origin(self, name: str) -> str:
+        """What the tensor was made of; "" if it is stored as such."""
+        return ""
+
+    def listed(self, names: Iterable[str]) -> "Source":
+        """The same checkpoint, its tensors listed as `names` has them, where it knows two ways."""
+        return self
+
+    @property
+    def slices(self) -> dict[str, list[str]]:
+        """Stored tensors that are listed in several parts -> their names."""
+        return {}
+
     def prefetch(self, names: Iterable[str]) -> None:
         """Say which tensors will be read next. A Hub source fetches their files in the meantime."""
 
@@ -132,6 +146,13 @@ class Source:
     def read(self, name: str) -> Tensor:
         """The tensor `name`, bit for bit, in its own dtype."""
         return self._read_at(self.tensors[name])
+
+    def read_entry(self, name: str, index: int) -> Tensor:
+        """Entry `index` of a tensor along its first axis, without reading the others."""
+        info = self.tensors[name]
+        size = info.nbytes // info.shape[0]
+        start = info.start + index * size
+        return self._read_at(replace(info, shape=info.shape[1:], start=start, end=start + size))
 
     def _read_at(self, info: TensorInfo) -> Tensor:
         """The bytes of one tensor, by plain reads: if a mapped file shrinks, the system kills the process."""

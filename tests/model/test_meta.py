@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from llmquant.errors import SourceError
-from llmquant.model.meta import names_of_tensors
+from llmquant.model.names import checked_names, names_in
 
 
 class Name(str):
@@ -31,6 +31,10 @@ def model_and_source(layers: int) -> tuple[Any, Any]:
     infos = {name: SimpleNamespace(shape=tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
     tensors = {Name(name): info for name, info in infos.items()}
     return model, SimpleNamespace(name="model", tensors=tensors)
+
+
+def names_of_tensors(model: Any, source: Any) -> dict[str, str]:
+    return checked_names(model, source, names_in(model, source).renamed)
 
 
 def comparisons(layers: int) -> float:

@@ -1,7 +1,6 @@
 """Blocks streamed one by one give exactly what the whole model gives."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,21 +53,6 @@ def test_head_by_chunks_equals_head_at_once(tiny_model: Callable[[str], Path]) -
         torch.testing.assert_close(chunks, logits_of(hidden), rtol=0, atol=1e-6)
 
 
-def test_linears_that_share_an_input_are_one_step(tiny_model: Callable[[str], Path]) -> None:
-    expected = {
-        "llama": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
-        "phi3": [["qkv_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]],
-        "gptj": [["q_proj", "k_proj", "v_proj", "fc_in"], ["out_proj"], ["fc_out"]],
-        "cohere": [["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"], ["o_proj"], ["down_proj"]],
-    }
-    for name, steps in expected.items():
-        skeleton = open_skeleton(tiny_model(name))
-        hidden = skeleton.embed(torch.zeros(1, 8, dtype=torch.long))
-        with skeleton.blocks[1].loaded() as block:
-            found = block.steps(partial(block.forward, hidden))
-        assert [[module.rpartition(".")[2] for module in step] for step in found] == steps
-
-
 def refused(tmp_path: Path, architecture: tuple[str, dict[str, object]]) -> str:
     folder = tiny.build(tmp_path / "model", architecture)
 
@@ -79,14 +63,6 @@ def refused(tmp_path: Path, architecture: tuple[str, dict[str, object]]) -> str:
     with pytest.raises(SourceError) as error:
         record()
     return str(error.value)
-
-
-@pytest.mark.parametrize("config", ["MixtralConfig", "Qwen3MoeConfig"])
-def test_fused_experts_are_refused_by_name(config: str, tmp_path: Path) -> None:
-    experts = {"num_local_experts": 4} if config == "MixtralConfig" else {"num_experts": 4, "moe_intermediate_size": 32}
-    message = refused(tmp_path, (config, tiny.LLAMA | experts))
-    assert "experts" in message
-    assert "not supported yet" in message
 
 
 def test_arguments_that_depend_on_tokens_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,118 @@
+"""What a model runs for a text, found by one forward without weights, before any work.
+
+Every parameter is a zero that is shown in the parameter's shape, and every linear answers zeros without multiplying: so
+a forward of a few tokens through all of a model, on the CPU, takes no memory and next to no time. It tells
+
+- which linears of a block run as layers, and which of them read the same input (q, k and v): `Block.steps`,
+- which do not, or more than once; their inputs cannot be seen, so they are not quantized: `Block.unseen`,
+- which parts of the model no text reaches (a vision tower): their weights are never loaded.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from llmquant.errors import SourceError
+from llmquant.model.block import Block
+from llmquant.model.meta import is_conv1d
+from llmquant.model.tape import forward_replaced
+
+_TOKENS = 8
+NEVER, TWICE = "its block does not run it as a layer", "its block runs it more than once"
+
+
+def probe(where: str, model: Any, blocks: Sequence[Block]) -> list[str]:
+    """Fill in `steps` and `unseen` of all blocks; the names of parts outside of them that no text reaches.
+
+    SourceError where the model cannot be run on text alone.
+    """
+    reads: list[dict[tuple[Any, ...], list[str]]] = [{} for _ in blocks]
+    linears = [{module: name for name, module in block.linears.items()} for block in blocks]
+    index_of = {block.module: block.index for block in blocks}
+    alive: list[Tensor] = []  # inputs stay referenced, or another one could be born at the same address
+    ran: set[nn.Module] = set()
+    current = -1
+
+    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        nonlocal current
+        ran.add(module)
+        current = index_of.get(module, current)
+        if current >= 0 and module in linears[current]:
+            alive.append(inputs[0])
+            reads[current].setdefault(_place(inputs[0]), []).append(linears[current][module])
+
+    with _zeros(model), register_module_forward_pre_hook(note), torch.no_grad():
+        try:
+            model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long), use_cache=False)
+        except Exception as error:  # what a model raises that wants more than text depends on its class
+            brief = f"{type(error).__name__}: {error}"[:160]
+            raise SourceError(where, f"{type(model).__name__} cannot be run on text alone ({brief})") from error
+    for block, seen in zip(blocks, reads, strict=True):
+        names = [name for step in seen.values() for name in step]
+        block.unseen = {name: NEVER if name not in names else TWICE for name in block.linears if names.count(name) != 1}
+        steps = [[name for name in step if name not in block.unseen] for step in seen.values()]
+        block.steps = [step for step in steps if step]
+    inside = {module for block in blocks for module in block.module.modules()}
+    return _idle(model, ran | inside)
+
+
+def _place(x: Tensor) -> tuple[Any, ...]:
+    """The same for two linears that read the same elements of the same memory, with nothing written in between.
+
+    Tensors without elements all lie at one address: those are told apart as objects.
+    """
+    if not x.numel():
+        return (id(x),)
+    return x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride(), _state(x)
+
+
+def _state(x: Tensor) -> int:
+    """A number that changes when something is written into `x`: torch's count of writes to its memory.
+
+    Inference tensors have no such count; for them it is a hash of the values.
+    """
+    if not x.is_inference():
+        return x._version
+    return hash(x.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def _idle(model: Any, ran: set[nn.Module]) -> list[str]:
+    """The largest modules in which nothing ran. Single layers are not among them: a weight may be used without its
+    layer's forward (a tied head)."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in found) or not any(True for _ in module.children()):
+            continue
+        if not any(inner in ran for inner in module.modules()):
+            found.append(name)
+    return found
+
+
+@contextmanager
+def _zeros(model: Any) -> Iterator[None]:
+    """Zeros of no size in the place of all parameters and buffers on the meta device, and in all answers of linears."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in list(tensors.items()):
+                    if tensor is None or tensor.device.type != "meta":
+                        continue
+                    shown = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+                    wrapped = nn.Parameter(shown, requires_grad=False) if tensors is module._parameters else shown
+                    stack.callback(partial(tensors.__setitem__, name, tensor))
+                    tensors[name] = wrapped
+            if type(module) is nn.Linear or is_conv1d(module):  # a subclass may answer something else (a router)
+                stack.enter_context(forward_replaced(module, _answer(module)))
+        yield
+
+
+def _answer(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A linear's forward that answers zeros, in a memory of their own."""
+    weight: Any = module.weight
+    width = weight.shape[1] if is_conv1d(module) else weight.shape[0]
+    return lambda x: x.new_zeros(*x.shape[:-1], width)
