@@ -22,7 +22,12 @@ from llmquant.model.streams import Stream
 from llmquant.quant.hessian import Hessian
 from llmquant.quant.matmul import forwards_in
 
-_AT_ONCE = 2**27  # entries of all Hessians that are summed up at once, of experts: 512 MB
+_AT_ONCE = 2**27  # entries of all Hessians of experts that are summed up at once: 512 MB
+
+
+def entries_of_experts(in_features: int) -> int:
+    """Entries of the Hessians of experts that are held at once, and of the one that they all lend from."""
+    return int(max(_AT_ONCE, in_features**2) + in_features**2)
 
 
 @dataclass(frozen=True)

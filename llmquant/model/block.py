@@ -35,6 +35,7 @@ class Block:
     calls    what it is called with besides the hidden states, by the shape [B, T] of a batch of tokens
     steps    names of its linears by the input that they share, in the order of the forward
     unseen   linears whose inputs cannot be seen, so that they are not quantized -> why
+    shares   linears of experts -> the part of all tokens that reaches them, on average
     """
 
     def __init__(self, index: int, name: str, module: nn.Module, params: list[str], weights: Weights) -> None:
@@ -42,6 +43,7 @@ class Block:
         self.calls: dict[tuple[int, ...], Call] = {}
         self.steps: list[list[str]] = []
         self.unseen: dict[str, str] = {}
+        self.shares: dict[str, float] = {}
         self._weights = weights
 
     @property

@@ -5,9 +5,11 @@ a forward of a few tokens through all of a model, on the CPU, takes no memory an
 
 - which linears of a block run as layers, and which of them read the same input (q, k and v): `Block.steps`,
 - which do not, or more than once; their inputs cannot be seen, so they are not quantized: `Block.unseen`,
+- how many of the tokens reach an expert: `Block.shares`,
 - which parts of the model no text reaches (a vision tower): their weights are never loaded.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -27,7 +29,7 @@ NEVER, TWICE = "its block does not run it as a layer", "its block runs it more t
 
 
 def probe(where: str, model: Any, blocks: Sequence[Block]) -> list[str]:
-    """Fill in `steps` and `unseen` of all blocks; the names of parts outside of them that no text reaches.
+    """Fill in `steps`, `unseen` and `shares` of all blocks; the names of parts outside of them that no text reaches.
 
     SourceError where the model cannot be run on text alone.
     """
@@ -35,6 +37,7 @@ def probe(where: str, model: Any, blocks: Sequence[Block]) -> list[str]:
     linears = [{module: name for name, module in block.linears.items()} for block in blocks]
     index_of = {block.module: block.index for block in blocks}
     alive: list[Tensor] = []  # inputs stay referenced, or another one could be born at the same address
+    rows: Counter[str] = Counter()
     ran: set[nn.Module] = set()
     current = -1
 
@@ -44,6 +47,7 @@ def probe(where: str, model: Any, blocks: Sequence[Block]) -> list[str]:
         current = index_of.get(module, current)
         if current >= 0 and module in linears[current]:
             alive.append(inputs[0])
+            rows[linears[current][module]] += inputs[0].numel() // inputs[0].shape[-1]
             reads[current].setdefault(_place(inputs[0]), []).append(linears[current][module])
 
     with _zeros(model), register_module_forward_pre_hook(note), torch.no_grad():
@@ -57,8 +61,19 @@ def probe(where: str, model: Any, blocks: Sequence[Block]) -> list[str]:
         block.unseen = {name: NEVER if name not in names else TWICE for name in block.linears if names.count(name) != 1}
         steps = [[name for name in step if name not in block.unseen] for step in seen.values()]
         block.steps = [step for step in steps if step]
+        block.shares = _shares(block, rows)
     inside = {module for block in blocks for module in block.module.modules()}
     return _idle(model, ran | inside)
+
+
+def _shares(block: Block, rows: Counter[str]) -> dict[str, float]:
+    """The part of a text's tokens that reaches a linear of an expert: the same for all experts of a layer, as routers
+    without weights know no difference."""
+    waves: dict[nn.Module, list[str]] = {}
+    for name in rows:
+        if (place := block.expert(name)) is not None:
+            waves.setdefault(place[0], []).append(name)
+    return {n: sum(rows[m] for m in names) / len(names) / _TOKENS for names in waves.values() for n in names}
 
 
 def _place(x: Tensor) -> tuple[Any, ...]:

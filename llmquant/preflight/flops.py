@@ -6,12 +6,11 @@ Shapes: O out_features, I in_features, N tokens.
 """
 
 import time
-from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from llmquant.formats import LinearSpec
 from llmquant.model.skeleton import Skeleton
 from llmquant.plan import Plan
 from llmquant.quant.solvers.refine import default_sweeps
@@ -63,11 +62,14 @@ class Work:
 
 def work_of(plan: Plan, skeleton: Skeleton, recipe: Recipe, tokens: Tokens, n_lanes: int) -> Work:
     """The work of a run with `n_lanes` evaluation lanes."""
-    block_weights = sum(skeleton.weights.get(param).numel() for block in skeleton.blocks for param in block.params)
+    shares = {name: share for block in skeleton.blocks for name, share in block.shares.items()}
+    block_weights = sum(
+        skeleton.weights.get(param).numel() * shares.get(param.rpartition(".")[0], 1.0)
+        for block in skeleton.blocks
+        for param in block.params
+    )
     attention = 2 * len(skeleton.blocks) * skeleton.hidden_size  # multiply-adds per token and position
     drift = recipe.propagation != 0
-    order = {name: i for i, (name, _) in enumerate(skeleton.model.named_modules())}
-    inputs = _inputs(sorted(plan.specs, key=lambda spec: order[spec.module]))
     # Forwards pause at each step and go on; with one pass per block they are run again with the quantized weights.
     forwards = (1 if recipe.passes == "step" else 2) * (2 if drift else 1)
     calibrated, evaluated = tokens.calibration * forwards, tokens.evaluation * n_lanes
@@ -76,9 +78,11 @@ def work_of(plan: Plan, skeleton: Skeleton, recipe: Recipe, tokens: Tokens, n_la
     forward_flops += 2.0 * evaluated * skeleton.vocab_size * skeleton.hidden_size
     n_calibration = tokens.calibration
     solve_flops, columns = 0.0, 0
-    for rows, width in inputs if n_calibration else ():
+    for rows, width, share in _inputs(plan, skeleton) if n_calibration else ():
         columns += width
-        solve_flops += n_calibration * width**2 * (3.0 if drift else 1.0) + width**3 / 3  # half of a symmetric product
+        solve_flops += (
+            n_calibration * share * width**2 * (3.0 if drift else 1.0) + width**3 / 3
+        )  # half of a symmetric product
         # feedback, loss, plain rounding's loss and energy, half a product each; the drift's two
         solve_flops += rows * width**2 * (4 + (4 if drift else 0))
     for spec in plan.specs if n_calibration else ():
@@ -88,21 +92,14 @@ def work_of(plan: Plan, skeleton: Skeleton, recipe: Recipe, tokens: Tokens, n_la
     return Work(forward_flops, solve_flops, planned, planned if n_calibration else 0, columns)
 
 
-def _inputs(specs: list[LinearSpec]) -> list[tuple[int, int]]:
-    """(O of all linears that share it, I) of each distinct input, guessed from the order of definition:
-    the linears of one module of one width share their input, but the last of several (o_proj, down_proj) reads what
-    the others made."""
-    by_parent: dict[str, list[LinearSpec]] = defaultdict(list)
-    for spec in specs:
-        by_parent[spec.module.rpartition(".")[0]].append(spec)
-    found: list[tuple[int, int]] = []
-    for siblings in by_parent.values():
-        *others, last = siblings if len(siblings) > 1 else [siblings[0]]
-        shared: dict[int, int] = defaultdict(int)
-        for spec in others:
-            shared[spec.shape[1]] += spec.shape[0]
-        found += [(rows, width) for width, rows in shared.items()] + [last.shape]
-    return found
+def _inputs(plan: Plan, skeleton: Skeleton) -> Iterator[tuple[int, int, float]]:
+    """(O of all linears that share it, I, part of the tokens that reach it) of each distinct input."""
+    shapes = {spec.module: spec.shape for spec in plan.specs}
+    for block in skeleton.blocks:
+        for step in block.steps:
+            if members := [name for name in step if name in shapes]:
+                rows, width = sum(shapes[name][0] for name in members), shapes[members[0]][1]
+                yield rows, width, block.shares.get(members[0], 1.0)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llmquant.blocks.forwards import entries_of_experts
 from llmquant.job import Draft
 from llmquant.model.streams import spilled
 from llmquant.preflight.flops import Tokens
@@ -29,6 +30,7 @@ class _Sizes:
     block: int  # parameters of the largest block
     outer: int  # of the largest tensor outside the blocks
     widest: int  # inputs of the widest linear that wants a Hessian
+    experts: int  # Hessians of experts that are summed up at once, and of all together
     activations: int  # that a forward of one batch holds
     batch: int  # hidden states of one batch
 
@@ -49,6 +51,7 @@ def memory_bound(draft: Draft, tokens: Tokens, streams: dict[str, int]) -> Memor
     work = {
         "two copies of the largest block": 2 * sizes.block * width,
         "Hessian and drift of the widest input": 8 * sizes.widest**2,
+        **({"Hessians of experts": 4 * sizes.experts} if sizes.experts else {}),
         "largest embedding or head": sizes.outer * width,
         "activations of a batch": sizes.activations * width,
     }
@@ -85,10 +88,18 @@ def _sizes(draft: Draft, tokens: Tokens) -> _Sizes:
         block=max(blocks.values()),
         outer=outer,
         widest=max(spec.shape[1] for spec in plan.specs) if draft.calibrated else 0,
+        experts=_experts(draft),
         # Residual stream, norm, attention's inputs and result; gate, up, activation and product.
         activations=batch * (8 * skeleton.hidden_size + 4 * inner),
         batch=batch * skeleton.hidden_size,
     )
+
+
+def _experts(draft: Draft) -> int:
+    """Entries of the Hessians of a layer's experts at a time, and of the one that they lend from."""
+    shares = {name for block in draft.skeleton.blocks for name in block.shares}
+    widths = [spec.shape[1] for spec in draft.plan.specs if spec.module in shares and draft.calibrated]
+    return entries_of_experts(max(widths)) if widths else 0
 
 
 def _noise_floor(sizes: _Sizes, width: int) -> int:

@@ -1,6 +1,7 @@
 """What a report says in words: the verdict, and what deserves a look."""
 
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -79,7 +80,7 @@ def health(report: RunReport) -> list[str]:
         f"{count} tensors of the original are stored in {form}: figures are against what they stand for."
         for form, count in forms.items()
     ]
-    return [*stored, *_evaluation_notes(report), *_layer_notes(report.layers)]
+    return [*stored, *_evaluation_notes(report), *_coverage(report), *_layer_notes(report.layers)]
 
 
 def _evaluation_notes(report: RunReport) -> list[str]:
@@ -101,6 +102,27 @@ def _evaluation_notes(report: RunReport) -> list[str]:
         if lane.n_nonfinite:
             notes.append(f"{name}: {lane.n_nonfinite} tokens with NaN or Inf logits were left out.")
     return notes
+
+
+def _coverage(report: RunReport) -> list[str]:
+    """How many calibration tokens the experts saw; empty for a model without experts."""
+    if report.calibration is None:
+        return []
+    widths = {row.of_module: row.shape[-1] for row in report.tensors if row.action == "quantized"}
+    experts = [layer for layer in report.layers if re.search(r"\.\d+\..*\.\d+(\.|$)", layer.name)]
+    seen = [layer.n_tokens for layer in experts]
+    if not seen or min(seen) >= report.calibration.n_tokens:
+        return []
+    few = sum(layer.n_tokens < widths.get(layer.name, 0) for layer in experts)
+    text = (
+        f"Experts: of {report.calibration.n_tokens} calibration tokens a linear of an expert saw "
+        f"{statistics.median(seen):.0f} (median), at least {min(seen)}"
+    )
+    if few:
+        text += (
+            f"; {few} of {len(seen)} saw few ({seen.count(0)} none) and lean on what all experts of their layer read"
+        )
+    return [text + "."]
 
 
 def _repository(dataset: str) -> str:
