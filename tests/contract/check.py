@@ -1,0 +1,236 @@
+"""One type through `llmquant.quantize`, and the verdict on what came out.
+
+    passes      all of the below hold
+    refused     an LLMQuantError, whose line is the cause
+    crash       any other exception: always a bug of ours
+    wrong       it ran, and one of the below does not hold: always a bug of ours
+    not built   transformers builds no tiny checkpoint of the type, or cannot run its own
+
+What has to hold: `verify` agrees; the class of `architectures`, and that of AutoModelForCausalLM where it is another,
+open the output with no key missing or unknown that the original's are not; its logits are those of a dequantized copy
+(`reference.py`); the report's perplexity of the original and KL of ours are those of stock; every parameter is the
+original's or within the error of 4 bits; routers are untouched; and most of the blocks' parameters are quantized.
+"""
+
+import re
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+import llmquant
+from contract.build import build, quiet
+from contract.reference import Stock, dequantized, divergence, other_class, perplexity, stock
+from contract.uploads import UPLOADS
+from llmquant.demo import DEMO
+from llmquant.errors import LLMQuantError
+from llmquant.output.check import verify_folder
+
+WINDOW, TOKENS = 64, 256
+FLAGS: dict[str, Any] = {
+    **{"bits": 4, "group_size": 32, "samples": 4, "seq_len": WINDOW, "baselines": "none"},
+    **{"eval_tokens": TOKENS, "eval_seq_len": WINDOW},
+}
+SAME_LOGITS = 1e-4  # KL in nats of the opened output to the dequantized copy
+LOST = 1.0  # KL to the original that says that something is lost; 4 bits of random weights cost a few hundredths
+WEIGHT_ERROR = 0.5  # ||W - W^||^2 / ||W||^2; GPTQ on few tokens costs up to a tenth, other weights cost 2
+SHARE = 0.5  # of the blocks' parameters that have to be quantized, at least
+_BLOCK = re.compile(r"\.\d+\.")
+_TOWER = re.compile(r"(^|[._])(vision|visual|vit|image|img|audio|speech|sam|dino|depth|mtp)\w*[._]")
+_ROUTER = re.compile(r"(router|gate)(?!_?(up_?)?proj|_up)[^.]*(\.\w+)*\.weight$")
+_ROUTER_ROWS = 64
+
+
+@dataclass
+class Outcome:
+    """What became of one type; `cause` is one line, empty where it passes."""
+
+    name: str
+    result: str
+    cause: str = ""
+    figures: dict[str, float] = field(default_factory=dict)
+    trace: list[str] = field(default_factory=list)
+
+    @property
+    def is_bug(self) -> bool:
+        return self.result in ("crash", "wrong")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if value not in ("", {}, [])}
+
+
+def check(name: str, folder: Path, make: Callable[[str, Path], Path] | None = None) -> Outcome:
+    """Build `name` (a type, a variant, or one of UPLOADS) below the empty `folder`, quantize it and judge."""
+    try:
+        source = (make or (UPLOADS[name].make if name in UPLOADS else build))(name, folder / "source")
+    except Exception as error:
+        return Outcome(name, "not built", _said(error), trace=_trace(error))
+    calibration, evaluation = texts(folder)
+    flags = FLAGS | {"calibration": str(calibration), "eval_data": str(evaluation)}
+    out = folder / "out"
+    try:
+        with quiet():
+            report = llmquant.quantize(source, llmquant.make_recipe(str(source), flags=flags), out)
+    except LLMQuantError as error:
+        return Outcome(name, "refused", f"{type(error).__name__}: {generic(str(error), source)}")
+    except Exception as error:
+        return Outcome(name, "crash", _said(error), trace=_trace(error))
+    ids = windows(source, evaluation)
+    try:
+        original = stock(source)
+        expected = original.logits(ids)
+    except Exception as error:
+        return Outcome(name, "not built", f"stock cannot run the original: {_said(error)}", trace=_trace(error))
+    judge = _Judge(name, source, out, original)
+    try:
+        judge.problems += _verified(out, source)
+        judge.opened(dequantized(out, source, folder / "dense"), report, expected, ids)
+    except Exception as error:
+        judge.problems.append(_said(error))
+        return Outcome(name, "wrong", "; ".join(judge.problems), judge.figures, _trace(error))
+    return Outcome(name, "wrong" if judge.problems else "passes", "; ".join(judge.problems), judge.figures)
+
+
+@dataclass
+class _Judge:
+    """Collects what does not hold, and the figures."""
+
+    name: str
+    source: Path
+    out: Path
+    original: Stock
+    problems: list[str] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def opened(self, dense: Path, report: llmquant.Report, expected: Tensor, ids: Tensor) -> None:
+        reference = stock(dense)
+        wanted = reference.logits(ids)
+        ours = stock(self.out)
+        self.problems += _new_keys("the dequantized copy", reference, self.original)
+        changed = dict(self._changed(reference))
+        self._judge_weights(changed)
+        self._same("the output", ours, self.original, wanted, changed, ids)
+        if (other := other_class(self.source)) is not None:
+            self._same(
+                f"the output as {other.__name__}",
+                stock(self.out, other),
+                stock(self.source, other),
+                stock(dense, other).logits(ids),
+                changed,
+                ids,
+            )
+        kl, ppl = divergence(expected, wanted), perplexity(expected, ids)
+        lanes = report.lanes
+        self.figures |= {"kl": kl, "perplexity": ppl}
+        self._near("perplexity of the original", lanes["original"]["perplexity"], ppl, 1e-4 * ppl)
+        self._near("KL", lanes["llmquant"]["kl_mean"], kl, 0.02 * kl + 2e-6)
+        if not 0 < kl < LOST:
+            self.problems.append(f"KL to the original is {kl:.3g}")
+
+    def _same(
+        self, what: str, ours: Stock, original: Stock, wanted: Tensor, changed: dict[str, float], ids: Tensor
+    ) -> None:
+        """The opened output computes what the dequantized copy does, and its other parameters are the original's."""
+        self.problems += _new_keys(what, ours, original)
+        away = divergence(wanted, ours.logits(ids))
+        self.figures["away"] = max(away, self.figures.get("away", 0.0))
+        if not away < SAME_LOGITS:
+            self.problems.append(f"{what}: KL to the dequantized copy is {away:.3g}")
+        theirs = original.parameters()
+        odd = [
+            name
+            for name, tensor in ours.parameters().items()
+            if name in theirs and name not in changed and not torch.equal(tensor.float(), theirs[name])
+        ]
+        if odd:
+            self.problems.append(f"{what}: {len(odd)} parameters are not the original's ({odd[0]})")
+
+    def _changed(self, reference: Stock) -> Iterator[tuple[str, float]]:
+        """Parameters that are not the original's, each with its error."""
+        theirs = self.original.parameters()
+        for name, tensor in reference.parameters().items():
+            if name not in theirs or tensor.shape != theirs[name].shape:
+                self.problems.append(f"the dequantized copy: {name} is none of the original's")
+            elif not torch.equal(tensor, theirs[name]):
+                yield name, float((tensor - theirs[name]).square().sum() / theirs[name].square().sum())
+
+    def _judge_weights(self, changed: dict[str, float]) -> None:
+        params = self.original.parameters()
+        if far := [name for name, error in changed.items() if not error < WEIGHT_ERROR]:
+            self.problems.append(
+                f"{len(far)} weights are not the original's in 4 bits ({far[0]}: {changed[far[0]]:.3g})"
+            )
+        routers = [name for name in changed if _ROUTER.search(name) and params[name].shape[0] <= _ROUTER_ROWS]
+        if routers:
+            self.problems.append(f"{len(routers)} routers are quantized ({routers[0]})")
+        if towers := [name for name in changed if _TOWER.search(name)]:
+            self.problems.append(f"{len(towers)} weights of towers are quantized ({towers[0]})")
+        blocks = {
+            name: p.numel() for name, p in params.items() if re.search(r"\.\d+\.", name) and not _TOWER.search(name)
+        }
+        share = sum(blocks.get(name, 0) for name in changed) / max(1, sum(blocks.values()))
+        self.figures["share"] = share
+        if share < SHARE:
+            self.problems.append(f"only {share:.0%} of the blocks' parameters are quantized")
+
+    def _near(self, what: str, reported: float | None, measured: float, tolerance: float) -> None:
+        if reported is None or not abs(reported - measured) <= tolerance:
+            self.problems.append(f"{what}: {reported} in the report, {measured} in stock")
+
+
+def _new_keys(what: str, ours: Stock, original: Stock) -> list[str]:
+    """Keys that `ours` lacks or does not know, and the original does not lack, too."""
+    found = []
+    for kind, keys in ours.problems.items():
+        if new := sorted(keys - original.problems[kind]):
+            found.append(f"{what}: {len(new)} {kind.replace('_', ' ')} ({new[0]})")
+    return found
+
+
+def _verified(out: Path, source: Path) -> list[str]:
+    try:
+        verify_folder(out, source)
+    except LLMQuantError as error:
+        return [f"verify: {generic(str(error), source)}"]
+    return []
+
+
+def texts(folder: Path) -> tuple[Path, Path]:
+    """Two short texts that share nothing, as files: the built-in ones, whose tokens cost seconds, cut down."""
+    found = []
+    for file in ("calibration.txt", "heldout.txt"):
+        found.append(folder / file)
+        found[-1].write_text((DEMO / file).read_text("utf-8")[: 24 * TOKENS], "utf-8")
+    return found[0], found[1]
+
+
+def windows(source: Path, text: Path) -> Tensor:
+    """The evaluation windows [n, T], as a user of transformers would cut them."""
+    ids = AutoTokenizer.from_pretrained(source)(text.read_text("utf-8"))["input_ids"]
+    return torch.tensor(ids[:TOKENS]).view(-1, WINDOW)
+
+
+def generic(message: str, source: Path) -> str:
+    """A message without this folder and without numbers of layers.
+
+    >>> generic("/tmp/a/source: model.layers.2.mlp: 3 odd", Path("/tmp/a/source"))
+    'model.layers.N.mlp: 3 odd'
+    """
+    for own in (source, source.with_name("out"), source.with_name("out.partial")):
+        message = message.replace(f"{own}: ", "").replace(f"{own}", own.name)
+    return re.sub(r"(?<=\.)\d+(?=\.|\b)", "N", message)
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _trace(error: BaseException) -> list[str]:
+    """The innermost lines of the traceback."""
+    frames = traceback.extract_tb(error.__traceback__)[-6:]
+    return [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
