@@ -28,6 +28,7 @@ from llmquant.report.plain import parse_file
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+MODELS = ROOT / "docs" / "models.md"
 PART = re.compile(r"(<!-- (generated|figures): (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
@@ -75,6 +76,11 @@ def formats() -> str:
     return table(head, rows) + "\n\n\\* with a remark that `plan` prints."
 
 
+def models() -> str:
+    """How many model types pass: the first paragraph of docs/models.md, which a test compares with the outcomes."""
+    return MODELS.read_text("utf-8").split("<!-- summary -->\n")[1].partition("\n<!-- end -->")[0]
+
+
 def linear(bits: int, group_size: int) -> LinearSpec:
     """One linear that no rule about shapes has anything against."""
     scheme = QuantScheme(bits, group_size)
@@ -103,6 +109,8 @@ def unmarked(text: str) -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {"commands": commands, "options": options, "formats": formats}
+if MODELS.exists():
+    PARTS["models"] = models
 
 
 def renewed(text: str) -> tuple[str, list[str]]:

@@ -1,6 +1,7 @@
 """The contract with every model type of the installed transformers: quantized and proven, or refused in one line.
 
-sizes     what makes a config tiny
+sizes     what makes a config tiny, by the names of fields
+overrides what single types need beside that, and variants
 build     a random checkpoint of a type, as real uploads have it
 uploads   what real checkpoints have beside their type: MTP heads, other prefixes, odd shards
 reference stock transformers, and a dequantized copy that shares no code with llmquant

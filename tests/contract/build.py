@@ -1,6 +1,6 @@
 """A tiny random checkpoint of any type of the installed transformers, as real uploads have it.
 
-A type is what config.json calls `model_type`; a name is a type, or `type:variant` (`sizes.py`). Where a type has
+A type is what config.json calls `model_type`; a name is a type, or `type:variant` (`overrides.py`). Where a type has
 classes with and without vision, uploads are of the class with: `qwen3_5` is Qwen3_5ForConditionalGeneration, and
 `qwen3_5:text` the class that AutoModelForCausalLM makes of the same config.
 
@@ -8,6 +8,7 @@ Sizes come by the names of the fields, so most types need no line of their own. 
 cut so that every kind of layer is left.
 """
 
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
-from contract.sizes import OVERRIDES, TEXT, TOWER
+from contract.overrides import OVERRIDES
+from contract.sizes import TEXT, TOWER
 from llmquant.demo import DEMO
 
 MAX_PARAMETERS = 90_000_000
@@ -50,7 +53,8 @@ def variants() -> list[str]:
 
 
 def type_of(name: str) -> str:
-    return name.partition(":")[0]
+    """Without the variant, or what an upload (`uploads.py`) has beside it."""
+    return re.split("[:+]", name)[0]
 
 
 def config_of(name: str) -> Any:
@@ -64,7 +68,10 @@ def new_model(name: str, config: Any) -> Any:
     """A model of the class that uploads of this type name in `architectures`, in float32."""
     autos = [AutoModelForCausalLM] if name.endswith(":text") else AUTO
     auto = next(auto for auto in autos if type_of(name) in AUTO[auto])
-    return auto.from_config(config, dtype=torch.float32)
+    if type(config) in auto._model_mapping:
+        return auto.from_config(config, dtype=torch.float32)
+    named = getattr(transformers, AUTO[auto][type_of(name)])  # known by the name of its type alone
+    return named._from_config(config, dtype=torch.float32)
 
 
 def meta_model(name: str) -> Any:

@@ -9,12 +9,13 @@
 What has to hold: `verify` agrees; the class of `architectures`, and that of AutoModelForCausalLM where it is another,
 open the output with no key missing or unknown that the original's are not; its logits are those of a dequantized copy
 (`reference.py`); the report's perplexity of the original and KL of ours are those of stock; every parameter is the
-original's or within the error of 4 bits; routers are untouched; and most of the blocks' parameters are quantized.
+original's or within the error of 4 bits; routers and towers are untouched; and most of the blocks' parameters are
+quantized.
 """
 
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ SAME_LOGITS = 1e-4  # KL in nats of the opened output to the dequantized copy
 LOST = 1.0  # KL to the original that says that something is lost; 4 bits of random weights cost a few hundredths
 WEIGHT_ERROR = 0.5  # ||W - W^||^2 / ||W||^2; GPTQ on few tokens costs up to a tenth, other weights cost 2
 SHARE = 0.5  # of the blocks' parameters that have to be quantized, at least
-_BLOCK = re.compile(r"\.\d+\.")
+_STACK = re.compile(r".*?\.(?=\d+\.)")
 _TOWER = re.compile(r"(^|[._])(vision|visual|vit|image|img|audio|speech|sam|dino|depth|mtp)\w*[._]")
 _ROUTER = re.compile(r"(router|gate)(?!_?(up_?)?proj|_up)[^.]*(\.\w+)*\.weight$")
 _ROUTER_ROWS = 64
@@ -64,83 +65,80 @@ class Outcome:
         return {key: value for key, value in asdict(self).items() if value not in ("", {}, [])}
 
 
-def check(name: str, folder: Path, make: Callable[[str, Path], Path] | None = None) -> Outcome:
+def check(name: str, folder: Path) -> Outcome:
     """Build `name` (a type, a variant, or one of UPLOADS) below the empty `folder`, quantize it and judge."""
     try:
-        source = (make or (UPLOADS[name].make if name in UPLOADS else build))(name, folder / "source")
+        source = (UPLOADS[name].make if name in UPLOADS else build)(name, folder / "source")
     except Exception as error:
         return Outcome(name, "not built", _said(error), trace=_trace(error))
-    calibration, evaluation = texts(folder)
-    flags = FLAGS | {"calibration": str(calibration), "eval_data": str(evaluation)}
-    out = folder / "out"
     try:
-        with quiet():
-            report = llmquant.quantize(source, llmquant.make_recipe(str(source), flags=flags), out)
+        report = quantized(source, folder / "out")
     except LLMQuantError as error:
         return Outcome(name, "refused", f"{type(error).__name__}: {generic(str(error), source)}")
     except Exception as error:
         return Outcome(name, "crash", _said(error), trace=_trace(error))
+    return judged(name, source, folder / "out", report)
+
+
+def quantized(source: Path, out: Path) -> llmquant.Report:
+    """The run, on texts that are written beside `out`."""
+    calibration, evaluation = texts(out.parent)
+    flags = FLAGS | {"calibration": str(calibration), "eval_data": str(evaluation)}
+    with quiet():
+        return llmquant.quantize(source, llmquant.make_recipe(str(source), flags=flags), out)
+
+
+def judged(name: str, source: Path, out: Path, report: llmquant.Report) -> Outcome:
+    """What stock transformers says of the output. A dequantized copy is written beside it."""
+    _, evaluation = texts(out.parent)
     ids = windows(source, evaluation)
     try:
         original = stock(source)
         expected = original.logits(ids)
     except Exception as error:
         return Outcome(name, "not built", f"stock cannot run the original: {_said(error)}", trace=_trace(error))
-    judge = _Judge(name, source, out, original)
+    judge, trace = _Judge(source, out, original, ids), list[str]()
     try:
         judge.problems += _verified(out, source)
-        judge.opened(dequantized(out, source, folder / "dense"), report, expected, ids)
+        judge.opened(dequantized(out, source, out.with_name("dense")), report, expected)
     except Exception as error:
         judge.problems.append(_said(error))
-        return Outcome(name, "wrong", "; ".join(judge.problems), judge.figures, _trace(error))
-    return Outcome(name, "wrong" if judge.problems else "passes", "; ".join(judge.problems), judge.figures)
+        trace = _trace(error)
+    return Outcome(name, "wrong" if judge.problems else "passes", "; ".join(judge.problems), judge.figures, trace)
 
 
 @dataclass
 class _Judge:
     """Collects what does not hold, and the figures."""
 
-    name: str
     source: Path
     out: Path
     original: Stock
+    ids: Tensor
     problems: list[str] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
 
-    def opened(self, dense: Path, report: llmquant.Report, expected: Tensor, ids: Tensor) -> None:
+    def opened(self, dense: Path, report: llmquant.Report, expected: Tensor) -> None:
+        """`dense` is the dequantized copy, `expected` the original's logits."""
         reference = stock(dense)
-        wanted = reference.logits(ids)
-        ours = stock(self.out)
+        wanted = reference.logits(self.ids)
         self.problems += _new_keys("the dequantized copy", reference, self.original)
         changed = dict(self._changed(reference))
         self._judge_weights(changed)
-        self._same("the output", ours, self.original, wanted, changed, ids)
+        self._same("the output", stock(self.out), self.original, wanted, changed)
         if (other := other_class(self.source)) is not None:
-            self._same(
-                f"the output as {other.__name__}",
-                stock(self.out, other),
-                stock(self.source, other),
-                stock(dense, other).logits(ids),
-                changed,
-                ids,
-            )
-        kl, ppl = divergence(expected, wanted), perplexity(expected, ids)
-        lanes = report.lanes
+            ours, theirs, copy = (stock(folder, other) for folder in (self.out, self.source, dense))
+            self._same(f"the output by {other.__name__}", ours, theirs, copy.logits(self.ids), changed)
+        kl, ppl = divergence(expected, wanted), perplexity(expected, self.ids)
         self.figures |= {"kl": kl, "perplexity": ppl}
-        self._near("perplexity of the original", lanes["original"]["perplexity"], ppl, 1e-4 * ppl)
-        self._near("KL", lanes["llmquant"]["kl_mean"], kl, 0.02 * kl + 2e-6)
+        self._near("perplexity of the original", report.lanes["original"]["perplexity"], ppl, 1e-4 * ppl)
+        self._near("KL", report.lanes["llmquant"]["kl_mean"], kl, 0.02 * kl + 2e-6)
         if not 0 < kl < LOST:
             self.problems.append(f"KL to the original is {kl:.3g}")
 
-    def _same(
-        self, what: str, ours: Stock, original: Stock, wanted: Tensor, changed: dict[str, float], ids: Tensor
-    ) -> None:
+    def _same(self, what: str, ours: Stock, original: Stock, wanted: Tensor, changed: Mapping[str, float]) -> None:
         """The opened output computes what the dequantized copy does, and its other parameters are the original's."""
         self.problems += _new_keys(what, ours, original)
-        away = divergence(wanted, ours.logits(ids))
-        self.figures["away"] = max(away, self.figures.get("away", 0.0))
-        if not away < SAME_LOGITS:
-            self.problems.append(f"{what}: KL to the dequantized copy is {away:.3g}")
         theirs = original.parameters()
         odd = [
             name
@@ -149,6 +147,10 @@ class _Judge:
         ]
         if odd:
             self.problems.append(f"{what}: {len(odd)} parameters are not the original's ({odd[0]})")
+        away = divergence(wanted, ours.logits(self.ids))
+        self.figures["away"] = max(away, self.figures.get("away", 0.0))
+        if not away < SAME_LOGITS:
+            self.problems.append(f"{what}: KL to the dequantized copy is {away:.3g}")
 
     def _changed(self, reference: Stock) -> Iterator[tuple[str, float]]:
         """Parameters that are not the original's, each with its error."""
@@ -159,21 +161,20 @@ class _Judge:
             elif not torch.equal(tensor, theirs[name]):
                 yield name, float((tensor - theirs[name]).square().sum() / theirs[name].square().sum())
 
-    def _judge_weights(self, changed: dict[str, float]) -> None:
+    def _judge_weights(self, changed: Mapping[str, float]) -> None:
+        """What was changed are matrices of the text's blocks, by no more than 4 bits cost; and most of them."""
         params = self.original.parameters()
-        if far := [name for name, error in changed.items() if not error < WEIGHT_ERROR]:
-            self.problems.append(
-                f"{len(far)} weights are not the original's in 4 bits ({far[0]}: {changed[far[0]]:.3g})"
-            )
+        far = [name for name, error in changed.items() if not error < WEIGHT_ERROR or params[name].ndim < 2]
+        if far:
+            self.problems.append(f"{len(far)} weights are not the original's ({far[0]}: error {changed[far[0]]:.3g})")
         routers = [name for name in changed if _ROUTER.search(name) and params[name].shape[0] <= _ROUTER_ROWS]
         if routers:
             self.problems.append(f"{len(routers)} routers are quantized ({routers[0]})")
         if towers := [name for name in changed if _TOWER.search(name)]:
             self.problems.append(f"{len(towers)} weights of towers are quantized ({towers[0]})")
-        blocks = {
-            name: p.numel() for name, p in params.items() if re.search(r"\.\d+\.", name) and not _TOWER.search(name)
-        }
-        share = sum(blocks.get(name, 0) for name in changed) / max(1, sum(blocks.values()))
+        stacks = tuple({match[0] for name in changed if (match := _STACK.match(name))})
+        sizes = {name: parameter.numel() for name, parameter in params.items() if name.startswith(stacks)}
+        share = sum(sizes.get(name, 0) for name in changed) / max(1, sum(sizes.values()))
         self.figures["share"] = share
         if share < SHARE:
             self.problems.append(f"only {share:.0%} of the blocks' parameters are quantized")

@@ -76,6 +76,22 @@ def copied(old: str, new: str, **more: Callable[[], Tensor]) -> Callable[[Tensor
     return change
 
 
+def fused(stored: Tensors) -> Tensors:
+    """All experts of a layer in two tensors, as the model has them: [E, gate and up, I] and [E, O, down]."""
+    kept, experts = {}, dict[str, dict[tuple[int, str], Tensor]]()
+    for name, tensor in stored.items():
+        if match := re.fullmatch(r"(.+\.experts)\.(\d+)\.(\w+)\.weight", name):
+            experts.setdefault(match[1], {})[int(match[2]), match[3]] = tensor
+        else:
+            kept[name] = tensor
+    for base, parts in experts.items():
+        numbers = sorted({number for number, _ in parts})
+        pairs = [torch.cat([parts[number, "gate_proj"], parts[number, "up_proj"]]) for number in numbers]
+        kept[f"{base}.gate_up_proj"] = torch.stack(pairs)
+        kept[f"{base}.down_proj"] = torch.stack([parts[number, "down_proj"] for number in numbers])
+    return kept
+
+
 def without_head(stored: Tensors) -> Tensors:
     return {name: tensor for name, tensor in stored.items() if name != "lm_head.weight"}
 
@@ -108,7 +124,8 @@ def padded(stored: Tensors) -> Tensors:
 
 
 def _random(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    noise = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    return (noise / shape[-1] ** 0.5).to(torch.bfloat16)
 
 
 _JOIN = {"eh_proj": lambda: _random(128, 256)}  # of an MTP head: the hidden state and the next token's embedding
@@ -135,11 +152,12 @@ UPLOADS: dict[str, Upload] = {
     "llama+fewer_layers": Upload("llama", settings={"num_hidden_layers": 2}),
     "llama+shards": Upload("llama", shards=3),
     "qwen3+mtp": Upload("qwen3", copied("model.layers.0.", "mtp.layers.0.", **_JOIN)),
-    "qwen3+language_prefix": Upload("qwen3", renamed((r"model\.", "model.language_model."))),
     "gemma3+old_names": Upload("gemma3", _OLD_LLAVA),
     "llava+old_names": Upload("llava", _OLD_LLAVA),
     "qwen3_5+mtp": Upload("qwen3_5", copied("model.language_model.layers.0.", "mtp.layers.0.", **_JOIN)),
     "qwen3_5_moe+mtp": Upload("qwen3_5_moe", copied("model.language_model.layers.0.", "mtp.layers.0.", **_JOIN)),
+    "qwen3_5_moe+fused": Upload("qwen3_5_moe", fused),
+    "qwen3_moe+fused": Upload("qwen3_moe", fused),
     "deepseek_v3+mtp": Upload("deepseek_v3", copied("model.layers.1.", f"model.layers.{DEPTH}.", **_JOIN)),
     "mixtral+shards": Upload("mixtral", shards=5),
     "qwen3_moe+shards": Upload("qwen3_moe", shards=5),
