@@ -66,6 +66,8 @@ def main() -> int:
             say(known[name])
     results = Counter(known[name]["result"] for name in wanted)
     print(", ".join(f"{count} {result}" for result, count in results.most_common()))
+    causes = Counter(table.short(known[name]["cause"]) for name in wanted if known[name]["result"] == "refused")
+    print("".join(f"  {count} refused: {cause}\n" for cause, count in causes.most_common()), end="")
     if arguments.write:
         write(everything, known)
     return int(bool(results["crash"] or results["wrong"]))
@@ -108,6 +110,7 @@ def judged(name: str, seconds: float) -> dict[str, Any]:
 
 
 def work(name: str, folder: Path, answer: Connection) -> None:
+    torch.set_num_threads(1)  # makes torch's pool anew, before threads of the loader race to do it
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # progress of other libraries
     try:
         row = {"kind": kind_of(name)} | check(name, folder).as_dict()

@@ -41,6 +41,7 @@ SAME_LOGITS = 1e-4  # KL in nats of the opened output to the dequantized copy
 LOST = 1.0  # KL to the original that says that something is lost; 4 bits of random weights cost a few hundredths
 WEIGHT_ERROR = 0.5  # ||W - W^||^2 / ||W||^2; GPTQ on few tokens costs up to a tenth, other weights cost 2
 SHARE = 0.5  # of the blocks' parameters that have to be quantized, at least
+KEPT: dict[str, float] = {}  # names of which less is, by a policy that the user is told
 _STACK = re.compile(r".*?\.(?=\d+\.)")
 _TOWER = re.compile(r"(^|[._])(vision|visual|vit|image|img|audio|speech|sam|dino|depth|mtp)\w*[._]")
 _ROUTER = re.compile(r"(router|gate)(?!_?(up_?)?proj|_up)[^.]*(\.\w+)*\.weight$")
@@ -74,7 +75,10 @@ def check(name: str, folder: Path) -> Outcome:
     try:
         report = quantized(source, folder / "out")
     except LLMQuantError as error:
-        return Outcome(name, "refused", f"{type(error).__name__}: {generic(str(error), source)}")
+        cause = f"{type(error).__name__}: {generic(str(error), source)}"
+        if (folder / "out").exists():
+            return Outcome(name, "wrong", f"refused, but there is an output; {cause}")
+        return Outcome(name, "refused", cause)
     except Exception as error:
         return Outcome(name, "crash", _said(error), trace=_trace(error))
     return judged(name, source, folder / "out", report)
@@ -97,7 +101,7 @@ def judged(name: str, source: Path, out: Path, report: llmquant.Report) -> Outco
         expected = original.logits(ids)
     except Exception as error:
         return Outcome(name, "not built", f"stock cannot run the original: {_said(error)}", trace=_trace(error))
-    judge, trace = _Judge(source, out, original, ids), list[str]()
+    judge, trace = _Judge(name, source, out, original, ids), list[str]()
     try:
         judge.problems += _verified(out, source)
         judge.opened(dequantized(out, source, out.with_name("dense")), report, expected)
@@ -111,6 +115,7 @@ def judged(name: str, source: Path, out: Path, report: llmquant.Report) -> Outco
 class _Judge:
     """Collects what does not hold, and the figures."""
 
+    name: str
     source: Path
     out: Path
     original: Stock
@@ -176,7 +181,7 @@ class _Judge:
         sizes = {name: parameter.numel() for name, parameter in params.items() if name.startswith(stacks)}
         share = sum(sizes.get(name, 0) for name in changed) / max(1, sum(sizes.values()))
         self.figures["share"] = share
-        if share < SHARE:
+        if share < KEPT.get(self.name, SHARE):
             self.problems.append(f"only {share:.0%} of the blocks' parameters are quantized")
 
     def _near(self, what: str, reported: float | None, measured: float, tolerance: float) -> None:
@@ -224,6 +229,7 @@ def generic(message: str, source: Path) -> str:
     """
     for own in (source, source.with_name("out"), source.with_name("out.partial")):
         message = message.replace(f"{own}: ", "").replace(f"{own}", own.name)
+    message = message.removeprefix(f"{source.name}: ")
     return re.sub(r"(?<=\.)\d+(?=\.|\b)", "N", message)
 
 

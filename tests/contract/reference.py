@@ -57,11 +57,14 @@ def other_class(folder: Path) -> Any:
 
 
 def stock(folder: Path, opener: Any = None) -> Stock:
-    """The checkpoint in float32."""
+    """The checkpoint in float32; experts, too, which stock leaves in the bf16 that it made of packed ones."""
     with quiet():
         model, info = (opener or class_of(folder)).from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True
         )
+    for parameter in model.parameters():
+        if parameter.ndim == 3 and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
     return Stock(model.eval(), {kind: {str(key) for key in info[kind]} for kind in PROBLEMS})
 
 
@@ -85,17 +88,18 @@ def unpack(packed: Tensor, scales: Tensor, shape: Tensor) -> Tensor:
 def dequantized(out: Path, source: Path, folder: Path) -> Path:
     """Write the output as a dense float32 checkpoint into `folder`.
 
-    Stock makes packed experts dense while it loads them, and every linear where the config says `dequantize`: in bf16,
-    as the reference does then, too.
+    Stock makes packed experts dense while it loads them, and every linear where the config says `dequantize`: in the
+    dtype of the scales, bf16 as a rule. So does the reference.
     """
     stored, dense = tensors(out), {}
     all_rounded = config(out)["quantization_config"].get("dequantize", False)
     for name, tensor in stored.items():
         base, _, leaf = name.rpartition(".")
         if leaf == "weight_packed":
-            weight = unpack(tensor, stored[f"{base}.weight_scale"], stored[f"{base}.weight_shape"])
+            scales = stored[f"{base}.weight_scale"]
+            weight = unpack(tensor, scales, stored[f"{base}.weight_shape"])
             rounded = all_rounded or ".experts." in name
-            dense[f"{base}.weight"] = weight.to(torch.bfloat16).float() if rounded else weight
+            dense[f"{base}.weight"] = weight.to(scales.dtype).float() if rounded else weight
         elif leaf not in ("weight_scale", "weight_shape") or f"{base}.weight_packed" not in stored:
             dense[name] = tensor.float() if tensor.is_floating_point() else tensor
     folder.mkdir(parents=True)
