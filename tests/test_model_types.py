@@ -81,7 +81,7 @@ def test_what_is_wrong_is_noticed(tmp_path: Path) -> None:
 def test_routers_and_towers_are_known_by_name() -> None:
     for name in ("mlp.gate.weight", "mlp.router.linear.weight", "mlp.shared_expert_gate.weight", "router_gate.weight"):
         assert _ROUTER.search(f"model.layers.0.{name}")
-    for name in ("mlp.gate_proj.weight", "mlp.experts.gate_up_proj", "self_attn.q_proj.weight"):
+    for name in ("mlp.gate_proj.weight", "mlp.experts.gate_up_proj", "self_attn.gate.weight", "mlstm.igate.weight"):
         assert not _ROUTER.search(f"model.layers.0.{name}")
     for name in ("model.visual.blocks.0.attn.qkv.weight", "vision_tower.layers.0.fc1.weight", "mtp.fc.weight"):
         assert _TOWER.search(name)

@@ -44,7 +44,7 @@ SHARE = 0.5  # of the blocks' parameters that have to be quantized, at least
 KEPT: dict[str, float] = {}  # names of which less is, by a policy that the user is told
 _STACK = re.compile(r".*?\.(?=\d+\.)")
 _TOWER = re.compile(r"(^|[._])(vision|visual|vit|image|img|audio|speech|sam|dino|depth|mtp)\w*[._]")
-_ROUTER = re.compile(r"(router|gate)(?!_?(up_?)?proj|_up)[^.]*(\.\w+)*\.weight$")
+_ROUTER = re.compile(r"^(?!.*attn)(?!.*attention).*[._](router|gate)(?!_?(up_?)?proj|_up)[^.]*(\.\w+)*\.weight$")
 _ROUTER_ROWS = 64
 
 
@@ -80,7 +80,7 @@ def check(name: str, folder: Path) -> Outcome:
             return Outcome(name, "wrong", f"refused, but there is an output; {cause}")
         return Outcome(name, "refused", cause)
     except Exception as error:
-        return Outcome(name, "crash", _said(error), trace=_trace(error))
+        return Outcome(name, "crash", _said(error) + _also_in_stock(source), trace=_trace(error))
     return judged(name, source, folder / "out", report)
 
 
@@ -221,16 +221,25 @@ def windows(source: Path, text: Path) -> Tensor:
     return torch.tensor(ids[:TOKENS]).view(-1, WINDOW)
 
 
+def _also_in_stock(source: Path) -> str:
+    """Whether transformers cannot run the checkpoint either; that has to be refused all the same."""
+    try:
+        stock(source).logits(windows(source, source.with_name("heldout.txt")))
+    except Exception as error:
+        return f" (stock: {_said(error)})"
+    return ""
+
+
 def generic(message: str, source: Path) -> str:
     """A message without this folder and without numbers of layers.
 
-    >>> generic("/tmp/a/source: model.layers.2.mlp: 3 odd", Path("/tmp/a/source"))
-    'model.layers.N.mlp: 3 odd'
+    >>> generic("/tmp/a/source: model.layers.2.mlp: 0.5 odd", Path("/tmp/a/source"))
+    'model.layers.N.mlp: 0.5 odd'
     """
     for own in (source, source.with_name("out"), source.with_name("out.partial")):
         message = message.replace(f"{own}: ", "").replace(f"{own}", own.name)
     message = message.removeprefix(f"{source.name}: ")
-    return re.sub(r"(?<=\.)\d+(?=\.|\b)", "N", message)
+    return re.sub(r"(?<=[A-Za-z_])(\.\d+)+", lambda numbers: re.sub(r"\d+", "N", numbers[0]), message)
 
 
 def _said(error: BaseException) -> str:

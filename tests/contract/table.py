@@ -29,10 +29,12 @@ CAUSES = (
     ("merged with others", "experts or other tensors that transformers merges"),
     ("all experts in one tensor", "experts in one tensor"),
     ("cannot hold Conv1D", "Conv1D layers"),
-    ("share more than hidden states|runs more than once|depends on the tokens", "state that blocks share"),
+    ("cannot be streamed block by block", "state that blocks share"),
     ("not divisible", "widths that no group divides"),
     ("cannot open|would not open", "transformers cannot open the result"),
-    ("not a causal LM|no causal LM|AutoModelForCausalLM", "no causal LM"),
+    ("no causal LM", "no causal LM"),
+    ("no list of decoder blocks", "no list of blocks"),
+    ("transformers cannot build", "a config that transformers cannot read back"),
 )
 
 
