@@ -63,7 +63,7 @@ class Plan:
     dense_linears: tuple[str, ...]  # module names of linears that stay dense
     layout: Layout  # every tensor of the output
 
-    @property
+    @cached_property
     def specs(self) -> list[LinearSpec]:
         return [row.spec for row in self.rows if row.spec is not None]
 

@@ -45,16 +45,31 @@ def build_model(source: Source, dtype: torch.dtype) -> Any:
         else:
             make = _maker(model_type, config)
         with torch.device("meta"), no_init_weights():  # nothing is allocated, and buffers can be counted
-            empty = make(settings, dtype=dtype)
-        refuse_buffers(source, sum(buffer.nbytes for buffer in empty.buffers()))
-        with init_empty_weights(include_buffers=False), no_init_weights():
             built = make(settings, dtype=dtype)
+        refuse_buffers(source, sum(buffer.nbytes for buffer in built.buffers()))
+        if "AutoModelForCausalLM" in own:  # such a class may compute its buffers while it is made, and only then
+            with init_empty_weights(include_buffers=False), no_init_weights():
+                built = make(settings, dtype=dtype)
+        else:
+            _compute_buffers(built)
     except SourceError:
         raise
     except Exception as error:  # what a wrong config raises depends on the model class
         brief = f"{type(error).__name__}: {error}"[:200]
         raise SourceError(f"{source.name}: config.json", f"transformers cannot build the model ({brief})") from error
     return built.eval()
+
+
+def _compute_buffers(model: Any) -> None:
+    """Fill in the buffers that no checkpoint holds (rope tables), by the model's own initialization of them."""
+    persistent = model.state_dict()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in persistent:
+            tensor._is_hf_initialized = True  # its initialization leaves these alone
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+    model.initialize_weights()
 
 
 def _refusal(source: Source, model_type: Any, config: dict[str, Any]) -> SourceError | None:

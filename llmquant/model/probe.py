@@ -70,10 +70,16 @@ def _shares(block: Block, rows: Counter[str]) -> dict[str, float]:
     """The part of a text's tokens that reaches a linear of an expert: the same for all experts of a layer, as routers
     without weights know no difference."""
     waves: dict[nn.Module, list[str]] = {}
-    for name in rows:
-        if (place := block.expert(name)) is not None:
-            waves.setdefault(place[0], []).append(name)
-    return {n: sum(rows[m] for m in names) / len(names) / _TOKENS for names in waves.values() for n in names}
+    for step in block.steps:
+        for name in step:
+            if (place := block.expert(name)) is not None:
+                waves.setdefault(place[0], []).append(name)
+    return {
+        name: share
+        for names in waves.values()
+        for share in [sum(rows[each] for each in names) / len(names) / _TOKENS]
+        for name in names
+    }
 
 
 def _place(x: Tensor) -> tuple[Any, ...]:

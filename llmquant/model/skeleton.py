@@ -46,7 +46,7 @@ class Skeleton:
         self._idle = tuple(f"{name}." for name in probe(self.where, self.model, self.blocks))
         for module in self.model.modules():  # computed buffers (rope tables) are real and stay on the device
             for name, buffer in module._buffers.items():
-                if buffer is not None:
+                if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(device)
         names = [name for name, module in self.model.named_modules() if isinstance(module, Experts)]
         self._experts = [f"{name}." for name in names]

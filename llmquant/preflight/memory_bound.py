@@ -98,8 +98,8 @@ def _sizes(draft: Draft, tokens: Tokens) -> _Sizes:
 def _experts(draft: Draft) -> int:
     """Entries of the Hessians of a layer's experts at a time, and of the one that they lend from."""
     shares = {name for block in draft.skeleton.blocks for name in block.shares}
-    widths = [spec.shape[1] for spec in draft.plan.specs if spec.module in shares and draft.calibrated]
-    return entries_of_experts(max(widths)) if widths else 0
+    widths = [spec.shape[1] for spec in draft.plan.specs if spec.module in shares]
+    return entries_of_experts(max(widths)) if widths and draft.calibrated else 0
 
 
 def _noise_floor(sizes: _Sizes, width: int) -> int:
