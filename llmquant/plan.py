@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from llmquant.quant.solvers import DATA_FREE
 from llmquant.recipe import Recipe
 from llmquant.rules import Rule
 from llmquant.source.base import Source
-from llmquant.source.names import natural_key
+from llmquant.source.names import natural_key, without_numbers
 
 _SMALL = 50  # a linear with less than this part of its block's weights is not worth a refusal
 _STORABLE = (torch.bfloat16, torch.float16, torch.float32)
@@ -363,12 +364,12 @@ def _check_groups(specs: list[LinearSpec]) -> None:
         return
     group_size = bad[0].scheme.group_size
     bad = [spec for spec in bad if spec.scheme.group_size == group_size]
-    kinds = sorted({f"{spec.module} ({spec.shape[1]})" for spec in bad}, key=natural_key)
+    kinds = Counter(f"{without_numbers(f'{spec.module}.')[:-1]} ({spec.shape[1]})" for spec in bad)
     widths = {spec.shape[1] for spec in bad}
     fitting = [g for g in (128, 64, 32) if all(width % g == 0 for width in widths)]
     other = f"{option('group_size')} {fitting[0]} or " if fitting else ""
     raise RecipeError(
-        ", ".join(kinds),
+        ", ".join(kind if count == 1 else f"{count} x {kind}" for kind, count in kinds.items()),
         f"in_features not divisible by group size {group_size}",
         remedy=f"use {other}{option('group_size')} -1, or keep them in 16 bit with {option('ignore')}",
         field="group_size",

@@ -26,7 +26,7 @@ _SIDE_FILES = re.compile(
     r"(tokenizer[^/]*\.(json|model[^/]*)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
     r"|[^/]*\.(model|tiktoken)|generation_config\.json|chat_template\.(jinja|json)"
     r"|additional_chat_templates/[^/]*\.jinja"
-    r"|(preprocessor|processor)_config\.json|(LICENSE|LICENCE|NOTICE|USE_POLICY|COPYING)[^/]*)"
+    r"|((video_)?preprocessor|processor)_config\.json|(LICENSE|LICENCE|NOTICE|USE_POLICY|COPYING)[^/]*)"
 )
 # Keys of a config, at any depth, that would make a loader run foreign code or would choose kernels for the user.
 _UNSAFE_KEYS = re.compile(

@@ -1,5 +1,7 @@
 """Experts taken apart: the same numbers as transformers' fused modules, the checkpoint's names, refusals by name."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,14 +10,18 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import llmquant
 import llmquant.model.experts as experts_module
+from llmquant.checkpoint import open_original
 from llmquant.errors import RecipeError, SourceError
 from llmquant.job import draft
 from llmquant.log import SILENT
 from llmquant.model.experts import Experts, form_of
 from llmquant.model.skeleton import Skeleton
+from llmquant.output.check import verify_folder
 from llmquant.plan import Plan
 from llmquant.quant import matmul as products
 from llmquant.recipe import RunOptions, make_recipe
@@ -48,7 +54,6 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32, "n_group": 1, "topk_group": 1},
     ),
 }
-FLAGS = {**tiny.SMALL, "calibration": "demo"}
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +130,67 @@ def test_some_experts_of_a_layer_are_not_kept_alone(built: Callable[[str], Path]
 def test_a_rule_for_one_projection_is_widened_to_all_experts(built: Callable[[str], Path]) -> None:
     plan = plan_of(built("qwen3_moe"), rules=["glob:*.experts.*.down_proj: bits=8"])
     assert {spec.scheme.bits for spec in plan.specs if ".experts." in spec.module} == {8}
+
+
+def packed(folder: Path, target: Path, quantization: dict[str, Any], change: Callable[[str, Tensor], Any]) -> Path:
+    """A copy of a checkpoint whose tensors `change` stores in another form."""
+    shutil.copytree(folder, target)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        tensors |= change(name, tensor)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((target / "config.json").read_text()) | {"quantization_config": quantization}
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def as_mxfp4(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Random bytes of e2m1 with small exponents, as gpt-oss is published."""
+    if tensor.ndim < 3:
+        return {name: tensor}
+    experts, columns, rows = tensor.shape
+    generator = torch.Generator().manual_seed(len(name))
+    blocks = torch.randint(0, 256, (experts, rows, columns // 32, 16), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(121, 124, (experts, rows, columns // 32), generator=generator, dtype=torch.uint8)
+    return {f"{name}_blocks": blocks, f"{name}_scales": scales}
+
+
+def as_fp8(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Blocks of 32 x 32 with a scale each, as DeepSeek is published."""
+    if "_proj" not in name:
+        return {name: tensor}
+    scales = torch.full((-(-tensor.shape[0] // 32), -(-tensor.shape[1] // 32)), 0.25)
+    return {name: tensor.mul(4).to(torch.float8_e4m3fn), f"{name}_scale_inv": scales}
+
+
+PACKED: dict[str, tuple[str, dict[str, Any], Callable[[str, Tensor], Any]]] = {
+    "mxfp4": ("gpt_oss", {"quant_method": "mxfp4", "modules_to_not_convert": []}, as_mxfp4),
+    "fp8": ("qwen3_moe", {"quant_method": "fp8", "weight_block_size": [32, 32]}, as_fp8),
+}
+
+
+@pytest.mark.parametrize("form", PACKED)
+def test_packed_experts_are_read_one_by_one(form: str, built: Callable[[str], Path], tmp_path: Path) -> None:
+    kind, quantization, change = PACKED[form]
+    source = open_original(packed(built(kind), tmp_path / "packed", quantization, change))
+    dense = {name: source.read(name).to(torch.bfloat16) for name in source.tensors}
+    shutil.copytree(built(kind), tmp_path / "dense")
+    save_file(dense, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
+    ids = torch.randint(0, 4096, (1, 16), generator=torch.Generator().manual_seed(2))
+    assert torch.equal(logits(Skeleton(source), ids), logits(Skeleton(open_source(tmp_path / "dense")), ids))
+
+
+@pytest.mark.parametrize("form", PACKED)
+def test_a_run_from_packed_experts(form: str, built: Callable[[str], Path], tmp_path: Path) -> None:
+    kind, quantization, change = PACKED[form]
+    folder = packed(built(kind), tmp_path / "packed", quantization, change)
+    recipe = make_recipe(str(folder), flags=tiny.SMALL)
+    report = llmquant.quantize(folder, recipe, out=tmp_path / "out", runtimes=("vllm",))
+    checked = verify_folder(tmp_path / "out", folder)
+    assert checked.quantized == sum(".experts." in row.name for row in report.facts.tensors if row.scheme) + 4 * 3
+    assert {layer.n_tokens for layer in report.facts.layers if ".experts." not in layer.name} == {4 * 32}
+    seen = [layer.n_tokens for layer in report.facts.layers if layer.name.endswith("layers.1.mlp.experts.0.up_proj")]
+    assert 0 < seen[0] < 4 * 32
 
 
 @pytest.mark.parametrize("change", ["missing", "too many", "wider"])
