@@ -37,13 +37,13 @@ def build_model(source: Source, dtype: torch.dtype) -> Any:
         )
     try:
         if "AutoConfig" in own:
-            settings = _own_class(source, own["AutoConfig"]).from_dict(config)
+            settings = own_class(source, own["AutoConfig"]).from_dict(config)
         else:
             settings = AutoConfig.for_model(model_type, **config)
         # Not the Auto class for code of the checkpoint: it would register that for other models of this process, too.
         make = AutoModelForCausalLM.from_config
         if "AutoModelForCausalLM" in own:
-            make = _own_class(source, own["AutoModelForCausalLM"])._from_config
+            make = own_class(source, own["AutoModelForCausalLM"])._from_config
         with torch.device("meta"), no_init_weights():  # nothing is allocated, and buffers can be counted
             empty = make(settings, dtype=dtype)
         refuse_buffers(source, sum(buffer.nbytes for buffer in empty.buffers()))
@@ -58,7 +58,7 @@ def build_model(source: Source, dtype: torch.dtype) -> Any:
     return built.eval()
 
 
-def _own_class(source: Source, reference: str) -> Any:
+def own_class(source: Source, reference: str) -> Any:
     """A class of the checkpoint's own code, by transformers' mechanism for that. This runs the code."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
