@@ -9,7 +9,7 @@ leave random, leave out, or fail at is what it says itself.
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from llmquant.formats.base import Layout
 
 CODES = ".weight_packed"
+_SLACK = 32  # codes in a word of int32, at most
 _AUTO = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")  # in which order classes are looked for, as users do
 
 
@@ -40,7 +41,7 @@ class Loaded:
 
     missing      parameters that no tensor fills: their values would be random
     unexpected   tensors, by their names in the model, that fill nothing
-    misfits      parameters for which there is a tensor of another shape, and both shapes
+    misfits      parameters for which there is a tensor of another shape
     failed       parameters whose tensors cannot be merged or unpacked, and why
     unpacked     tensors of codes that become dense while they are loaded, and the bits and group size (-1: a row) that
                  they are taken to have
@@ -49,7 +50,7 @@ class Loaded:
 
     missing: frozenset[str] = frozenset()
     unexpected: frozenset[str] = frozenset()
-    misfits: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    misfits: frozenset[str] = frozenset()
     failed: Mapping[str, str] = field(default_factory=dict)
     unpacked: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     error: str = ""
@@ -133,37 +134,45 @@ def load_empty(opener: Opener, layout: Layout) -> Loaded:
     if not told:
         return Loaded(error=error or "transformers did not report what it loaded")
     info = told[-1]
+    dense, schemes = (set(), {}) if model is None else _unpacked(model, layout)
     return Loaded(
         frozenset(info.missing_keys),
         frozenset(info.unexpected_keys),
-        {name: (tuple(got), tuple(wanted)) for name, got, wanted in info.mismatched_keys},
+        frozenset(name for name, got, want in info.mismatched_keys if not (name in dense and _fits(got, want))),
         {
             name: text.strip().partition("\nError:")[0].rpartition("\n")[2]
             for name, text in info.conversion_errors.items()
         },
-        {} if model is None else _unpacked(model, layout),
+        schemes,
         error,
     )
 
 
-def _unpacked(model: Any, layout: Layout) -> dict[str, tuple[int, int]]:
-    """`Loaded.unpacked` of a model that `layout` was loaded into: by the rules that the load has used."""
+def _fits(got: Sequence[int], want: Sequence[int]) -> bool:
+    """Whether the shape of a linear that was unpacked without bytes may be right. It is found by the words that hold a
+    row, and so too long by the room in the last one."""
+    return len(got) == len(want) and all(0 <= have - need < _SLACK for have, need in zip(got, want, strict=True))
+
+
+def _unpacked(model: Any, layout: Layout) -> tuple[set[str], dict[str, tuple[int, int]]]:
+    """The parameters that became dense as `layout` was loaded, and `Loaded.unpacked`: by the rules that were used."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     codes, known = [name for name in layout if name.endswith(CODES)], model.state_dict()
     if len(codes) == sum(name.endswith(CODES) for name in known):
-        return {}
+        return set(), {}
     rules = model._weight_conversions
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    found = {}
+    params, schemes = set(), {}
     for name in codes:
-        _, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        param, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         scheme = None if pattern is None else _scheme_of(by_pattern[pattern])
         if scheme is not None:
-            found[name] = scheme
-    return found
+            params.add(param)
+            schemes[name] = scheme
+    return params, schemes
 
 
 def _scheme_of(converter: Any) -> tuple[int, int] | None:

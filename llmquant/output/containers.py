@@ -96,11 +96,13 @@ class Shards:
     def _try(self) -> Opening:
         """Ask transformers; of formats whose packed tensors it cannot be asked for, only the names of dense ones."""
         original: Layout = {name: (info.dtype, info.shape) for name, info in self.source.tensors.items()}
-        layout, config, dense = self.plan.layout, self.config, Fake()
+        config, view = self.config, self.format
         if self.format.facts.tried == "names":
             del config["quantization_config"]
-            copied = {row.name: original[row.name] for row in self.plan.rows if row.spec is None}
-            layout = copied | {name: of for spec in self.plan.specs for name, of in dense.layout(spec).items()}
+            view = Fake()
+        layout: Layout = {row.name: original[row.name] for row in self.plan.rows if row.spec is None}
+        for spec in self.plan.specs:  # not the plan's own layout: that is of the run's first format
+            layout |= view.layout(spec)
         if not self.format.facts.tried or layout == original:
             return Opening()
         own = partial(own_class, self.source) if self.source.code else None

@@ -19,7 +19,6 @@ from llmquant.versions import versions
 
 _PARTS = (CODES, ".weight_scale", ".weight_shape")
 _SHOWN = 3  # kinds of tensors in a message
-_SLACK = 32  # codes in a word of int32, at most: unpacked without bytes, a row is as long as its words
 
 
 @dataclass(frozen=True)
@@ -78,14 +77,15 @@ def check_opens(
     classes = range(len(openers(config, own_class)))
     if not classes:
         return Opening(unchecked="transformers has no class for it")
-    for way in trial.ways:
+    plain = [trial.problems(0, index) for index in classes]
+    ways = range(2 if trial.packed and trial.raised else 1)  # no other fault is one of packed linears
+    for way in ways:
         if not any(trial.problems(way, index) for index in classes):
-            reasons = [problem for index in classes for problem in trial.problems(0, index)]
-            return Opening(mended=tuple(reasons), unchecked=trial.unchecked)
-    for way in trial.ways:  # none in which every class opens it: the one of config.json decides
+            return Opening(mended=tuple(problem for found in plain for problem in found), unchecked=trial.unchecked)
+    for way in ways:  # none in which every class opens it: the one of config.json decides
         if not trial.problems(way, 0):
-            return Opening(mended=trial.problems(0, 0) if way else (), elsewhere=trial.problems(way, 1))
-    return Opening(problems=trial.problems(0, 0))
+            return Opening(mended=plain[0] if way else (), elsewhere=trial.problems(way, 1))
+    return Opening(problems=plain[0])
 
 
 class _Trial:
@@ -101,13 +101,11 @@ class _Trial:
     ) -> None:
         self.layout, self.original, self.own_class = layout, original, own_class
         told = config.get("quantization_config") or {}
-        self.configs = [dict(config)]
-        if "config_groups" in told and not told.get("dequantize"):
-            self.configs.append({**config, "quantization_config": {**told, "dequantize": True}})
-        self.ways = range(len(self.configs))
+        self.configs = [{**config}, {**config, "quantization_config": {**told, "dequantize": True}}]
+        self.packed = "config_groups" in told and not told.get("dequantize")
         self.dense = {key: value for key, value in config.items() if key != "quantization_config"}
-        self.schemes = {spec.prefix + CODES: (spec.scheme.bits, spec.scheme.group_size) for spec in specs}
-        self.unchecked = ""
+        self.schemes = {spec.key.removesuffix(".weight") + CODES: (spec.scheme.bits, spec.scheme.group_size) for spec in specs}
+        self.raised, self.unchecked = False, ""
         self._problems: dict[tuple[int, int], tuple[str, ...]] = {}
         self._known: dict[int, Loaded] = {}
 
@@ -129,6 +127,7 @@ class _Trial:
             if not index:
                 self.unchecked = f"its class cannot be asked without weights ({known.error})"
             return ()
+        self.raised |= bool(found.error)
         return tuple(_texts(found, known, wrong))
 
 
@@ -138,11 +137,10 @@ def _texts(found: Loaded, known: Loaded, wrong: Mapping[str, tuple[int, int]]) -
         return [f"fails at {found.error}"]
     random = {_dense(name) for name in found.missing} - known.missing
     ignored = {_dense(name) for name in found.unexpected} - known.unexpected - random
-    misfits = {name for name, (got, want) in found.misfits.items() if not (found.unpacked and _fits(got, want))}
     texts = {
         "leaves {} random": (random - found.failed.keys(), "parameter"),
         "has no place for {}": (ignored, "tensor"),
-        "expects another shape of {}": (misfits - known.misfits.keys(), "parameter"),
+        "expects another shape of {}": (found.misfits - known.misfits, "parameter"),
         "cannot merge {}": (set(found.failed), "parameter"),
         "takes bits and group size of others for {}": (set(wrong), "tensor"),
     }
@@ -152,11 +150,6 @@ def _texts(found: Loaded, known: Loaded, wrong: Mapping[str, tuple[int, int]]) -
 def _dense(name: str) -> str:
     """A packed linear's tensors, by the name of its weight."""
     return next((name.removesuffix(part) + ".weight" for part in _PARTS if name.endswith(part)), name)
-
-
-def _fits(got: Sequence[int], want: Sequence[int]) -> bool:
-    """Whether a shape found without bytes may be right: it is too long by what its last word of codes had room for."""
-    return len(got) == len(want) and all(0 <= have - need < _SLACK for have, need in zip(got, want, strict=True))
 
 
 def _counted(names: Iterable[str], what: str) -> str:
