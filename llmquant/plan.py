@@ -12,6 +12,7 @@ from llmquant.errors import RecipeError, SourceError, option
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.formats.base import Layout
 from llmquant.formats.facts import fused_sets
+from llmquant.formats.ignored import ignore_list
 from llmquant.model.meta import is_conv1d, is_linear
 from llmquant.model.skeleton import Skeleton
 from llmquant.quant.grid import QuantScheme
@@ -21,6 +22,7 @@ from llmquant.rules import Rule
 from llmquant.source.base import Source
 from llmquant.source.names import natural_key
 
+_NO_LINEAR = re.compile(r"embed|norm|wte|wpe", re.IGNORECASE)  # in the names of weights that no class of ours knows
 _STORABLE = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -60,6 +62,7 @@ class Plan:
     rows: tuple[Row, ...]
     dense_linears: tuple[str, ...]  # module names of linears that stay dense
     layout: Layout  # every tensor of the output
+    ignore: tuple[str, ...] = ()  # the same linears, and those that the class does not know, as names or patterns
 
     @property
     def specs(self) -> list[LinearSpec]:
@@ -132,7 +135,27 @@ def lay_out(rows: Sequence[Row], source: Source, skeleton: Skeleton, format_name
         layout |= new
     quantized = {spec.module for spec in specs}
     dense = [n for n, m in skeleton.model.named_modules() if is_linear(m) and n not in quantized]
-    return Plan(tuple(rows), tuple(dense), layout)
+    return Plan(tuple(rows), tuple(dense), layout, tuple(_ignore(rows, source, skeleton, dense)))
+
+
+def _ignore(rows: Sequence[Row], source: Source, skeleton: Skeleton, dense: Sequence[str]) -> list[str]:
+    """Names or patterns of all that may be a linear and stays dense, whichever class opens the checkpoint.
+
+    dense   those of the class that we run: a checkpoint may hold the weights of others, too (vision towers, mtp)
+    """
+    quantized = {spec.module: spec.prefix.rstrip(".") for row in rows if (spec := row.spec) is not None}
+    known, stored = set(dense), dict[str, str | None]()  # name of a dense linear in the checkpoint -> in the class
+    for row in rows:
+        if row.spec is None and row.name.endswith(".weight") and len(row.shape) == 2:
+            module = _module(skeleton, row.name)
+            if row.name in skeleton.param_of:
+                if module in known:
+                    stored[row.name.removesuffix(".weight")] = module
+            elif not _NO_LINEAR.search(row.name):
+                stored[module] = None
+    parts = any(isinstance(part, dict) and "model_type" in part for part in source.config.values())
+    varied = parts or any(name != module for name, module in stored.items())
+    return ignore_list([*dense, *stored], {*quantized, *quantized.values()}, by_pattern=varied)
 
 
 @dataclass(frozen=True)

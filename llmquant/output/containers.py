@@ -83,7 +83,8 @@ class Shards:
         self.left_out: list[Row] = []
         self.format, self.record = FORMATS[format_name], Record(format_name)
         # Raises here, not after hours, where the format cannot say which linears are dense.
-        self.entries = self.format.config(plan.specs, plan.dense_linears)
+        dense = plan.ignore if self.format.facts.patterns else plan.dense_linears
+        self.entries = self.format.config(plan.specs, dense)
         self.opening = self._try()
         if self.opening.mended:
             self.entries["quantization_config"]["dequantize"] = True

@@ -104,7 +104,9 @@ class _Trial:
         self.configs = [{**config}, {**config, "quantization_config": {**told, "dequantize": True}}]
         self.packed = "config_groups" in told and not told.get("dequantize")
         self.dense = {key: value for key, value in config.items() if key != "quantization_config"}
-        self.schemes = {spec.key.removesuffix(".weight") + CODES: (spec.scheme.bits, spec.scheme.group_size) for spec in specs}
+        self.schemes = {
+            spec.key.removesuffix(".weight") + CODES: (spec.scheme.bits, spec.scheme.group_size) for spec in specs
+        }
         self.raised, self.unchecked = False, ""
         self._problems: dict[tuple[int, int], tuple[str, ...]] = {}
         self._known: dict[int, Loaded] = {}

@@ -15,14 +15,17 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, conversion_mapp
 from transformers.core_model_loading import WeightRenaming
 
 import llmquant
-from llmquant.errors import FormatError
+from llmquant.errors import FormatError, VerifyError
 from llmquant.export import export
 from llmquant.formats.base import Layout
 from llmquant.model.loads import load_empty, openers
 from llmquant.output.check import verify_folder
+from llmquant.output.check_files import check_config
 from llmquant.output.opens import Opening, check_opens
 from llmquant.preflight.estimate import estimate
 from llmquant.recipe import RunOptions
+from llmquant.report.data import RunReport
+from llmquant.report.plain import parse_file
 
 RTN: dict[str, Any] = {"method": "rtn", "eval_data": "none", "group_size": 32}
 # Classes whose initialization looks at the dense weight of a linear that is packed.
@@ -181,6 +184,57 @@ def test_who_names_other_runtimes_is_told_and_gets_it(tiny_model: Callable[[str]
     again = export(out, "compressed-tensors", tmp_path / "again", log=lines.append)
     assert [line for line in lines if problem in line]
     assert problem in (again / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def with_vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of Qwen 3.5's kind: a text model in a class with a vision tower, and a head for several tokens that
+    no class of transformers has."""
+    folder = tmp_path_factory.mktemp("vision") / "model"
+    text = tiny.COMMON | tiny.LLAMA | {"num_hidden_layers": 2, "head_dim": 16, "vocab_size": 512}
+    text |= {f"linear_{kind}_head_dim": 16 for kind in ("key", "value")} | {"linear_num_key_heads": 2}
+    text |= {"linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+    vision |= {"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": []}
+    settings = transformers.Qwen3_5Config(text_config=text, vision_config=vision, vocab_size=512)
+    torch.manual_seed(0)
+    transformers.Qwen3_5ForConditionalGeneration(settings).bfloat16().save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    mtp = {"fc": (64, 128), "layers.0.mlp.gate_proj": (96, 64), "layers.0.self_attn.q_proj": (64, 64), "norm": (64,)}
+    tensors |= {f"mtp.{name}.weight": torch.randn(shape).bfloat16() for name, shape in mtp.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+OPENED_BY = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
+
+
+def test_text_model_and_vision_tower_open_by_either_class(with_vision: Path, tmp_path: Path) -> None:
+    out = quantized(with_vision, tmp_path / "out", ignore=[r"layers\.0\.mlp\.down_proj"])
+    for auto in OPENED_BY:
+        model, info = auto.from_pretrained(out, output_loading_info=True)
+        assert not any(info.values()), info
+        for name, module in auto.from_pretrained(with_vision).named_modules():
+            if isinstance(module, torch.nn.Linear) and ("layers" not in name or "layers.0.mlp.down_proj" in name):
+                assert torch.equal(model.get_submodule(name).weight, module.weight), name
+    verify_folder(out, with_vision)
+    rows, config = parse_file(RunReport, out / "report.json").tensors, config_of(out)
+    ignored = config["quantization_config"].pop("ignore")
+    assert len(ignored) < 8
+    for entry in ignored:
+        config["quantization_config"]["ignore"] = [other for other in ignored if other != entry]
+        (out / "config.json").write_text(json.dumps(config))
+        with pytest.raises(VerifyError, match="ignore: does not name"):
+            check_config(out, "compressed-tensors", rows)
+
+
+def test_exact_names_would_open_in_one_class_only(with_vision: Path, tmp_path: Path) -> None:
+    out = quantized(with_vision, tmp_path / "out")
+    config, layout, original = config_of(out), layout_of(out), layout_of(with_vision)
+    assert check_opens(config, layout, original) == Opening()
+    config["quantization_config"]["ignore"] = ["lm_head"]
+    random = "parameters (model.visual.blocks.*.attn.proj.weight"
+    assert random in check_opens(config, layout, original).problems[0]
 
 
 def test_what_transformers_says_of_the_original_is_no_fault_of_the_output(
