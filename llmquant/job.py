@@ -28,6 +28,7 @@ from llmquant.output.containers import Output, open_output
 from llmquant.output.opens import Opening
 from llmquant.plan import Plan, make_plan
 from llmquant.recipe import Recipe, RunOptions
+from llmquant.report.ledger import mostly_dense
 from llmquant.source.base import Source
 from llmquant.source.card import read_card
 from llmquant.source.resolve import open_source
@@ -113,6 +114,8 @@ def draft(
     skeleton = draft_model(source, recipe, log)
     output = open_output(recipe.format, source, skeleton, make_plan(source, skeleton, recipe))
     plan = output.plan
+    if dense := mostly_dense(plan.rows):
+        log.line("; not quantized: ".join(dense))
     products = attempt(lambda: pick_products(recipe.products, skeleton.device, skeleton.dtype, plan.most_bits))
     lanes = (ORIGINAL, OURS, *pick_baselines(recipe, plan.mean_bits)) if recipe.eval_data != "none" else ()
     exports = attempt(lambda: check_exports(recipe.exports, source, skeleton, plan))

@@ -10,7 +10,7 @@ import torch
 
 from llmquant.errors import RecipeError, SourceError, option
 from llmquant.formats import FORMATS, LinearSpec
-from llmquant.formats.base import Layout
+from llmquant.formats.base import Layout, in_block
 from llmquant.formats.facts import fused_sets
 from llmquant.formats.ignored import ignore_list
 from llmquant.model.meta import is_conv1d, is_linear
@@ -18,7 +18,7 @@ from llmquant.model.skeleton import Skeleton
 from llmquant.quant.grid import QuantScheme
 from llmquant.quant.solvers import DATA_FREE
 from llmquant.recipe import Recipe
-from llmquant.rules import Rule
+from llmquant.rules import Rule, why_small
 from llmquant.source.base import Source
 from llmquant.source.names import natural_key
 
@@ -180,9 +180,13 @@ def treatments(keys: Sequence[str], skeleton: Skeleton, recipe: Recipe) -> dict[
     """The treatment of every linear of the decoder blocks whose weight is among `keys`, by the name of its module.
 
     The first that matches decides: an --ignore pattern (in the tensor's name, or all of the module's), a rule, the
-    recipe's own fields. RecipeError where a pattern or a rule decides nothing.
+    recipe's own fields. What is too small to be worth its error (`rules.SMALL`) stays dense, unless a rule matches
+    nothing but such linears, and so means them. RecipeError where a pattern or a rule decides nothing.
     """
     chosen: dict[str, Treatment] = {}
+    linears = [_module(skeleton, key) for key in keys if _is_candidate(skeleton, key)]
+    small = {module: why for module in linears if (why := _why_small(skeleton, module))}
+    meant = [rule for rule in recipe.rules if not any(rule.matches(m) for m in linears if m not in small)]
     unused_patterns, unused_rules = dict.fromkeys(recipe.ignore), dict.fromkeys(recipe.rules)
     for key in keys:
         module = _module(skeleton, key)
@@ -194,6 +198,8 @@ def treatments(keys: Sequence[str], skeleton: Skeleton, recipe: Recipe) -> dict[
         rule = next((rule for rule in recipe.rules if rule.matches(module)), None)
         if ignored:
             chosen[module] = Treatment(None, "", f"--ignore {ignored[0]}")
+        elif module in small and rule not in meant and not (rule is not None and rule.keep):
+            chosen[module] = Treatment(None, "", small[module])
         else:
             chosen[module] = _treatment(recipe, rule)
             if rule is not None:
@@ -212,6 +218,14 @@ def _is_candidate(skeleton: Skeleton, key: str) -> bool:
     if param is None or skeleton.block_of(param) is None or not param.endswith(".weight"):
         return False
     return is_linear(skeleton.model.get_submodule(param.removesuffix(".weight")))
+
+
+def _why_small(skeleton: Skeleton, module: str) -> str:
+    """Why a linear is too small to be quantized, for the ledger; "" where it is not."""
+    linear = skeleton.model.get_submodule(module)
+    rows, columns = linear.weight.shape[::-1] if is_conv1d(linear) else linear.weight.shape
+    _, path = in_block(module) or ("", module)
+    return why_small(path, rows, columns)
 
 
 def _treatment(recipe: Recipe, rule: Rule | None) -> Treatment:

@@ -21,7 +21,12 @@ from llmquant.source.remote_code import code_files, references
 # Files of an output that are neither weights nor the original's.
 _OURS = {"config.json", "model.safetensors.index.json", "README.md", "report.json", "report.html", COST, MANIFEST}
 _LICENCES = ("LICEN", "NOTICE", "USE_POLICY", "COPYING")
-_KEPT = ("--ignore ", "rule ")  # how the ledger begins to say why a linear was left dense
+_KEPT = (
+    "--ignore ",
+    "rule ",
+    "router or gate",
+    "narrow linear",
+)  # how the ledger begins to say why a linear was left dense
 _NO_LINEAR = re.compile(r"embed|norm|wte|wpe", re.IGNORECASE)
 # The list of linears that stay dense, by format; without it, loaders expect all of them to be quantized.
 _DENSE_LISTS = {"compressed-tensors": "ignore", "awq": "modules_to_not_convert"}
