@@ -11,6 +11,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -198,7 +199,18 @@ def _on_meta(report: Callable[[Any], object]) -> Iterator[None]:
     from loguru import logger
     from transformers.utils import logging
 
-    kept = core._materialize_copy, utils.log_state_dict_report, logging.get_verbosity(), constants.HF_HUB_OFFLINE
+    def copied(rule: Any) -> Any:
+        """One for each tensor, as in the load itself; what it does, with its quantizer, is not copied each time."""
+        return deepcopy(rule, {id(operation): operation for operation in getattr(rule, "operations", ())})
+
+    kept = (
+        core.deepcopy,
+        core._materialize_copy,
+        utils.log_state_dict_report,
+        logging.get_verbosity(),
+        constants.HF_HUB_OFFLINE,
+    )
+    core.deepcopy = copied
     core._materialize_copy = lambda tensor, device=None, dtype=None: tensor.to(dtype=dtype)
     utils.log_state_dict_report = lambda *args, **kwargs: report(kwargs["loading_info"])
     constants.HF_HUB_OFFLINE = True
@@ -209,6 +221,6 @@ def _on_meta(report: Callable[[Any], object]) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        core._materialize_copy, utils.log_state_dict_report, verbosity, constants.HF_HUB_OFFLINE = kept
+        core.deepcopy, core._materialize_copy, utils.log_state_dict_report, verbosity, constants.HF_HUB_OFFLINE = kept
         logging.set_verbosity(verbosity)
         logger.enable("compressed_tensors")

@@ -1,6 +1,6 @@
 """The model's own transformers class on the meta device, and what the checkpoint's tensors are called in it.
 
-No table of architectures. All use of transformers' private interfaces is in this file.
+No table of architectures. All use of transformers' private interfaces is in this file and in `loads.py`.
 """
 
 from typing import Any

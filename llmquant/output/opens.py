@@ -27,37 +27,36 @@ class Opening:
 
     problems    why it does not open; empty where it does
     mended      what keeps its class from holding packed linears, for which the config says "dequantize"
+    merged      how many packed linears it makes dense because its class merges them (experts); "" for none
     elsewhere   why AutoModelForCausalLM does not open it, where that is not the class that config.json names
     unchecked   why none of this could be found out
     """
 
     problems: tuple[str, ...] = ()
     mended: tuple[str, ...] = ()
+    merged: str = ""
     elsewhere: tuple[str, ...] = ()
     unchecked: str = ""
 
     @property
     def findings(self) -> list[Finding]:
         """The same as the lint says it."""
-        dense = 'holds no packed linears, so "dequantize" in the config makes them dense as they are loaded: its class '
-        said = [
-            *(
-                ("refuses", problem, "keep those in 16 bit with --ignore, or use another --format")
-                for problem in self.problems
-            ),
-            *(("warns", dense + problem, "other runtimes may keep them packed") for problem in self.mended[:1]),
-            *(
-                ("warns", f"by AutoModelForCausalLM it {problem}", "use the class that config.json names")
-                for problem in self.elsewhere
-            ),
-        ]
+        others, said = "other runtimes may keep them packed", list[tuple[str, str, str]]()
+        for problem in self.problems:
+            said.append(("refuses", problem, "keep those in 16 bit with --ignore, or use another --format"))
+        for problem in self.mended[:1]:
+            got = (
+                f'"dequantize" in the config makes all linears dense as they are loaded: its class {problem} without it'
+            )
+            said.append(("warns", got, others))
+        if self.merged and not self.mended:
+            said.append(("warns", f"merges {self.merged} packed linears, and makes them dense for that", others))
+        for problem in self.elsewhere:
+            said.append(("warns", f"by AutoModelForCausalLM it {problem}", "use the class that config.json names"))
         if self.unchecked:
             said.append(("warns", f"whether it opens was not tried: {self.unchecked}", "open it before you share it"))
-        version = versions()["transformers"]
-        return [
-            Finding("transformers", version, severity, (), got, remedy, "its from_pretrained, run without weights")
-            for severity, got, remedy in said
-        ]
+        version, source = versions()["transformers"], "its from_pretrained, run without weights"
+        return [Finding("transformers", version, severity, (), got, remedy, source) for severity, got, remedy in said]
 
 
 def check_opens(
@@ -81,10 +80,12 @@ def check_opens(
     ways = range(2 if trial.packed and trial.raised else 1)  # no other fault is one of packed linears
     for way in ways:
         if not any(trial.problems(way, index) for index in classes):
-            return Opening(mended=tuple(problem for found in plain for problem in found), unchecked=trial.unchecked)
+            reasons = tuple(problem for found in plain for problem in found)
+            return Opening(mended=reasons, merged=trial.merged, unchecked=trial.unchecked)
     for way in ways:  # none in which every class opens it: the one of config.json decides
         if not trial.problems(way, 0):
-            return Opening(mended=plain[0] if way else (), elsewhere=trial.problems(way, 1))
+            reasons = plain[0] if way else ()
+            return Opening(mended=reasons, merged=trial.merged, elsewhere=trial.problems(way, 1))
     return Opening(problems=plain[0])
 
 
@@ -107,7 +108,7 @@ class _Trial:
         self.schemes = {
             spec.key.removesuffix(".weight") + CODES: (spec.scheme.bits, spec.scheme.group_size) for spec in specs
         }
-        self.raised, self.unchecked = False, ""
+        self.raised, self.unchecked, self.merged = False, "", ""
         self._problems: dict[tuple[int, int], tuple[str, ...]] = {}
         self._known: dict[int, Loaded] = {}
 
@@ -115,7 +116,10 @@ class _Trial:
         """What the class does not take, and takes of the original."""
         if (way, index) not in self._problems:
             opener = openers(self.configs[way], self.own_class)[index]
-            self._problems[way, index] = self._judge(load_empty(opener, self.layout), index)
+            found = load_empty(opener, self.layout)
+            if not way and not index and found.unpacked:
+                self.merged = f"{len(found.unpacked)} of {sum(name.endswith(CODES) for name in self.layout)}"
+            self._problems[way, index] = self._judge(found, index)
         return self._problems[way, index]
 
     def _judge(self, found: Loaded, index: int) -> tuple[str, ...]:

@@ -12,17 +12,19 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightRenaming, revert_weight_conversion
 
 import llmquant
 from llmquant.errors import FormatError, VerifyError
 from llmquant.export import export
+from llmquant.formats import FORMATS, LinearSpec
 from llmquant.formats.base import Layout
 from llmquant.model.loads import load_empty, openers
 from llmquant.output.check import verify_folder
 from llmquant.output.check_files import check_config
 from llmquant.output.opens import Opening, check_opens
 from llmquant.preflight.estimate import estimate
+from llmquant.quant.grid import QuantScheme
 from llmquant.recipe import RunOptions
 from llmquant.report.data import RunReport
 from llmquant.report.plain import parse_file
@@ -127,7 +129,7 @@ def test_a_class_that_holds_no_packed_linears_is_given_dense_ones(name: str, tmp
     verify_folder(out, source)
     report = json.loads((out / "report.json").read_text())
     (note,) = report["runtimes"]["compressed-tensors"]["transformers"]["notes"]
-    assert note.startswith('holds no packed linears, so "dequantize" in the config makes them dense as they are loaded')
+    assert note.startswith('"dequantize" in the config makes all linears dense as they are loaded: its class fails at')
     assert note in (out / "README.md").read_text()
     assert config_of(export(out, "compressed-tensors", tmp_path / "again")) == config_of(out)
 
@@ -191,10 +193,16 @@ def with_vision(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of Qwen 3.5's kind: a text model in a class with a vision tower, and a head for several tokens that
     no class of transformers has."""
     folder = tmp_path_factory.mktemp("vision") / "model"
-    text = tiny.COMMON | tiny.LLAMA | {"num_hidden_layers": 2, "head_dim": 16, "vocab_size": 512}
+    text: dict[str, Any] = tiny.COMMON | tiny.LLAMA | {"num_hidden_layers": 2, "head_dim": 16, "vocab_size": 512}
     text |= {f"linear_{kind}_head_dim": 16 for kind in ("key", "value")} | {"linear_num_key_heads": 2}
     text |= {"linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]}
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+    vision: dict[str, Any] = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+    }
     vision |= {"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": []}
     settings = transformers.Qwen3_5Config(text_config=text, vision_config=vision, vocab_size=512)
     torch.manual_seed(0)
@@ -245,6 +253,33 @@ def test_what_transformers_says_of_the_original_is_no_fault_of_the_output(
     config, layout, original = config_of(packed), layout_of(packed), layout_of(tiny_model("llama"))
     assert check_opens(config, layout | extra, original | extra) == Opening()
     assert check_opens(config, layout | extra, original).problems
+
+
+def test_merged_experts_must_have_the_scheme_that_they_are_unpacked_by() -> None:
+    settings = transformers.Qwen3MoeConfig(
+        **(tiny.COMMON | tiny.LLAMA), num_experts=4, moe_intermediate_size=32, head_dim=16
+    )
+    with torch.device("meta"):
+        model = transformers.Qwen3MoeForCausalLM(settings)
+    stored = revert_weight_conversion(model, model.state_dict())
+    original: Layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()}
+    fmt, specs, layout = FORMATS["compressed-tensors"], [], dict(original)
+    for name, (dtype, (*_, columns)) in original.items():
+        if name.endswith("_proj.weight"):
+            scheme, (rows, _) = QuantScheme(4 if "experts" in name else 8, 32), layout.pop(name)[1]
+            module = name.removesuffix(".weight")
+            specs.append(LinearSpec(name, module, "Linear", (rows, columns), dtype, scheme))
+            layout |= fmt.layout(specs[-1])
+    dense = ["lm_head", *(f"model.layers.{i}.mlp.gate" for i in range(3))]
+    config = json.loads(settings.to_json_string(use_diff=False)) | {"architectures": ["Qwen3MoeForCausalLM"]}
+    told = fmt.config(specs, dense)["quantization_config"]
+    groups = told["config_groups"].items()
+    # Experts are unpacked by the first group, whatever modules it names.
+    for first, problems in ((4, ()), (8, ("takes bits and group size of others for 36 tensors",))):
+        told["config_groups"] = dict(sorted(groups, key=lambda item: item[1]["weights"]["num_bits"] != first))
+        opening = check_opens(config | {"quantization_config": told}, layout, original, specs)
+        assert tuple(problem.partition(" (")[0] for problem in opening.problems) == problems
+        assert opening.merged == ("" if problems else "36 of 48")
 
 
 def test_a_class_that_cannot_be_built_without_weights_is_not_judged(
