@@ -77,8 +77,9 @@ def openers(config: Mapping[str, Any], own_class: Callable[[str], Any] | None = 
     if settings is None:
         return []
     found = []
-    named = next(iter(config.get("architectures") or ()), None)
-    if isinstance(named, str) and (cls := _model_class(named)) is not None and isinstance(settings, cls.config_class):
+    architectures = config.get("architectures")
+    cls = _model_class(architectures[0]) if isinstance(architectures, list) and architectures else None
+    if cls is not None and isinstance(settings, cls.config_class):
         found.append(Opener(cls, settings))
     for kind in _AUTO:
         table = getattr(transformers, f"MODEL_FOR_{kind}_MAPPING")
@@ -102,11 +103,15 @@ def _settings(config: dict[str, Any], config_class: Any) -> Any:
     return AutoConfig.for_model(**config)
 
 
-def _model_class(name: str) -> Any:
+def _model_class(name: Any) -> Any:
+    """transformers' class of this name; None where it has none, or none that models are built by."""
     import transformers
 
-    found = getattr(transformers, name, None)
-    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+    found = None
+    with contextlib.suppress(ImportError):  # one that needs a package which is not installed
+        found = getattr(transformers, str(name), None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model and getattr(found, "config_class", None) is not None else None
 
 
 def _settings_for(cls: Any, settings: Any) -> Any:

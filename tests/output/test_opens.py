@@ -297,6 +297,11 @@ def test_a_class_that_cannot_be_built_without_weights_is_not_judged(
     assert check_opens(config | {"model_type": "unheard-of"}, layout, original).unchecked
 
 
+@pytest.mark.parametrize("named", [None, 5, [], [None], ["PreTrainedModel"], ["pipeline"], ["BertModel"], ["no such"]])
+def test_a_config_that_names_no_class_of_its_own_is_opened_by_an_auto_class(named: Any, packed: Path) -> None:
+    assert [opener.name for opener in openers(config_of(packed) | {"architectures": named})] == ["LlamaForCausalLM"]
+
+
 def test_a_trial_leaves_nothing_behind(packed: Path, capfd: pytest.CaptureFixture[str]) -> None:
     import huggingface_hub.constants
     import transformers.core_model_loading as core
