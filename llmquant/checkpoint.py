@@ -15,7 +15,7 @@ from llmquant.source.layouts import LAYOUTS, PackedLinear
 from llmquant.source.resolve import open_source
 from llmquant.source.small_floats import SMALL_FLOATS
 from llmquant.source.stated import unnamed
-from llmquant.source.wrapped import DerivedSource, WrappedSource
+from llmquant.source.wrapped import WrappedSource
 
 READERS = {**LAYOUTS, METHOD: gguf}
 
@@ -139,8 +139,7 @@ def stored_forms(source: Source) -> dict[str, int]:
 
 def bits_per_weight(source: Source) -> float:
     """Measured bits of the quantized linears, scales included; of all weights where nothing is quantized."""
-    while isinstance(source, DerivedSource):
-        source = source.stored
+    source = source.as_stored()
     if isinstance(source, PackedSource):
         return source.bits_per_weight
     return 8 * source.weight_bytes / sum(info.numel for info in source.tensors.values())

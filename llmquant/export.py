@@ -93,6 +93,8 @@ class Export:
         self.skeleton = draft_model(source, Recipe(device="cpu", dtype="float32"), log)
         self.output = open_output(format_name, source, self.skeleton, self._make_plan(), gguf_pre)
         self.plan = self.output.plan
+        for finding in self.output.opening.findings:
+            log.line(f"{format_name}: {finding}")
 
     def _make_plan(self) -> Plan:
         rows = [self._row(key) for key in sorted(self.source.tensors, key=natural_key)]
@@ -154,7 +156,7 @@ class Export:
             recipe={**measured.recipe, "format": self.format_name, "exports": []},
             model=replace(measured.model, remote_code=code),
             compute=replace(measured.compute, trust_remote_code=self.source.trust_remote_code),
-            runtimes={self.format_name: runtimes_of(self.plan, self.format_name)},
+            runtimes={self.format_name: runtimes_of(self.plan, self.format_name, self.output.opening.findings)},
             bits_per_weight=bits,
             evaluation=None if evaluation is None else evaluation.with_size(bits, self.plan.output_bytes),
             files={name: WeightFile(**facts) for name, facts in files.items()},

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from llmquant.checkpoint import as_original
+from llmquant.errors import FormatError, option
 from llmquant.formats import FORMATS
 from llmquant.formats.runtimes import refuse_runtimes
 from llmquant.lanes.baselines import pick_baselines
@@ -24,8 +25,10 @@ from llmquant.model.devices import pick_device, pick_dtype, pick_products
 from llmquant.model.skeleton import Skeleton
 from llmquant.model.streams import spilled
 from llmquant.output.containers import Output, open_output
+from llmquant.output.opens import Opening
 from llmquant.plan import Plan, make_plan
 from llmquant.recipe import Recipe, RunOptions
+from llmquant.report.ledger import mostly_dense
 from llmquant.source.base import Source
 from llmquant.source.card import read_card
 from llmquant.source.resolve import open_source
@@ -48,6 +51,7 @@ class Draft:
     output: Output
     lanes: tuple[str, ...]
     products: torch.dtype  # of calibration forwards and Hessians
+    openings: Mapping[str, Opening]  # of every format that is written: what stock transformers does with it
 
     @property
     def plan(self) -> Plan:
@@ -111,12 +115,15 @@ def draft(
     plan = make_plan(skeleton.source, skeleton, recipe)
     source = skeleton.source.listed(row.name for row in plan.rows)
     output = open_output(recipe.format, source, skeleton, plan)
-    plan, formats = output.plan, (recipe.format, *recipe.exports)
+    plan = output.plan
+    if dense := mostly_dense(plan.rows):
+        log.line("; not quantized: ".join(dense))
     products = attempt(lambda: pick_products(recipe.products, skeleton.device, skeleton.dtype, plan.most_bits))
     lanes = (ORIGINAL, OURS, *pick_baselines(recipe, plan.mean_bits)) if recipe.eval_data != "none" else ()
-    attempt(lambda: check_exports(recipe.exports, source, skeleton, plan))
-    attempt(lambda: refuse_runtimes(options.runtimes, plan.specs, formats, plan.dense_linears))
-    return Draft(recipe, options, source, skeleton, output, lanes, products or skeleton.dtype)
+    exports = attempt(lambda: check_exports(recipe.exports, source, skeleton, plan))
+    openings = {name: Opening() for name in recipe.exports} | {recipe.format: output.opening} | (exports or {})
+    attempt(lambda: refuse_closed(options.runtimes, plan, openings, log))
+    return Draft(recipe, options, source, skeleton, output, lanes, products or skeleton.dtype, openings)
 
 
 def draft_model(source: Source, recipe: Recipe, log: Progress) -> Skeleton:
@@ -126,11 +133,31 @@ def draft_model(source: Source, recipe: Recipe, log: Progress) -> Skeleton:
     return Skeleton(source, device, pick_dtype(recipe.dtype, device, source))
 
 
-def check_exports(names: tuple[str, ...], source: Source, skeleton: Skeleton, plan: Plan) -> None:
+def check_exports(names: tuple[str, ...], source: Source, skeleton: Skeleton, plan: Plan) -> dict[str, Opening]:
     """FormatError where a run with this plan could not be exported to these formats; before the work."""
+    openings = {}
     for name in names:
         FORMATS[name].check(plan.specs)
-        open_output(name, source, skeleton, plan)
+        openings[name] = open_output(name, source, skeleton, plan).opening
+    return openings
+
+
+def refuse_closed(runtimes: tuple[str, ...], plan: Plan, openings: Mapping[str, Opening], log: Progress) -> None:
+    """FormatError where one of `runtimes` opens none of the formats, or where none is named and stock transformers does
+    not open one that it knows. Whatever else it has against them is a line of the log."""
+    found = {name: opening.findings for name, opening in openings.items()}
+    refuse_runtimes(runtimes, plan.specs, found, plan.dense_linears)
+    for name, findings in found.items():
+        for finding in findings:
+            if finding.severity == "refuses" and not runtimes:
+                raise FormatError(
+                    f"{name} in {finding.runtime} {finding.version}",
+                    finding.got,
+                    expected="a checkpoint that it opens",
+                    remedy=f"keep those in 16 bit with {option('ignore')}, use another {option('format')}, or name the "
+                    f"runtimes that must open it with {option('runtimes')}",
+                )
+            log.line(f"{name}: {finding}")
 
 
 def prepare(model: str | Path, recipe: Recipe, options: RunOptions, log: Progress) -> Job:

@@ -12,18 +12,20 @@ import torch
 
 from llmquant.errors import RecipeError, SourceError, option
 from llmquant.formats import FORMATS, LinearSpec
-from llmquant.formats.base import Layout
+from llmquant.formats.base import Layout, in_block
 from llmquant.formats.facts import fused_sets
+from llmquant.formats.ignored import ignore_list
 from llmquant.model.meta import is_conv1d, is_linear
 from llmquant.model.skeleton import Skeleton
 from llmquant.quant.grid import QuantScheme
 from llmquant.quant.solvers import DATA_FREE
 from llmquant.recipe import Recipe
-from llmquant.rules import Rule
+from llmquant.rules import Rule, why_small
 from llmquant.source.base import Source
 from llmquant.source.names import natural_key, without_numbers
 
 _SMALL = 50  # a linear with less than this part of its block's weights is not worth a refusal
+_NO_LINEAR = re.compile(r"embed|norm|wte|wpe", re.IGNORECASE)  # in the names of weights that no class of ours knows
 _STORABLE = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -63,6 +65,7 @@ class Plan:
     rows: tuple[Row, ...]
     dense_linears: tuple[str, ...]  # module names of linears that stay dense
     layout: Layout  # every tensor of the output
+    ignore: tuple[str, ...] = ()  # the same linears, and those that the class does not know, as names or patterns
 
     @cached_property
     def specs(self) -> list[LinearSpec]:
@@ -169,7 +172,27 @@ def lay_out(rows: Sequence[Row], skeleton: Skeleton, format_name: str) -> Plan:
         layout |= new
     quantized = {spec.module for spec in specs}
     dense = [n for n, m in skeleton.model.named_modules() if is_linear(m) and n not in quantized]
-    return Plan(tuple(rows), tuple(dense), layout)
+    return Plan(tuple(rows), tuple(dense), layout, tuple(_ignore(rows, skeleton, dense)))
+
+
+def _ignore(rows: Sequence[Row], skeleton: Skeleton, dense: Sequence[str]) -> list[str]:
+    """Names or patterns of all that may be a linear and stays dense, whichever class opens the checkpoint.
+
+    dense   those of the class that we run: a checkpoint may hold the weights of others, too (vision towers, mtp)
+    """
+    quantized = {spec.module: spec.prefix.rstrip(".") for row in rows if (spec := row.spec) is not None}
+    known, stored = set(dense), dict[str, str | None]()  # name of a dense linear in the checkpoint -> in the class
+    for row in rows:
+        if row.spec is None and row.name.endswith(".weight") and len(row.shape) == 2:
+            module = _module(skeleton, row.name)
+            if row.name in skeleton.param_of:
+                if module in known:
+                    stored[row.name.removesuffix(".weight")] = module
+            elif not _NO_LINEAR.search(row.name):
+                stored[module] = None
+    parts = any(isinstance(part, dict) and "model_type" in part for part in skeleton.source.config.values())
+    varied = parts or any(name != module for name, module in stored.items())
+    return ignore_list([*dense, *stored], {*quantized, *quantized.values()}, by_pattern=varied)
 
 
 @dataclass(frozen=True)
@@ -194,9 +217,13 @@ def treatments(keys: Sequence[str], skeleton: Skeleton, recipe: Recipe) -> dict[
     """The treatment of every linear of the decoder blocks whose weight is among `keys`, by the name of its module.
 
     The first that matches decides: an --ignore pattern (in the tensor's name, or all of the module's), a rule, the
-    recipe's own fields. RecipeError where a pattern or a rule decides nothing.
+    recipe's own fields. What is too small to be worth its error (`rules.SMALL`) stays dense, unless a rule matches
+    nothing but such linears, and so means them. RecipeError where a pattern or a rule decides nothing.
     """
     chosen: dict[str, Treatment] = {}
+    linears = [_module(skeleton, key) for key in keys if _is_candidate(skeleton, key)]
+    small = {module: why for module in linears if (why := _why_small(skeleton, module))}
+    meant = [rule for rule in recipe.rules if not any(rule.matches(m) for m in linears if m not in small)]
     unused_patterns, unused_rules = dict.fromkeys(recipe.ignore), dict.fromkeys(recipe.rules)
     for key in keys:
         module = _module(skeleton, key)
@@ -210,6 +237,8 @@ def treatments(keys: Sequence[str], skeleton: Skeleton, recipe: Recipe) -> dict[
             chosen[module] = Treatment(None, "", f"--ignore {ignored[0]}")
         elif why := skeleton.unquantizable(module):
             chosen[module] = Treatment(None, "", why)
+        elif module in small and rule not in meant and not (rule is not None and rule.keep):
+            chosen[module] = Treatment(None, "", small[module])
         else:
             chosen[module] = _spared(_treatment(recipe, rule), module, skeleton)
             if rule is not None:
@@ -228,6 +257,14 @@ def _is_candidate(skeleton: Skeleton, key: str) -> bool:
     if param is None or skeleton.block_of(param) is None or not param.endswith(".weight"):
         return False
     return is_linear(skeleton.model.get_submodule(param.removesuffix(".weight")))
+
+
+def _why_small(skeleton: Skeleton, module: str) -> str:
+    """Why a linear is too small to be quantized, for the ledger; "" where it is not."""
+    linear = skeleton.model.get_submodule(module)
+    rows, columns = linear.weight.shape[::-1] if is_conv1d(linear) else linear.weight.shape
+    _, path = in_block(module) or ("", module)
+    return why_small(path, rows, columns)
 
 
 def _treatment(recipe: Recipe, rule: Rule | None) -> Treatment:

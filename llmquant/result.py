@@ -35,6 +35,7 @@ def run_report(
 
     files   size and digest of every file of weights, by name
     """
+    formats = (job.recipe.format, *job.recipe.exports)
     return RunReport(
         schema_version=SCHEMA_VERSION,
         model=Model(
@@ -55,7 +56,7 @@ def run_report(
         bits_per_weight=job.plan.bits_per_weight(job.recipe.format),
         calibration=None if job.calibration is None else TextWindows(**job.calibration.as_dict()),
         evaluation=None if job.evaluation is None else evaluation_report(job.evaluation, lanes, floor),
-        runtimes={name: runtimes_of(job.plan, name) for name in (job.recipe.format, *job.recipe.exports)},
+        runtimes={name: runtimes_of(job.plan, name, job.openings[name].findings) for name in formats},
         files={name: WeightFile(**facts) for name, facts in files.items()},
         layers=tuple(parse(Layer, layer.as_dict(), layer.name) for layer in layers),
         tensors=_ledger(job, layers),

@@ -16,13 +16,13 @@ stands before all others. A rule is written in three ways that mean the same:
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
 from llmquant.errors import RecipeError, did_you_mean
-from llmquant.formats.facts import GROUPS, WIDTHS
+from llmquant.formats.facts import FUSED, GROUPS, WIDTHS
 
 METHODS = ("gptq", "rtn")
 # What a rule, or the recipe where no rule does, decides about a linear.
@@ -33,6 +33,24 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "method": METHODS,
 }
 _GLOB = "glob:"
+_ROUTER = re.compile(r"(^|\.)(\w+_)?router(_\w+)?(\.|$)")
+_GATE = re.compile(r"(^|\.)(\w+_)?gate(\.|$)")
+_JOINED = {name for members in FUSED.values() for name in members}  # q, k and v of one kind, gate and up
+
+# Linears of a block that stay dense by themselves: what the ledger calls them, and which they are, by the name in the
+# block, outputs and inputs. Their weights are next to nothing and their errors choose experts, or scale whole heads.
+# By name: routers (`mlp.router`, `ffn.router.layer`, `mlp.gate`, `mlp.gate.wg`) and gates of shared experts, but no
+# gate as wide as half its input, which is half of an MLP. By shape: one output for a head or a state (Qwen 3.5's
+# `in_proj_a`, DeepSeek's `weights_proj`). The shape is held against the input, too: a small model is not made of
+# nothing else. What servers join with its neighbours (k and v of one head) has their scheme.
+SMALL: dict[str, Callable[[str, int, int], bool]] = {
+    "router or gate": lambda path, rows, columns: (
+        bool(_ROUTER.search(path)) or (bool(_GATE.search(path)) and 2 * rows <= columns)
+    ),
+    "narrow linear": lambda path, rows, columns: (
+        rows <= 64 and 16 * rows <= columns and path.rpartition(".")[2] not in _JOINED
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -158,3 +176,13 @@ def _make_rule(value: Rule | str | Mapping[str, Any]) -> Rule:
                 field="rules",
             )
     return Rule(**{"match": "", **value})
+
+
+def why_small(path: str, rows: int, columns: int) -> str:
+    """Why a linear stays dense by itself (`SMALL`), for the ledger; "" where it does not. `path`: its name in a block.
+
+    >>> why_small("mlp.gate", 128, 2048), why_small("mlp.gate_proj", 5632, 2048)
+    ('router or gate: 128 outputs of 2048 inputs', '')
+    """
+    what = next((what for what, fits in SMALL.items() if fits(path, rows, columns)), "")
+    return what and f"{what}: {rows} outputs of {columns} inputs"

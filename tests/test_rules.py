@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import SMALL
+from tiny import LLAMA, SMALL, build
 
 import llmquant
 from llmquant.errors import FormatError, RecipeError
@@ -16,7 +16,7 @@ from llmquant.model.skeleton import Skeleton
 from llmquant.plan import Plan, make_plan
 from llmquant.preflight.estimate import estimate
 from llmquant.recipe import RunOptions, make_recipe
-from llmquant.rules import SETTINGS, Rule, make_rules, parse_rule
+from llmquant.rules import SETTINGS, Rule, make_rules, parse_rule, why_small
 from llmquant.source.resolve import open_source
 
 ModelOf = Callable[[str], Path]
@@ -219,3 +219,69 @@ def test_a_format_without_mixed_schemes_is_refused_by_name_before_the_work(tiny_
     with pytest.raises(FormatError, match="FalconLinear layers of several schemes"):
         quantized(tiny_model("falcon"), tmp_path / "a", ["dense_4h_to_h: bits=8"])
     assert not list(tmp_path.iterdir())
+
+
+# -- what stays dense by itself -----------------------------------------------------------------------
+DOGE = LLAMA | {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 2, "num_hidden_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose router is a plain linear: 8 outputs of 64 inputs. One output for a head has its `dt_proj`."""
+    return build(tmp_path_factory.mktemp("routed") / "doge", ("DogeConfig", DOGE))
+
+
+def test_routers_and_narrow_linears_stay_dense(routed: Path) -> None:
+    plan = plan_of(routed)
+    assert reason(plan, "model.layers.0.mlp.router_gate.weight") == "router or gate: 8 outputs of 64 inputs"
+    assert reason(plan, "model.layers.1.self_attn.dt_proj.weight") == "narrow linear: 2 outputs of 32 inputs"
+    assert set(schemes(plan)) == {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert {"model.layers.0.mlp.router_gate", "model.layers.1.self_attn.dt_proj"} <= set(plan.ignore)
+
+
+def test_a_rule_that_means_a_router_decides_it(routed: Path) -> None:
+    assert schemes(plan_of(routed, rules=["router_gate: bits=8"]))["router_gate"] == (8, 32)
+    assert "router_gate" not in schemes(plan_of(routed, rules=["mlp: bits=8"]))
+    assert "dt_proj" not in schemes(plan_of(routed, rules=["router_gate: bits=8", "layers: bits=8"]))
+    kept = plan_of(routed, rules=["layers.0.mlp: keep"])
+    assert reason(kept, "model.layers.0.mlp.router_gate.weight") == "rule 'layers.0.mlp: keep'"
+    ignored = plan_of(routed, ignore=["router"])
+    assert reason(ignored, "model.layers.0.mlp.router_gate.weight") == "--ignore router"
+
+
+# Linears of known models: name in the block, outputs, inputs.
+LINEARS = {
+    "router or gate": [
+        ("mlp.gate", 256, 7168),
+        ("mlp.gate", 8, 64),
+        ("block_sparse_moe.gate", 8, 4096),
+        ("mlp.router", 16, 4096),
+        ("ffn.router.layer", 16, 6144),
+        ("mlp.gate.wg", 64, 4096),
+        ("mlp.shared_expert_gate", 1, 2048),
+        ("mlp.router_gate", 256, 1024),
+    ],
+    "narrow linear": [
+        ("linear_attn.in_proj_a", 32, 2048),
+        ("linear_attn.in_proj_ba", 64, 2048),
+        ("self_attn.indexer.weights_proj", 64, 7168),
+        ("mlstm_layer.igate_preact", 8, 4096),
+    ],
+    "": [
+        ("mlp.gate_proj", 96, 64),
+        ("mlp.gate", 5632, 2048),
+        ("mlp.gate_up_proj", 192, 64),
+        ("self_attn.k_proj", 64, 2048),
+        ("self_attn.v_proj", 16, 64),
+        ("mixer.x_proj", 80, 1536),
+        ("self_attn.kv_a_proj_with_mqa", 576, 7168),
+        ("mlp.experts.3.down_proj", 64, 32),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "path", "rows", "columns"), [(w, *row) for w, rows in LINEARS.items() for row in rows]
+)
+def test_which_linears_are_small(what: str, path: str, rows: int, columns: int) -> None:
+    assert why_small(path, rows, columns).partition(":")[0] == what

@@ -107,11 +107,14 @@ def print_json(value: Any) -> None:
 def show_report(report: "Report") -> None:
     """The closing tables, the code that was run, and what it cost, on stdout."""
     from llmquant.report.data import CompareReport
+    from llmquant.report.ledger import mostly_dense
 
     facts, spent = report.facts, report.spent
     show_figures(facts)
     models = facts.models if isinstance(facts, CompareReport) else (facts.model,)
     console = new_console(100, product=False)
+    if not isinstance(facts, CompareReport) and (dense := mostly_dense(facts.tensors)):
+        console.print(f"warning: {'; not quantized: '.join(dense)}", style="yellow", markup=False, soft_wrap=True)
     if code := [file for model in models for file in model.remote_code]:
         console.print(f"--trust-remote-code: ran {', '.join(code)}", markup=False, soft_wrap=True)
     done = f"wrote {report.out}" if report.out is not None else "done"

@@ -129,7 +129,8 @@ class Format(ABC):
 
     @abstractmethod
     def config(self, specs: Sequence[LinearSpec], dense_linears: Sequence[str]) -> dict[str, Any]:
-        """Entries for config.json. `dense_linears`: module names of all linears that stay as they are."""
+        """Entries for config.json. `dense_linears`: module names of all linears that stay as they are, or patterns of
+        them (`Facts.patterns`)."""
 
     def model_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """The model's own config.json as the format's runtimes want it; most take it as it is."""

@@ -34,6 +34,9 @@ class Facts:
     remote_code   a model that brings its own Python code can be opened in it
     fused         servers fuse its q, k, v and gate, up (FUSED): the members must be alike
     one_scheme_in runtimes that open it only where all linears have one scheme
+    patterns      its list of what stays dense takes patterns of names
+    tried         what can be tried of its loading in transformers before there are weights: all; names (which the dense
+                  tensors have: what it does with packed ones, its kernels' packages decide); or nothing
     """
 
     title: str
@@ -53,6 +56,8 @@ class Facts:
     remote_code: bool = True
     fused: bool = False
     one_scheme_in: tuple[str, ...] = ()
+    patterns: bool = False
+    tried: str = ""
 
 
 FACTS: dict[str, Facts] = {
@@ -64,6 +69,8 @@ FACTS: dict[str, Facts] = {
         opened_by=("compressed_tensors", "compressed-tensors"),
         packages=("compressed-tensors",),
         fused=True,
+        patterns=True,
+        tried="all",
     ),
     "gptq": Facts(
         "GPTQ, version 1",
@@ -76,6 +83,7 @@ FACTS: dict[str, Facts] = {
         opened_by=("gptqmodel", "gptqmodel"),
         packages=("optimum", "gptqmodel"),
         fused=True,
+        tried="names",
     ),
     "awq": Facts(
         "AWQ, version gemm",
@@ -86,6 +94,7 @@ FACTS: dict[str, Facts] = {
         opened_by=("gptqmodel", "gptqmodel"),
         packages=("gptqmodel",),
         fused=True,
+        tried="names",
     ),
     "mlx": Facts(
         "MLX, affine",
@@ -114,6 +123,7 @@ FACTS: dict[str, Facts] = {
         dense=True,
         mixes="dense weights need no scheme",
         conv1d=True,
+        tried="all",
     ),
 }
 

@@ -93,10 +93,12 @@ class GPTQ(Format):
 
     def _only(self, specs: Sequence[LinearSpec], dense_linears: Sequence[str]) -> dict[str, Any]:
         """The linears of a block that are quantized, where not all are: the same ones in every block."""
-        dense = {name for _, name in filter(None, map(in_block, dense_linears))}
+        inner = [place for place in (in_block(spec.module) for spec in specs) if place is not None]
+        stacks, quantized = {block.rpartition(".")[0] for block, _ in inner}, [name for _, name in inner]
+        found = (place for place in map(in_block, dense_linears) if place is not None)
+        dense = {name for block, name in found if block.rpartition(".")[0] in stacks}  # not those of a vision tower
         if not dense:
             return {}
-        quantized = [name for _, name in filter(None, (in_block(spec.module) for spec in specs))]
         if both := sorted(dense.intersection(quantized)):
             raise FormatError(
                 both[0],

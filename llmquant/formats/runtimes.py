@@ -5,7 +5,7 @@ open the checkpoint, or computes something else. `warns`: it opens it at a price
 The rules of vLLM and SGLang were read in their sources and documentation, not run.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,16 +230,19 @@ RULES: tuple[Rule, ...] = (
 _SERVERS = ("vllm", "sglang")
 
 
-def lint(specs: Sequence[LinearSpec], format_name: str, dense_linears: Sequence[str] = ()) -> list[Finding]:
+def lint(
+    specs: Sequence[LinearSpec], format_name: str, dense_linears: Sequence[str] = (), tried: Sequence[Finding] = ()
+) -> list[Finding]:
     """What the runtimes have against these linears in this format; nothing: every one of RUNTIMES opens it.
 
     dense_linears   modules that stay in 16 bit; one of them fused with a quantized one is found, too.
+    tried           what no rule knows, but a trial has shown (`output/opens.py`)
     """
     try:
         FORMATS[format_name].check(specs)
     except FormatError as error:
         return [Finding("llmquant", "", "refuses", (), str(error), "see the message", "the format's own check")]
-    found = []
+    found = list(tried)
     for rule in RULES:
         layers = tuple(spec.module for spec in specs if rule.breaks(spec)) if format_name in rule.formats else ()
         if layers:
@@ -275,18 +278,21 @@ def lint(specs: Sequence[LinearSpec], format_name: str, dense_linears: Sequence[
     return found
 
 
-def opens(specs: Sequence[LinearSpec], format_name: str, dense_linears: Sequence[str] = ()) -> dict[str, bool]:
+def opens(
+    specs: Sequence[LinearSpec], format_name: str, dense_linears: Sequence[str] = (), tried: Sequence[Finding] = ()
+) -> dict[str, bool]:
     """For every runtime whether no rule says that it refuses."""
-    findings = lint(specs, format_name, dense_linears)
+    findings = lint(specs, format_name, dense_linears, tried)
     refused = {finding.runtime for finding in findings if finding.severity == "refuses"}
     return {runtime: not refused & {runtime, "llmquant"} for runtime in RUNTIMES}
 
 
 def verdicts(
-    specs: Sequence[LinearSpec], format_name: str, dense_linears: Sequence[str] = ()
+    specs: Sequence[LinearSpec], format_name: str, dense_linears: Sequence[str] = (), tried: Sequence[Finding] = ()
 ) -> dict[str, dict[str, Any]]:
     """For every runtime, as plain data for a report: its version, whether it opens the result, and at what price."""
-    findings, answers = lint(specs, format_name, dense_linears), opens(specs, format_name, dense_linears)
+    findings = lint(specs, format_name, dense_linears, tried)
+    answers = opens(specs, format_name, dense_linears, tried)
     return {
         runtime: {
             "version": version,
@@ -298,18 +304,22 @@ def verdicts(
 
 
 def refuse_runtimes(
-    runtimes: Sequence[str], specs: Sequence[LinearSpec], formats: Sequence[str], dense_linears: Sequence[str] = ()
+    runtimes: Sequence[str],
+    specs: Sequence[LinearSpec],
+    formats: Mapping[str, Sequence[Finding]],
+    dense_linears: Sequence[str] = (),
 ) -> None:
     """FormatError unless each of `runtimes` opens at least one of the `formats` that a run writes.
 
+    formats   what a trial has shown of each
     RecipeError for a runtime that no rule knows.
     """
     for runtime in runtimes:
         if runtime not in RUNTIMES:
             raise RecipeError(option("runtimes"), repr(runtime), remedy=did_you_mean(runtime, RUNTIMES))
-        if not any(opens(specs, name, dense_linears)[runtime] for name in formats):
-            findings = [f for name in formats for f in lint(specs, name, dense_linears) if f.severity == "refuses"]
-            first = next(f for f in findings if f.runtime in (runtime, "llmquant"))
+        if not any(opens(specs, name, dense_linears, tried)[runtime] for name, tried in formats.items()):
+            found = [f for name, tried in formats.items() for f in lint(specs, name, dense_linears, tried)]
+            first = next(f for f in found if f.severity == "refuses" and f.runtime in (runtime, "llmquant"))
             raise FormatError(f"{option('runtimes')} {runtime}", str(first))
 
 

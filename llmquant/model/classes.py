@@ -37,11 +37,11 @@ def build_model(source: Source, dtype: torch.dtype) -> Any:
         raise refusal
     try:
         if "AutoConfig" in own:
-            settings = _own_class(source, own["AutoConfig"]).from_dict(config)
+            settings = own_class(source, own["AutoConfig"]).from_dict(config)
         else:
             settings = AutoConfig.for_model(model_type, **config)
         if "AutoModelForCausalLM" in own:
-            make = _own_class(source, own["AutoModelForCausalLM"])._from_config
+            make = own_class(source, own["AutoModelForCausalLM"])._from_config
         else:
             make = _maker(model_type, config)
         with torch.device("meta"), no_init_weights():  # nothing is allocated, and buffers can be counted
@@ -127,7 +127,7 @@ def _floats(value: Any) -> Any:
     return [_floats(item) for item in value] if isinstance(value, list) else value
 
 
-def _own_class(source: Source, reference: str) -> Any:
+def own_class(source: Source, reference: str) -> Any:
     """A class of the checkpoint's own code, by transformers' mechanism for that. This runs the code."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 

@@ -144,8 +144,12 @@ class Container:
             self._check_header(read_json(main.root, "config.json"))
 
     def _digest_of(self, row: TensorRow, spec: LinearSpec | None, main: "Container | None") -> str | None:
-        """What the tensor must decode to: the same in all formats, but for vectors in GGUF, which are in float32."""
+        """What the tensor must decode to: the same in all formats, but for vectors in GGUF, which are in float32, and
+        for dense weights beside packed ones."""
         name = row.name
+        if main is not None and spec is not None and FACTS[self.format_name].dense > FACTS[main.format_name].dense:
+            dense = torch.from_numpy(main._as_loaded(spec)).to(spec.dtype)
+            return digest(dense.reshape(-1).view(torch.uint8).numpy())
         if main is None or self.format_name != "gguf" or spec is not None:
             return self.digests.get(name)
         if name == ROPE:  # by `_check_header`

@@ -21,7 +21,13 @@ from llmquant.source.remote_code import code_files, references
 # Files of an output that are neither weights nor the original's.
 _OURS = {"config.json", "model.safetensors.index.json", "README.md", "report.json", "report.html", COST, MANIFEST}
 _LICENCES = ("LICEN", "NOTICE", "USE_POLICY", "COPYING")
-_KEPT = ("--ignore ", "rule ")  # how the ledger begins to say why a linear was left dense
+_KEPT = (
+    "--ignore ",
+    "rule ",
+    "router or gate",
+    "narrow linear",
+)  # how the ledger begins to say why a linear was left dense
+_NO_LINEAR = re.compile(r"embed|norm|wte|wpe", re.IGNORECASE)
 # The list of linears that stay dense, by format; without it, loaders expect all of them to be quantized.
 _DENSE_LISTS = {"compressed-tensors": "ignore", "awq": "modules_to_not_convert"}
 
@@ -104,7 +110,9 @@ def _check_told(told: Any, format_name: str, rows: Sequence[TensorRow]) -> None:
     except (KeyError, TypeError, AttributeError, re.error) as error:
         raise VerifyError("config.json: quantization_config", f"cannot be read ({error!r})") from None
     if format_name in _DENSE_LISTS:
-        _check_ignored(f"config.json: {_DENSE_LISTS[format_name]}", told.get(_DENSE_LISTS[format_name]) or [], rows)
+        listed = told.get(_DENSE_LISTS[format_name]) or []
+        dense = [row for row in rows if _stays_dense(row, FACTS[format_name].patterns)]
+        _check_ignored(f"config.json: {_DENSE_LISTS[format_name]}", listed, rows, dense)
     if format_name == "gptq":
         _check_kept("config.json: modules_in_block_to_quantize", told.get("modules_in_block_to_quantize"), rows)
 
@@ -116,24 +124,38 @@ def _entries(value: Any) -> Iterator[tuple[str, Any]]:
         yield from _entries(item)
 
 
-def _check_ignored(where: str, ignored: list[str], rows: Sequence[TensorRow]) -> None:
-    """The list names every linear that was left dense, and none that was quantized.
+def _stays_dense(row: TensorRow, everywhere: bool) -> bool:
+    """Whether this is the weight of a linear that was left as it was, by what the ledger says.
+
+    everywhere   those that may be one of another class, too
+    """
+    other = row.reason.startswith("not a parameter") and len(row.shape) == 2 and not _NO_LINEAR.search(row.name)
+    said = row.reason.startswith(("outside the decoder blocks (Linear)", *_KEPT))
+    return row.name.endswith(".weight") and (said or (everywhere and other))
+
+
+def _check_ignored(where: str, listed: list[str], rows: Sequence[TensorRow], dense: Sequence[TensorRow]) -> None:
+    """The list names every linear that was left dense, and none that was quantized: by its name, or by a pattern.
 
     Modules may be named otherwise in the model than in the checkpoint: before the path of a quantized one; a dense one,
     if its last part is in no name of the list, may stand there as one whose last part is in no row.
     """
-    leaves = {name.rpartition(".")[2] for name in ignored}
-    unnamed: list[str] = []
+    try:
+        patterns = [re.compile(name.removeprefix("re:")) for name in listed if name.startswith("re:")]
+    except re.error as error:
+        raise VerifyError(where, f"cannot be read ({error})") from None
+    ignored = [name for name in listed if not name.startswith("re:")]
     for row in rows:
-        module = row.of_module
-        same = (
-            n for n in ignored if n == module or n.endswith(f".{module}") or ("." in n and module.endswith(f".{n}"))
-        )
-        if row.action == "quantized" and any(same):
-            raise VerifyError(where, f"names {module}, which is quantized")
-        dense = row.reason.startswith(("outside the decoder blocks (Linear)", *_KEPT))
-        if dense and row.name.endswith(".weight") and module.rpartition(".")[2] not in leaves:
-            unnamed.append(module)
+        if row.action == "quantized":
+            module = row.of_module
+            same = (
+                n for n in ignored if n == module or n.endswith(f".{module}") or ("." in n and module.endswith(f".{n}"))
+            )
+            if any(same) or any(pattern.match(module) for pattern in patterns):
+                raise VerifyError(where, f"names {module}, which is quantized")
+    leaves = {name.rpartition(".")[2] for name in ignored}
+    modules = [row.of_module for row in dense if not any(pattern.match(row.of_module) for pattern in patterns)]
+    unnamed = [module for module in modules if module.rpartition(".")[2] not in leaves]
     known = {row.name.removesuffix(".weight").rpartition(".")[2] for row in rows}
     if len(unnamed) > len([name for name in ignored if name.rpartition(".")[2] not in known]):
         raise VerifyError(where, f"does not name {unnamed[0]}, which is not quantized")

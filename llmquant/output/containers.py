@@ -4,20 +4,25 @@ An Output knows every tensor that it will hold before the first one is written, 
 """
 
 from collections import Counter
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from llmquant.errors import FormatError, option
 from llmquant.formats import FORMATS, LinearSpec
+from llmquant.formats.base import Layout
 from llmquant.formats.facts import FACTS
+from llmquant.formats.fake import Fake
 from llmquant.formats.gguf import kind_of
 from llmquant.gguf.file import FLOATS, Entry, build_gguf
 from llmquant.gguf.model import GGUFModel
 from llmquant.gguf.tokenizer import tokenizer_metadata
+from llmquant.model.classes import own_class
 from llmquant.model.skeleton import Skeleton
 from llmquant.output.gguf_spec import Expected
+from llmquant.output.opens import Opening, check_opens
 from llmquant.output.verify import Record, verify_output
 from llmquant.output.verify_gguf import verify_gguf
 from llmquant.plan import Plan, Row
@@ -29,10 +34,14 @@ _FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7}  # llama.cpp's numbers for "most
 
 
 class Output(Protocol):
-    """`plan` has a row for every tensor that is written, `left_out` for those of the source that are not."""
+    """`plan` has a row for every tensor that is written, `left_out` for those of the source that are not.
+
+    `opening` is what stock transformers will do with it, as far as that can be tried.
+    """
 
     plan: Plan
     left_out: list[Row]
+    opening: Opening
     record: Record
 
     def open(self, run: RunDir, max_shard_bytes: int, folder: str = "") -> None:
@@ -74,7 +83,32 @@ class Shards:
         self.left_out: list[Row] = []
         self.format, self.record = FORMATS[format_name], Record(format_name)
         # Raises here, not after hours, where the format cannot say which linears are dense.
-        self.entries = self.format.config(plan.specs, plan.dense_linears)
+        dense = plan.ignore if self.format.facts.patterns else plan.dense_linears
+        self.entries = self.format.config(plan.specs, dense)
+        self.opening = self._try()
+        if self.opening.mended:
+            self.entries["quantization_config"]["dequantize"] = True
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json as it will be written."""
+        return self.format.model_config(self.source.safe_config) | self.entries
+
+    def _try(self) -> Opening:
+        """Ask transformers; of formats whose packed tensors it cannot be asked for, only the names of dense ones."""
+        original: Layout = {name: (info.dtype, info.shape) for name, info in self.source.as_stored().tensors.items()}
+        config, view = self.config, self.format
+        if self.format.facts.tried == "names":
+            del config["quantization_config"]
+            view = Fake()
+        rows = [row for row in self.plan.rows if row.spec is None]
+        layout: Layout = {row.name: (getattr(torch, row.dtype), row.shape) for row in rows}
+        for spec in self.plan.specs:  # not the plan's own layout: that is of the run's first format
+            layout |= view.layout(spec)
+        if not self.format.facts.tried or layout == original:
+            return Opening()
+        own = partial(own_class, self.source) if self.source.code else None
+        return check_opens(config, layout, original, self.plan.specs, own)
 
     def open(self, run: RunDir, max_shard_bytes: int, folder: str = "") -> None:
         run.open_shards(self.plan.layout, max_shard_bytes, folder)
@@ -93,8 +127,7 @@ class Shards:
         return self.format.read(spec, run.tensors.read)
 
     def finish(self, run: RunDir, folder: str = "") -> None:
-        config = self.format.model_config(self.source.safe_config)
-        run.write_json(f"{folder}config.json", config | self.entries)
+        run.write_json(f"{folder}config.json", self.config)
         for file in self.source.side_files():
             run.write_bytes(folder + file, self.source.local(file).read_bytes())
         verify_output(run.path / folder, self.plan, self.record)
@@ -106,7 +139,7 @@ class GGUFFile:
     def __init__(
         self, format_name: str, source: Source, skeleton: Skeleton, plan: Plan, pre: str | None = None
     ) -> None:
-        self.source, self.skeleton = source, skeleton
+        self.source, self.skeleton, self.opening = source, skeleton, Opening()
         self.format, self.record = FORMATS[format_name], Record(format_name)
         self.model = GGUFModel(skeleton.model.config.to_dict())
         rows = [row for row in plan.rows if self._why_not(row) is None]

@@ -138,10 +138,10 @@ def estimate(
     found.kinds = kinds_of([*plan.rows, *draft.output.left_out])
     found.output_bytes = plan.output_bytes
     found.bits_per_weight = plan.bits_per_weight(recipe.format)
-    formats = (recipe.format, *recipe.exports)
-    by_format = [opens(plan.specs, name, plan.dense_linears) for name in formats]
+    tried = {name: opening.findings for name, opening in draft.openings.items()}
+    by_format = [opens(plan.specs, name, plan.dense_linears, tried[name]) for name in tried]
     found.opens = {runtime: any(answer[runtime] for answer in by_format) for runtime in RUNTIMES}
-    for finding in (finding for name in formats for finding in lint(plan.specs, name, plan.dense_linears)):
+    for finding in (finding for name in tried for finding in lint(plan.specs, name, plan.dense_linears)):
         if finding.runtime in options.runtimes and finding.severity == "warns":
             found.warn(str(finding))
     tokens = _tokens(found, draft)

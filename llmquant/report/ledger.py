@@ -5,11 +5,18 @@ The ledger (`tensors`) has a row for each tensor of the original, and a reason i
 layer's own output or weights.
 """
 
+import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from llmquant.quant.grid import QuantScheme
+from llmquant.source.names import without_numbers
 
+# How the reasons of tensors that are in no decoder block begin.
+_OUTSIDE = ("outside the decoder blocks", "not a parameter of the model class")
+_SHOWN = 4  # kinds of tensors in a warning
 _DTYPES = ("bfloat16", "float16", "float32")  # of weights that are quantized
 
 
@@ -91,3 +98,40 @@ class TensorRow:
     def of_module(self) -> str:
         """The name in the model under which `layers` lists the linear; its own where the row names none."""
         return self.module or self.name.removesuffix(".weight")
+
+
+class Judged(Protocol):
+    """A row of the plan or of a report."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def action(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def mostly_dense(rows: Iterable[Judged]) -> list[str]:
+    """What must be said where less than half of the parameters in the decoder blocks are quantized; else empty.
+
+    First how much is, then the largest kinds that are not, and why.
+    """
+    kept, quantized = Counter[tuple[str, str]](), 0
+    for row in rows:
+        if row.action == "quantized":
+            quantized += math.prod(row.shape)
+        elif not row.reason.startswith(_OUTSIDE):
+            kept[without_numbers(row.name), row.reason] += math.prod(row.shape)
+    total = quantized + kept.total()
+    if 2 * quantized >= total:
+        return []
+    largest = [
+        f"{name} ({size / total:.0%}: {why})"
+        for place, ((name, why), size) in enumerate(kept.most_common(_SHOWN))
+        if not place or 100 * size >= total
+    ]
+    more = f" and {len(kept) - len(largest)} more kinds" if len(kept) > len(largest) else ""
+    share = math.floor(100 * quantized / total)
+    return [f"only {share}% of the parameters in the decoder blocks are quantized", f"{', '.join(largest)}{more}"]

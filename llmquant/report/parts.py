@@ -1,9 +1,9 @@
 """The parts of a report that a run, an export and `compare` make alike, from what was computed."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
-from llmquant.formats.runtimes import verdicts
+from llmquant.formats.runtimes import Finding, verdicts
 from llmquant.lanes.scores import Figures
 from llmquant.plan import Plan
 from llmquant.report.data import Evaluation, LaneReport, Runtime, Versions
@@ -11,9 +11,9 @@ from llmquant.text.windows import Windows
 from llmquant.versions import versions
 
 
-def runtimes_of(plan: Plan, format_name: str) -> dict[str, Runtime]:
-    """What the lint says of every runtime, for the checkpoint in this format."""
-    found = verdicts(plan.specs, format_name, plan.dense_linears)
+def runtimes_of(plan: Plan, format_name: str, tried: Sequence[Finding]) -> dict[str, Runtime]:
+    """What the lint says of every runtime, for the checkpoint in this format, and what a trial has shown."""
+    found = verdicts(plan.specs, format_name, plan.dense_linears, tried)
     return {name: Runtime(facts["version"], facts["opens"], tuple(facts["notes"])) for name, facts in found.items()}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from llmquant.lanes.scores import ORIGINAL, OURS
 from llmquant.report.data import LaneReport, RunReport
-from llmquant.report.ledger import Layer
+from llmquant.report.ledger import Layer, mostly_dense
 from llmquant.report.tables import infinite_perplexity
 
 LABELS = {
@@ -21,13 +21,17 @@ _Z95 = 1.96  # standard errors in half of a 95% interval
 
 
 def verdict(report: RunReport) -> str:
-    """One sentence: bits, perplexity before and after, divergence, and how the baselines stand to it."""
-    bits = _bits(report.bits_per_weight)
+    """One sentence: bits, perplexity before and after, divergence, and how the baselines stand to it.
+
+    Before it another one, where most of the model is as it was: its figures would look like a success.
+    """
+    bits, dense = _bits(report.bits_per_weight), mostly_dense(report.tensors)
+    warning = f"{dense[0].capitalize()}. " if dense else ""
     if report.evaluation is None:
-        return f"{bits} per weight in the quantized layers; quality was not measured (--eval-data none)."
+        return f"{warning}{bits} per weight in the quantized layers; quality was not measured (--eval-data none)."
     lanes = report.evaluation.lanes
     before, after = lanes[ORIGINAL], lanes[OURS]
-    text = f"{bits}: {_perplexities(before, after)}, KL {after.kl_mean:.2g}"
+    text = f"{warning}{bits}: {_perplexities(before, after)}, KL {after.kl_mean:.2g}"
     parts = [f"{standing} {' and '.join(names)}" for standing, names in _ranked(lanes).items() if names]
     return ", ".join([text, *parts]) + "."
 
@@ -80,7 +84,8 @@ def health(report: RunReport) -> list[str]:
         f"{count} tensors of the original are stored in {form}: figures are against what they stand for."
         for form, count in forms.items()
     ]
-    return [*stored, *_evaluation_notes(report), *_coverage(report), *_layer_notes(report.layers)]
+    dense = [f"Not quantized: {kinds}." for kinds in mostly_dense(report.tensors)[1:]]
+    return [*stored, *dense, *_evaluation_notes(report), *_coverage(report), *_layer_notes(report.layers)]
 
 
 def _evaluation_notes(report: RunReport) -> list[str]:

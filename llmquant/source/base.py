@@ -112,6 +112,10 @@ class Source:
         """What the tensor was made of; "" if it is stored as such."""
         return ""
 
+    def as_stored(self) -> "Source":
+        """The same checkpoint, its tensors as its files have them, but dense."""
+        return self
+
     def listed(self, names: Iterable[str]) -> "Source":
         """The same checkpoint, its tensors listed as `names` has them, where it knows two ways."""
         return self

@@ -81,6 +81,9 @@ class DerivedSource(WrappedSource):
                 file = stored.tensors[tensor.parts[0]].file
                 self.tensors[name] = TensorInfo(name, file, tensor.dtype, tensor.shape, 0, 0)
 
+    def as_stored(self) -> Source:
+        return self.stored
+
     def listed(self, names: Iterable[str]) -> Source:
         """The same checkpoint, where parts that are among `names` are listed as they are stored."""
         return DerivedSource(self.stored, self._derived, frozenset(self.slices.keys() & set(names)))

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 import llmquant
 import llmquant.model.experts as experts_module
 from llmquant.checkpoint import open_original
-from llmquant.errors import RecipeError, SourceError
+from llmquant.errors import FormatError, RecipeError, SourceError
 from llmquant.job import draft
-from llmquant.log import SILENT
+from llmquant.log import SILENT, progress_of
 from llmquant.model.experts import Experts, form_of
 from llmquant.model.skeleton import Skeleton
 from llmquant.output.check import verify_folder
@@ -70,7 +70,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def plan_of(folder: Path, **flags: Any) -> Plan:
     recipe = make_recipe(str(folder), flags={"group_size": 32, "eval_data": "none"} | flags)
-    return draft(open_source(folder), recipe, RunOptions(), log=SILENT).plan
+    return draft(open_source(folder), recipe, RunOptions(runtimes=("vllm",)), log=SILENT).plan
 
 
 def logits(skeleton: Skeleton, ids: torch.Tensor) -> torch.Tensor:
@@ -101,7 +101,19 @@ def test_every_expert_is_planned_and_no_router(name: str, built: Callable[[str],
     plan = plan_of(built(name))
     modules = {spec.module for spec in plan.specs}
     assert {number for m in modules if (number := m.split(".")[-2]).isdigit()} >= set("0123") or name == "jetmoe"
-    assert all(key.endswith(".weight") for key in (spec.key for spec in plan.specs))
+    assert not any("router" in m or m.endswith("mixer.gate") for m in modules)
+    assert all(spec.key.endswith(".weight") for spec in plan.specs)
+
+
+def test_experts_that_transformers_would_leave_random_are_refused_unless_others_open_them(
+    built: Callable[[str], Path],
+) -> None:
+    recipe = make_recipe("x", flags={"group_size": 32, "eval_data": "none"})
+    with pytest.raises(FormatError, match=r"leaves 6 parameters \(model\.layers\.\*\.mlp\.experts.* random; .*--for"):
+        draft(open_source(built("gpt_oss")), recipe, RunOptions(), log=SILENT)
+    said: list[str] = []
+    draft(open_source(built("gpt_oss")), recipe, RunOptions(runtimes=("vllm",)), log=progress_of(said.append))
+    assert any("leaves 6 parameters" in line for line in said)
 
 
 def test_slices_are_those_of_the_fused_tensors(built: Callable[[str], Path]) -> None:

@@ -406,10 +406,10 @@ def test_exports_beside_are_compared_tensor_by_tensor(tmp_path: Path, capsys: py
     tensors = load_file(source / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    whole = run_of("compressed-tensors,gptq,mlx,gguf", source, tmp_path / "out")
-    assert verify_folder(whole, source).exports == ("gptq", "mlx", "gguf")
+    whole = run_of("compressed-tensors,gptq,mlx,fake,gguf", source, tmp_path / "out")
+    assert verify_folder(whole, source).exports == ("gptq", "mlx", "fake", "gguf")
     assert cli.main(["verify", str(whole)]) == 0
-    assert "and so are its exports (gptq, mlx, gguf)" in capsys.readouterr().out
+    assert "and so are its exports (gptq, mlx, fake, gguf)" in capsys.readouterr().out
 
     def stored(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
         def damage(folder: Path) -> None:
@@ -437,6 +437,7 @@ def test_exports_beside_are_compared_tensor_by_tensor(tmp_path: Path, capsys: py
     linear = "model.layers.0.mlp.up_proj"
     for name, change, message in (
         ("gptq", stored(lambda t: t[f"{linear}.qweight"][:1, :1].bitwise_xor_(1)), linear),
+        ("fake", stored(lambda t: t[f"{linear}.weight"][:1, :1].mul_(2)), rf"{linear}\.weight: does not decode"),
         ("mlx", stored(lambda t: t["model.norm.weight"][:1].add_(0.5)), r"model\.norm\.weight: does not decode"),
         ("mlx", lambda folder: config_of(folder, lambda c: c["quantization"].update(bits=8)), r"config\.json: bits"),
         ("gguf", norm, r"model\.norm\.weight: does not decode"),
