@@ -109,11 +109,11 @@ def test_experts_that_transformers_would_leave_random_are_refused_unless_others_
     built: Callable[[str], Path],
 ) -> None:
     recipe = make_recipe("x", flags={"group_size": 32, "eval_data": "none"})
-    with pytest.raises(FormatError, match=r"leaves 6 parameters \(model\.layers\.\*\.mlp\.experts.* random; .*--for"):
+    with pytest.raises(FormatError, match=r"leaves 12 parameters \(model\.layers\.\*\.mlp\.experts.* random; .*--for"):
         draft(open_source(built("gpt_oss")), recipe, RunOptions(), log=SILENT)
     said: list[str] = []
     draft(open_source(built("gpt_oss")), recipe, RunOptions(runtimes=("vllm",)), log=progress_of(said.append))
-    assert any("leaves 6 parameters" in line for line in said)
+    assert any("leaves 12 parameters" in line for line in said)
 
 
 def test_slices_are_those_of_the_fused_tensors(built: Callable[[str], Path]) -> None:
