@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmquant.blocks.measure import LayerReport
 from llmquant.blocks.quantize import quantize_block
-from llmquant.blocks.snapshots import Snapshots, snapshot_bytes
+from llmquant.blocks.snapshots import Snapshots
 from llmquant.blocks.solve import Solved
 from llmquant.comparison import noise_floor
 from llmquant.export import export_beside
@@ -68,7 +68,7 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
             job.target,
             overwrite=options.overwrite,
             needed_bytes=job.needed_bytes(sizes),
-            streams_bytes=snapshot_bytes(sizes),
+            streams_bytes=job.snapshot_bytes(sizes),
             resume=options.resume,
             fingerprint=fingerprint(job, refuse_damaged_weights(job.source)),
             threads=torch.get_num_threads(),
@@ -76,7 +76,7 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
     with (
         kept_blocks_named(run, len(job.skeleton.blocks), log),
         run,
-        Streams(sizes, options.stream_budget, run.scratch) as streams,
+        Streams(sizes, options.stream_budget, run.scratch, parked=sizes if job.parked else ()) as streams,
     ):
         if run.finished:
             log.line(f"{run.out}: was finished by the interrupted run")
@@ -126,7 +126,7 @@ class _Pass:
         self.hidden = HiddenStates(job, streams)
         for name in streams.spilled:
             log.line(f"--max-ram: the {name} stream is kept in a file")
-        self.snapshots = Snapshots(run, self.hidden.streams(), log)
+        self.snapshots = Snapshots(run, {} if job.parked else self.hidden.streams(), log)
 
     def go(self) -> tuple[list[LayerReport], dict[str, LaneReport]]:
         trim()

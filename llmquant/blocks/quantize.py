@@ -24,7 +24,7 @@ def quantize_block(
 ) -> list[Solved]:
     """Quantize the linears `specs` of the loaded `block` and leave their dequantized weights in it.
 
-    `streams` holds the calibration hidden states; None for data-free methods. With passes = "step" each step's
+    `streams` holds the calibration text before the block; None for data-free methods. With passes = "step" each step's
     Hessian sees the quantized steps before it. With `advance` both streams are through the block afterwards.
     """
     if streams is None or all(spec.method in DATA_FREE for spec in specs):
@@ -51,9 +51,9 @@ def quantize_block(
 def _steps(block: Block, specs: Sequence[LinearSpec], recipe: Recipe, streams: CalibrationStreams) -> list[Step]:
     """The planned linears by shared input, in the order of the forward; all of them must be reached."""
     by_module = {spec.module: spec for spec in specs}
-    hidden = next(iter(streams.quantized))
-    names = block.steps(lambda: block.forward(hidden, streams.products))
-    steps = [[by_module[name] for name in step if name in by_module] for step in names]
+    batch, hidden_size = next(iter(streams.quantized)), next(streams.quantized.hidden()).shape[-1]
+    names = block.steps(lambda: block.forward(batch, streams.products), by_module)
+    steps = [[by_module[name] for name in step] for step in names]
     reached = {spec.module for step in steps for spec in step}
     if missed := sorted(set(by_module) - reached):
         raise SourceError(
@@ -65,8 +65,8 @@ def _steps(block: Block, specs: Sequence[LinearSpec], recipe: Recipe, streams: C
     def strength(in_features: int) -> float:
         if streams.original is None:
             return 0.0
-        wide = in_features > hidden.shape[-1]
+        wide = in_features > hidden_size
         auto = default_propagation(streams.quantized.n_tokens, in_features, wide=wide)
         return auto if recipe.propagation == "auto" else float(recipe.propagation)
 
-    return [Step(step, strength(step[0].shape[1])) for step in steps if step]
+    return [Step(step, strength(step[0].shape[1])) for step in steps]

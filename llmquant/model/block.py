@@ -11,7 +11,7 @@ torch.Size([1, 6, 256])
 Shapes: B batch, T time, D hidden, O out_features, I in_features.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from llmquant.errors import SourceError, option
 from llmquant.formats import LinearSpec
 from llmquant.model.meta import is_linear
+from llmquant.model.parked import Batch, Parked
 from llmquant.model.tape import Call
 from llmquant.model.weights import Weights
 from llmquant.quant.matmul import forwards_in
@@ -33,7 +34,8 @@ class Block:
     name     of its module in the model, such as `model.layers.0`
     module   the model's own, on the meta device except while it is `loaded`
     params   names of its parameters and persistent buffers in the model
-    calls    what it is called with besides the hidden states, by the shape [B, T] of a batch of tokens
+    calls    what it is called with besides the hidden states, by the shape [B, T] of a batch of tokens, where blocks
+             share nothing else (`model/tape.py`)
     """
 
     def __init__(self, index: int, name: str, module: nn.Module, params: list[str], weights: Weights) -> None:
@@ -90,20 +92,23 @@ class Block:
         self._weights.put(spec.param, self.laid_out(spec, weight_OI))
 
     # -- forward -------------------------------------------------------------------------------------------
-    def forward(self, hidden_BTD: Tensor, products: torch.dtype | None = None) -> Tensor:
-        """Hidden states behind the block, with the arguments recorded for batches of this shape.
+    def forward(self, batch: Batch, products: torch.dtype | None = None) -> Any:
+        """A batch of a stream through the block, with its own arguments; what the stream's `update` wants of it.
 
-        `products`: the precision of its products, where it is not that of the compute dtype.
+        For hidden states [B, T, D] that is the hidden states behind the block, with the arguments recorded for batches
+        of this shape; a parked forward has its arguments with it. `products`: the precision of products, where it is
+        not that of the compute dtype.
         """
-        call = self.calls[tuple(hidden_BTD.shape[:2])]
         with torch.no_grad(), forwards_in(products or self.dtype, self.dtype):
-            return call(self.module, hidden_BTD.to(self.device))
+            if isinstance(batch, Parked):
+                return batch.run(self.index, partial(type(self.module).forward, self.module))
+            return self.calls[tuple(batch.shape[:2])](self.module, batch.to(self.device))
 
-    def steps(self, forward: Callable[[], object]) -> list[list[str]]:
+    def steps(self, forward: Callable[[], object], wanted: Collection[str] | None = None) -> list[list[str]]:
         """Linears of the loaded block by the input they share, in the order in which `forward` reaches them.
 
         Two linears share an input where they read the same elements of the same memory and nothing wrote into it in
-        between. SourceError where one runs more than once.
+        between. Only the `wanted` ones, all without it. SourceError where one runs more than once.
         """
         seen: dict[tuple[Any, ...], list[str]] = {}
         alive: list[Tensor] = []  # inputs stay referenced, or another one could be born at the same address
@@ -114,7 +119,8 @@ class Block:
             place = (x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride())
             seen.setdefault((*place, _state(x)), []).append(name)
 
-        hooks = [m.register_forward_pre_hook(partial(note, name)) for name, m in self.linears.items()]
+        linears = {name: m for name, m in self.linears.items() if wanted is None or name in wanted}
+        hooks = [m.register_forward_pre_hook(partial(note, name)) for name, m in linears.items()]
         try:
             forward()
         finally:
