@@ -210,10 +210,14 @@ def refuse_parked(sizes: Mapping[str, int], max_ram: int, fields: Sequence[str])
     if (total := sum(sizes.values())) > max_ram:
         raise RecipeError(
             option("max_ram"),
-            f"parked forwards, which cannot go to files, take {total / 1e9:.2g} GB",
-            expected=f"at most {max_ram / 1e9:.2g} GB",
+            f"parked forwards, which cannot go to files, take {_said(total)}",
+            expected=f"at most {_said(max_ram)}",
             remedy=f"a smaller {' or '.join(map(option, fields))}, or a larger {option('max_ram')}",
         )
+
+
+def _said(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def clip_to_context(skeleton: Skeleton, what: str, seq_len: int, log: Progress) -> int:

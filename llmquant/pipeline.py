@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,13 +161,28 @@ class _Pass:
             hidden.advance_others(block)
         with self.watch.stage("quantize"):
             more = hidden.more_follow(block)
-            solved = quantize_block(block, specs, self.job.recipe, hidden.calibration, advance=more)
+            settled = [(spec, self._written(spec)) for spec in hidden.borrowed(block)]
+            solved = quantize_block(block, specs, self.job.recipe, hidden.calibration, settled, advance=more)
         with self.watch.stage("evaluate"):
             hidden.advance_ours(block)
         with self.watch.stage("write"):
             for item in solved:
                 self.output.quantized(self.run, item.spec, item.weight)
-        return solved
+        return [self._with_borrowers(item) for item in solved]
+
+    def _with_borrowers(self, item: Solved) -> Solved:
+        """A note where other blocks run with this weight, too."""
+        numbers = sorted(
+            {
+                self.job.skeleton.block_of(param) or 0
+                for param in self.job.skeleton.weights.borrowers.get(item.spec.param, ())
+            }
+        )
+        if not numbers or item.report.loss is None:
+            return item
+        others = ", ".join(str(number + 1) for number in numbers)
+        note = f"runs in block {others}, too; calibrated on the inputs of its first block only"
+        return replace(item, report=replace(item.report, notes=(*item.report.notes, note)))
 
     def _body(self, solved: Sequence[Solved]) -> dict[str, Any]:
         """What the journal keeps of a block: all that a resumed run cannot compute from the files."""

@@ -62,15 +62,28 @@ class BlockForwards:
     step. Weights are rounded once to the precision of the products, instead of in each forward.
     """
 
-    def __init__(self, block: Block, specs: Sequence[LinearSpec], streams: CalibrationStreams) -> None:
+    def __init__(
+        self,
+        block: Block,
+        specs: Sequence[LinearSpec],
+        streams: CalibrationStreams,
+        settled: Sequence[tuple[LinearSpec, Tensor]] = (),
+    ) -> None:
         self._block, self._streams = block, streams
-        self._originals = {spec.param: block.get(spec.param).to(streams.products) for spec in specs}
+        others = [spec for spec, _ in settled]
+        self._originals = {spec.param: block.get(spec.param).to(streams.products) for spec in (*specs, *others)}
         self._current = dict(self._originals)
+        for spec, weight_OI in settled:
+            block.set_weight(spec, weight_OI)
+        self._note(others)
         self._kept: dict[tuple[int, str], tuple[Paused, int]] = {}  # with the bytes it holds
 
     def weights_changed(self, step: Step) -> None:
         """The linears of `step` have other weights in the block now."""
-        for spec in step.specs:
+        self._note(step.specs)
+
+    def _note(self, specs: Sequence[LinearSpec]) -> None:
+        for spec in specs:
             self._current[spec.param] = self._block.get(spec.param).to(self._streams.products)
 
     def hessian(self, position: int, step: Step) -> Hessian:

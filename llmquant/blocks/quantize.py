@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from llmquant.blocks.forwards import BlockForwards, CalibrationStreams, Step
 from llmquant.blocks.solve import Solved, solve_step
 from llmquant.errors import SourceError, option
@@ -19,6 +21,7 @@ def quantize_block(
     specs: Sequence[LinearSpec],
     recipe: Recipe,
     streams: CalibrationStreams | None,
+    settled: Sequence[tuple[LinearSpec, Tensor]] = (),
     *,
     advance: bool = True,
 ) -> list[Solved]:
@@ -26,14 +29,17 @@ def quantize_block(
 
     `streams` holds the calibration text before the block; None for data-free methods. With passes = "step" each step's
     Hessian sees the quantized steps before it. With `advance` both streams are through the block afterwards.
+    settled   linears that run with weights of an earlier block, and what those were quantized to, weight_OI
     """
     if streams is None or all(spec.method in DATA_FREE for spec in specs):
+        for spec, weight_OI in settled:
+            block.set_weight(spec, weight_OI)
         return [solved for spec in specs for solved in solve_step(block, Step([spec], 0.0), None, recipe)]
     steps = _steps(block, specs, recipe, streams)
     linears = block.linears
     done: list[Solved] = []
     with pausing([linears[step.specs[0].module] for step in steps]):
-        forwards = BlockForwards(block, specs, streams)
+        forwards = BlockForwards(block, specs, streams, settled)
         if recipe.passes == "block":
             hessians = forwards.hessians_of_all(steps)
         for position, step in enumerate(steps):

@@ -93,7 +93,7 @@ class _Trial:
             seen.order.append(index)
             seen.same.append(hidden is last or len(seen.order) == 1)
             seen.hidden.append(hidden.clone())
-            seen.arguments.append([_Argument(isinstance(it, list | Mapping), list(_leaves(it))) for it in others])
+            seen.arguments.append([_Argument(_may_be_written(it), list(_leaves(it))) for it in others])
             output = self._run(index, forward, args, kwargs) if real else answer(hidden, widths[index])
             seen.widths.append(len(output) if isinstance(output, tuple) else 0)
             last = hidden_of(output)
@@ -183,6 +183,11 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield from _leaves(vars(value))
     else:
         yield value if isinstance(value, bool | int | float | str) else type(value)
+
+
+def _may_be_written(value: Any) -> bool:
+    """Whether a value is, or holds, a container that a block could write into."""
+    return isinstance(value, list | Mapping) or (isinstance(value, tuple) and any(map(_may_be_written, value)))
 
 
 def _objects(value: Any) -> Iterator[Any]:
