@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import llmquant
 from llmquant.blocks import snapshots
 from llmquant.errors import RecipeError
 from llmquant.model.parked import Parked
+from llmquant.model.sharing import Sharing, find_sharing
 from llmquant.preflight import estimate, flops
 from llmquant.recipe import RunOptions, make_recipe
 from llmquant.report.data import RunReport, load_report
@@ -78,6 +80,23 @@ def test_the_reported_divergence_is_that_of_the_reloaded_output(
     found = run(model, tmp_path / "out", format="fake", ignore=tiny.NOT_LAYERS.get(name, []), **FLAGS)
     assert found.lanes["llmquant"]["kl_mean"] > 1e-5
     assert stock_divergence(model, tmp_path / "out") == pytest.approx(found.lanes["llmquant"]["kl_mean"], rel=1e-4)
+
+
+def test_both_mechanisms_give_the_same_where_both_can_be_had(
+    model: Path, wanted: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Llama, whose blocks share hidden states only, with parked forwards."""
+
+    def asked_for(*inputs: Any) -> Sharing:
+        return replace(find_sharing(*inputs), reason="the test wants it")
+
+    monkeypatch.setattr("llmquant.model.skeleton.find_sharing", asked_for)
+    run(model, tmp_path / "out")
+    found = files(tmp_path / "out")
+    differing = {name for name in wanted if found[name] != wanted[name]}
+    assert differing == {"report.json", "manifest.json"}
+    compute = json.loads(wanted["report.json"])["compute"] | {"parked": "the test wants it"}
+    assert report(tmp_path / "out") == json.loads(wanted["report.json"]) | {"compute": compute}
 
 
 def test_the_log_and_the_report_say_why(out: Path, lines: list[str]) -> None:

@@ -149,6 +149,13 @@ def by_tokens(base: Any, ids: Tensor, hidden: Tensor) -> Tensor:
     return hidden
 
 
+def by_padding(base: Any, ids: Tensor, hidden: Tensor) -> Tensor:
+    padding = base.by_layer.weight[0]  # a part of the weights, for as long as the forward waits
+    for block in base.layers:
+        hidden = block(hidden, ids[..., None] * padding)
+    return hidden
+
+
 def adds(block: Any, hidden: Tensor, other: Tensor) -> Tensor:
     return hidden + other
 
@@ -206,6 +213,7 @@ TOYS: dict[str, tuple[Callable[[], Toy], str | None]] = {
     "between": (lambda: Toy(between), "hidden states change between two blocks"),
     "in place": (lambda: Toy(between_in_place), "hidden states change between two blocks"),
     "tokens": (lambda: Toy(by_tokens, adds), "an argument of a block depends on the tokens"),
+    "view": (lambda: Toy(by_padding, adds), "an argument of a block depends on the tokens"),
 }
 # name -> (the model, why it is refused)
 REFUSED: dict[str, tuple[Callable[[], Toy], str]] = {

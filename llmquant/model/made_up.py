@@ -35,7 +35,10 @@ def made_up(model: Any, weights: Weights) -> Iterator[None]:
             return torch.ones(tensor.shape, dtype=tensor.dtype, device=weights.device)
         if tensor.ndim > 2:  # kernels of convolutions, which are small, and which torch wants in one piece
             return numbers(tensor.dtype)[:1].expand(tensor.shape).contiguous()
-        return numbers(tensor.dtype).as_strided(tensor.shape, (1,) * tensor.ndim)
+        vector = numbers(tensor.dtype)
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Embedding):
+            vector = vector[: sum(tensor.shape)].clone()  # for whoever asks whose storage a view is of
+        return vector.as_strided(tensor.shape, (1,) * tensor.ndim)
 
     def product(n_out: int) -> Callable[[Tensor], Tensor]:
         return lambda x: x[..., :1] * numbers(x.dtype)[:n_out]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from llmquant.errors import SourceError
 from llmquant.model.made_up import made_up
-from llmquant.model.paused import held_bytes
+from llmquant.model.paused import held
 from llmquant.model.tape import forward_replaced, stand_ins, take_hidden
 from llmquant.model.weights import Weights
 
@@ -77,9 +77,9 @@ class Parked:
         else:
             self._call, self.hidden = found, take_hidden(*found[1:])[0]
 
-    def held_bytes(self) -> int:
-        """Bytes of all tensors that it holds."""
-        return self.hidden.nbytes if self._run.dead else held_bytes(self._run.gr_frame)
+    def held(self) -> dict[int, int]:
+        """Address and bytes of every storage that it holds while it waits in a block."""
+        return held(self._run.gr_frame)
 
     def close(self) -> None:
         """Give up, and free what the forward holds."""
@@ -164,20 +164,23 @@ def parked_bytes(model: Any, blocks: Sequence[nn.Module], weights: Weights, shap
     tokens, and is a line in T for keys and values, a square in T for what every token keeps of every other.
     """
     (n_batch, n_time), (few, more) = shape, (8, 16)
-    with made_up(model, weights):
+    with made_up(model, weights), torch.no_grad():
         forwards = ParkedForwards(model, blocks, weights.device, weights.source.name)
+        own = {weights.get(name).untyped_storage().data_ptr() for name in weights.names}
 
-        def held(batch: tuple[int, int], n_blocks: int) -> list[int]:
+        def sizes(batch: tuple[int, int], n_blocks: int) -> list[int]:
+            """Before the first block, and before each of the next ones."""
             forward = Parked(forwards, torch.zeros(batch, dtype=torch.long))
-            sizes = [forward.held_bytes()]
+            found = []
             for index, block in enumerate(blocks[:n_blocks]):
-                forward.go_on(forward.run(index, partial(type(block).forward, block)))
-                sizes.append(forward.held_bytes())
+                if index:
+                    forward.go_on(forward.run(index - 1, partial(type(block).forward, blocks[index - 1])))
+                found.append(sum(nbytes for address, nbytes in forward.held().items() if address not in own))
             forward.close()
-            return sizes
+            return found
 
-        (before,) = held(shape, 0)
-        added = [(max(sizes) - sizes[0]) / n for n in (few, more) for sizes in [held((1, n), len(blocks))]]
+        (before,) = sizes(shape, 1)
+        added = [(max(found) - found[0]) / n for n in (few, more) for found in [sizes((1, n), len(blocks))]]
     square = max(0.0, (added[1] - added[0]) / (more - few))
     line = max(0.0, added[0] - few * square)
     return before + math.ceil(n_batch * (line * n_time + square * n_time**2))

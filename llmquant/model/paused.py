@@ -53,22 +53,22 @@ class Paused:
 
     def held_bytes(self) -> int:
         """Bytes of the tensors that the paused calls hold."""
-        return held_bytes(self._run.gr_frame)
+        return sum(held(self._run.gr_frame).values())
 
 
 class _Run(greenlet):  # type: ignore[misc] # untyped library
     """A greenlet of ours, so that a hook knows it."""
 
 
-def held_bytes(frame: FrameType | None) -> int:
-    """Bytes of the tensors that a stack of calls holds, parameters left out, each storage counted once."""
+def held(frame: FrameType | None) -> dict[int, int]:
+    """Address and bytes of every storage whose tensors a stack of calls holds, parameters left out."""
     storages: dict[int, int] = {}
     while frame is not None:
         for tensor in _tensors(list(frame.f_locals.values())):
             if not isinstance(tensor, nn.Parameter):
                 storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         frame = frame.f_back
-    return sum(storages.values())
+    return storages
 
 
 def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:

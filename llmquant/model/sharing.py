@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llmquant.errors import LLMQuantError, SourceError
 from llmquant.model.made_up import made_up
+from llmquant.model.parked import Parked, ParkedForwards
 from llmquant.model.tape import Stop, answer, ended_before_head, hidden_of, stand_ins, take_hidden, tensors
 from llmquant.model.weights import Weights
 
@@ -29,7 +30,8 @@ class Sharing:
 
     reason   why hidden states are not all that the blocks share; None where they are
     widths   of each block's answer (`tape.answer`)
-    inner    embeddings outside the blocks that run when the first block has run
+    inner    embeddings outside the blocks that run when the first block has run, or of whose weights a forward holds a
+             part while it waits
     """
 
     reason: str | None
@@ -73,7 +75,8 @@ def find_sharing(model: Any, blocks: Sequence[nn.Module], weights: Weights) -> S
             raise trial.refusal(f"its forward fails ({_brief(error)})") from error
         trial.check_order(real.order)
         widths = tuple(real.widths)
-        return Sharing(trial.reason(real, widths), widths, frozenset(real.inner))
+        reason = trial.reason(real, widths)
+        return Sharing(reason, widths, frozenset(real.inner | (trial.viewed() if reason else set())))
 
 
 class _Trial:
@@ -145,6 +148,9 @@ class _Trial:
             others = self.forward(seed=1, real=False, widths=widths)
         except Exception as error:  # the model's code, which gets None for what blocks return besides hidden states
             return f"the model needs more from its blocks than hidden states ({_brief(error)})"
+        counts = [[len(given) for given in seen.arguments] for seen in (real, passed, others)]
+        if not counts[0] == counts[1] == counts[2]:
+            return "blocks are not always called with the same arguments"
         given = list(zip(chain(*passed.arguments), chain(*real.arguments), chain(*others.arguments), strict=True))
         found = [with_blocks for without, with_blocks, _ in given if not without.equals(with_blocks)]
         if any(argument.container for argument in found):
@@ -156,6 +162,14 @@ class _Trial:
         if not all(one.equals(other) for one, _, other in given):
             return "an argument of a block depends on the tokens"
         return None
+
+    def viewed(self) -> set[nn.Module]:
+        """Embeddings of whose weights a waiting forward holds a part, and with it all of the weights."""
+        forwards = ParkedForwards(self._model, self._blocks, self._weights.device, self._weights.source.name)
+        forward = Parked(forwards, torch.zeros(1, _TOKENS, dtype=torch.long))
+        held = forward.held()
+        forward.close()
+        return {module for module in self._embeddings if module.weight.untyped_storage().data_ptr() in held}
 
     def refusal(self, got: str) -> SourceError:
         return SourceError(

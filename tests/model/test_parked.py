@@ -26,6 +26,10 @@ def forwards_of(model: Toy) -> ParkedForwards:
     return ParkedForwards(model, model.model.layers, torch.device("cpu"), "toy")
 
 
+def held(forward: Parked) -> int:
+    return sum(forward.held().values())
+
+
 def started(model: Toy, forwards: ParkedForwards | None = None) -> ParkedStream:
     stream, forwards = ParkedStream(), forwards or forwards_of(model)
     for ids in BATCHES:
@@ -110,13 +114,13 @@ def test_a_forward_that_is_given_up_lets_go_of_everything_and_of_no_setting() ->
     model = TOYS["tokens"][0]()
     stream = started(model)
     stream.update(partial(run_block, model, 0))
-    assert all(forward.held_bytes() > 0 for forward in stream)
-    held = [weakref.ref(hidden) for hidden in stream.hidden()]
+    assert all(held(forward) > 0 for forward in stream)
+    alive = [weakref.ref(hidden) for hidden in stream.hidden()]
     stream.close()
     gc.collect()
     assert torch.is_grad_enabled()
     assert not list(stream)
-    assert not any(hidden() is not None for hidden in held)
+    assert not any(hidden() is not None for hidden in alive)
 
 
 def test_a_block_out_of_turn_is_a_mistake() -> None:
@@ -143,7 +147,7 @@ def streamed(folder: Path, batches: list[Tensor]) -> tuple[Skeleton, list[Tensor
     skeleton.record(batches, stream.append)
     most = 0
     for block in skeleton.blocks:
-        most = max(most, sum(forward.held_bytes() for forward in stream))
+        most = max(most, sum(held(forward) for forward in stream))
         with block.loaded():
             stream.update(block.forward)
     with skeleton.head() as logits_of:

@@ -33,9 +33,11 @@ def test_models_that_cannot_go_block_by_block_are_refused(name: str) -> None:
     assert str(error.value).startswith(f"toy: Toy cannot be streamed block by block: {got}; expected blocks that run")
 
 
-def test_embeddings_that_run_between_blocks_are_known() -> None:
+def test_embeddings_that_are_needed_between_blocks_are_known() -> None:
     late = TOYS["tokens"][0]()
     assert find_sharing(late, late.model.layers, ToyWeights(late)).inner == {late.model.by_layer}
+    part = TOYS["view"][0]()
+    assert find_sharing(part, part.model.layers, ToyWeights(part)).inner == {part.model.by_layer}
     early = TOYS["dict"][0]()
     assert not find_sharing(early, early.model.layers, ToyWeights(early)).inner
 
