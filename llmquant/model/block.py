@@ -23,7 +23,7 @@ from llmquant.errors import SourceError, option
 from llmquant.formats import LinearSpec
 from llmquant.model.meta import is_linear
 from llmquant.model.parked import Batch, Parked
-from llmquant.model.tape import Call
+from llmquant.model.tape import Call, own_forward
 from llmquant.model.weights import Weights
 from llmquant.quant.matmul import forwards_in
 
@@ -101,7 +101,7 @@ class Block:
         """
         with torch.no_grad(), forwards_in(products or self.dtype, self.dtype):
             if isinstance(batch, Parked):
-                return batch.run(self.index, partial(type(self.module).forward, self.module))
+                return batch.run(self.index, own_forward(self.module))
             return self.calls[tuple(batch.shape[:2])](self.module, batch.to(self.device))
 
     def steps(self, forward: Callable[[], object], wanted: Collection[str] | None = None) -> list[list[str]]:

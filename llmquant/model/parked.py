@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, MutableMapping, MutableSequence,
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from llmquant.errors import SourceError
 from llmquant.model.made_up import made_up
 from llmquant.model.paused import held
-from llmquant.model.tape import forward_replaced, stand_ins, take_hidden
+from llmquant.model.tape import forward_replaced, own_forward, stand_ins, take_hidden
 from llmquant.model.weights import Weights
 
 
@@ -117,7 +117,7 @@ class ParkedForwards:
             return getcurrent().parent.switch((index, args, kwargs))
 
         def end(*args: Any, **kwargs: Any) -> None:
-            raise _Ended(type(self._base).forward(self._base, *args, **kwargs))
+            raise _Ended(own_forward(self._base)(*args, **kwargs))
 
         with stand_ins(self._blocks, park), forward_replaced(self._base, end), torch.no_grad():
             yield
@@ -157,33 +157,51 @@ class ParkedForwards:
             yield logits
 
 
-def parked_bytes(model: Any, blocks: Sequence[nn.Module], weights: Weights, shape: tuple[int, int]) -> int:
-    """Bytes that a forward over a batch [B, T] of this shape holds at most while it waits.
+class ParkedBytes:
+    """Bytes that a forward holds at most while it waits, found on made-up weights.
 
-    What it holds before the first block is measured, on made-up weights. What blocks add to it is measured over few
-    tokens, and is a line in T for keys and values, a square in T for what every token keeps of every other.
+    `grows`: whether blocks add to it, such as keys and values for later blocks.
     """
-    (n_batch, n_time), (few, more) = shape, (8, 16)
-    with made_up(model, weights), torch.no_grad():
-        forwards = ParkedForwards(model, blocks, weights.device, weights.source.name)
-        own = {weights.get(name).untyped_storage().data_ptr() for name in weights.names}
 
-        def sizes(batch: tuple[int, int], n_blocks: int) -> list[int]:
-            """Before the first block, and before each of the next ones."""
-            forward = Parked(forwards, torch.zeros(batch, dtype=torch.long))
-            found = []
-            for index, block in enumerate(blocks[:n_blocks]):
-                if index:
-                    forward.go_on(forward.run(index - 1, partial(type(block).forward, blocks[index - 1])))
-                found.append(sum(nbytes for address, nbytes in forward.held().items() if address not in own))
+    def __init__(self, model: Any, blocks: Sequence[nn.Module], weights: Weights, *, grows: bool) -> None:
+        self._model, self._blocks, self._weights, self._grows = model, blocks, weights, grows
+        self._known: dict[tuple[int, int], int] = {}
+
+    def of(self, shape: tuple[int, int]) -> int:
+        """Of one batch [B, T] of this shape: what it holds before the first block, measured, and what blocks add."""
+        if shape not in self._known:
+            (before,) = self._sizes(shape, 1)
+            line, square = self._added
+            self._known[shape] = before + math.ceil(shape[0] * (line * shape[1] + square * shape[1] ** 2))
+        return self._known[shape]
+
+    @cached_property
+    def _added(self) -> tuple[float, float]:
+        """What blocks add, as factors of T and T^2, by two runs over few tokens.
+
+        Keys and values are a line in T; what every token keeps of every other is a square.
+        """
+        few, more = 8, 16
+        # The first block adds its own hidden states to the embeddings, even where others add nothing.
+        n_blocks = len(self._blocks) if self._grows else 2
+        of_few, of_more = (
+            (max(sizes) - sizes[0]) / n for n in (few, more) for sizes in [self._sizes((1, n), n_blocks)]
+        )
+        square = max(0.0, (of_more - of_few) / (more - few))
+        return max(0.0, of_few - few * square), square
+
+    def _sizes(self, shape: tuple[int, int], n_blocks: int) -> list[int]:
+        """What a forward holds in each of the first blocks."""
+        with made_up(self._model, self._weights), torch.no_grad():
+            own = {self._weights.get(name).untyped_storage().data_ptr() for name in self._weights.names}
+            forwards = ParkedForwards(self._model, self._blocks, self._weights.device, self._weights.source.name)
+            forward, sizes = Parked(forwards, torch.zeros(shape, dtype=torch.long)), []
+            for index, block in enumerate(self._blocks[:n_blocks]):
+                sizes.append(sum(nbytes for address, nbytes in forward.held().items() if address not in own))
+                if index + 1 < n_blocks:
+                    forward.go_on(forward.run(index, own_forward(block)))
             forward.close()
-            return found
-
-        (before,) = sizes(shape, 1)
-        added = [(max(found) - found[0]) / n for n in (few, more) for found in [sizes((1, n), len(blocks))]]
-    square = max(0.0, (added[1] - added[0]) / (more - few))
-    line = max(0.0, added[0] - few * square)
-    return before + math.ceil(n_batch * (line * n_time + square * n_time**2))
+        return sizes
 
 
 class _Copies:

@@ -32,11 +32,13 @@ class Sharing:
     widths   of each block's answer (`tape.answer`)
     inner    embeddings outside the blocks that run when the first block has run, or of whose weights a forward holds a
              part while it waits
+    grows    whether blocks keep something for later blocks
     """
 
     reason: str | None
     widths: tuple[int, ...]
-    inner: frozenset[nn.Module]
+    inner: frozenset[nn.Module] = frozenset()
+    grows: bool = False
 
 
 @dataclass
@@ -75,8 +77,9 @@ def find_sharing(model: Any, blocks: Sequence[nn.Module], weights: Weights) -> S
             raise trial.refusal(f"its forward fails ({_brief(error)})") from error
         trial.check_order(real.order)
         widths = tuple(real.widths)
-        reason = trial.reason(real, widths)
-        return Sharing(reason, widths, frozenset(real.inner | (trial.viewed() if reason else set())))
+        reason, grows = trial.reason(real, widths)
+        inner = real.inner | trial.viewed() if reason else set()
+        return Sharing(reason, widths, frozenset(inner), grows)
 
 
 class _Trial:
@@ -141,27 +144,27 @@ class _Trial:
             if place != index:
                 raise self.refusal(f"block {index} runs as number {place}")
 
-    def reason(self, real: _Seen, widths: tuple[int, ...]) -> str | None:
-        """Why the tape cannot hold what the blocks share."""
+    def reason(self, real: _Seen, widths: tuple[int, ...]) -> tuple[str | None, bool]:
+        """Why the tape cannot hold what the blocks share, and whether they keep something for later blocks."""
         try:
             passed = self.forward(seed=0, real=False, widths=widths)
             others = self.forward(seed=1, real=False, widths=widths)
         except Exception as error:  # the model's code, which gets None for what blocks return besides hidden states
-            return f"the model needs more from its blocks than hidden states ({_brief(error)})"
+            return f"the model needs more from its blocks than hidden states ({_brief(error)})", True
         counts = [[len(given) for given in seen.arguments] for seen in (real, passed, others)]
         if not counts[0] == counts[1] == counts[2]:
-            return "blocks are not always called with the same arguments"
+            return "blocks are not always called with the same arguments", True
         given = list(zip(chain(*passed.arguments), chain(*real.arguments), chain(*others.arguments), strict=True))
         found = [with_blocks for without, with_blocks, _ in given if not without.equals(with_blocks)]
         if any(argument.container for argument in found):
-            return "blocks write into an argument that they share"
+            return "blocks write into an argument that they share", True
         if found:
-            return "a block is given what a block before it found"
+            return "a block is given what a block before it found", True
         if not all(passed.same) or not all(_same(hidden, passed.hidden[0]) for hidden in passed.hidden):
-            return "hidden states change between two blocks"
+            return "hidden states change between two blocks", False
         if not all(one.equals(other) for one, _, other in given):
-            return "an argument of a block depends on the tokens"
-        return None
+            return "an argument of a block depends on the tokens", False
+        return None, False
 
     def viewed(self) -> set[nn.Module]:
         """Embeddings of whose weights a waiting forward holds a part, and with it all of the weights."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from llmquant.errors import SourceError
 from llmquant.model.block import Block
 from llmquant.model.meta import build_model, find_blocks
-from llmquant.model.parked import Batch, ParkedForwards, parked_bytes
+from llmquant.model.parked import Batch, ParkedBytes, ParkedForwards
 from llmquant.model.sharing import Sharing, find_sharing
 from llmquant.model.streams import Stream, new_stream
 from llmquant.model.tape import Stop, Tape, answer, ended_before_head, forward_replaced, stand_ins, take_hidden
@@ -54,7 +54,6 @@ class Skeleton:
                 params[index].append(param)
         self.blocks = [Block(i, name, module, params[i], self.weights) for i, (name, module) in enumerate(stack)]
         self._refuse_fused_experts()
-        self._bytes_of: dict[tuple[int, int], int] = {}  # what a parked forward holds, by the shape of its batch
 
     @property
     def device(self) -> torch.device:
@@ -135,12 +134,11 @@ class Skeleton:
             return n_tokens * self.hidden_size * self.dtype.itemsize
         whole, rest = divmod(n_tokens // shape[1], shape[0])
         sizes = [(whole, shape), (1, (rest, shape[1]))]
-        return sum(count * self._batch_bytes(each) for count, each in sizes if count and each[0])
+        return sum(count * self._parked_bytes.of(each) for count, each in sizes if count and each[0])
 
-    def _batch_bytes(self, shape: tuple[int, int]) -> int:
-        if shape not in self._bytes_of:
-            self._bytes_of[shape] = parked_bytes(self.model, self._modules, self.weights, shape)
-        return self._bytes_of[shape]
+    @cached_property
+    def _parked_bytes(self) -> ParkedBytes:
+        return ParkedBytes(self.model, self._modules, self.weights, grows=self.sharing.grows)
 
     def _outer(self, *without: nn.Module | None) -> list[str]:
         """Parameters outside the blocks, except those of some modules."""

@@ -50,6 +50,11 @@ def stop(*args: Any, **kwargs: Any) -> None:
     raise Stop
 
 
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward of the module's class, whatever stands in for it."""
+    return partial(type(module).forward, module)
+
+
 def ended_before_head(model: Any) -> AbstractContextManager[None]:
     """Forwards of `model` end with `Stop` where its head would run, which makes the logits."""
     head = model.get_output_embeddings()
@@ -76,8 +81,7 @@ def stand_ins(blocks: Sequence[nn.Module], stand_in: StandIn) -> Iterator[None]:
     """`stand_in` in place of every block's forward while the `with` lasts."""
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
-            own = partial(type(block).forward, block)
-            stack.enter_context(forward_replaced(block, _bind(stand_in, index, own)))
+            stack.enter_context(forward_replaced(block, _bind(stand_in, index, own_forward(block))))
         yield
 
 
