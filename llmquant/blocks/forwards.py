@@ -1,6 +1,6 @@
 """The calibration text's forwards through one block, paused where its linears read their inputs.
 
-Two streams go through: the quantized one, whose batches come from the blocks as they were written, and the
+Two streams go through: the quantized one, whose hidden states come from the blocks as they were written, and the
 original one, which error propagation compares it with. At each step the quantized forwards see the block with the
 steps before it quantized, the original forwards see the block's own weights.
 """
@@ -25,7 +25,7 @@ from llmquant.quant.matmul import forwards_in
 
 @dataclass(frozen=True)
 class CalibrationStreams:
-    """Batches before the block: of the quantized blocks, and of the original ones (for error propagation).
+    """Hidden states before the block: of the quantized blocks, and of the original ones (for error propagation).
 
     `spare_bytes` is what forwards may hold while they are paused between the steps of a block; `products` is the
     precision of their products and of the Hessians.
@@ -90,19 +90,19 @@ class BlockForwards:
         """Over all batches, of the inputs of the step at `position`; steps must come in order."""
         hessian, original = self._empty(step), self._streams.original
         others = iter(original) if original is not None else None
-        for number, batch in enumerate(self._streams.quantized):
+        for batch, hidden in enumerate(self._streams.quantized):
             reference = None
             if others is not None:
-                reference = self._input(self._originals, position, (number, "original"), next(others))
-            hessian.add(self._input(self._current, position, (number, "quantized"), batch), reference)
+                reference = self._input(self._originals, position, (batch, "original"), next(others))
+            hessian.add(self._input(self._current, position, (batch, "quantized"), hidden), reference)
         return hessian
 
     def hessians_of_all(self, steps: Sequence[Step]) -> list[Hessian]:
         """The Hessians of all steps in one pass, before any of them is quantized."""
         hessians = [self._empty(step) for step in steps]
         original = self._streams.original
-        for batch, other in zip(self._streams.quantized, original or self._streams.quantized, strict=True):
-            run, reference = self._paused(batch), self._paused(other)
+        for hidden, other in zip(self._streams.quantized, original or self._streams.quantized, strict=True):
+            run, reference = self._paused(hidden), self._paused(other)
             for position, hessian in enumerate(hessians):
                 hessian.add(run.input_of(position), reference.input_of(position) if original is not None else None)
             run.close()
@@ -113,15 +113,15 @@ class BlockForwards:
         drift = step.propagation > 0
         return Hessian(step.in_features, self._block.device, drift=drift, products=self._streams.products)
 
-    def _paused(self, batch: Batch) -> Paused:
+    def _paused(self, hidden: Batch) -> Paused:
         return Paused(
-            partial(self._block.forward, batch), partial(forwards_in, self._streams.products, self._block.dtype)
+            partial(self._block.forward, hidden), partial(forwards_in, self._streams.products, self._block.dtype)
         )
 
-    def _input(self, weights: Mapping[str, Tensor], position: int, key: tuple[int, str], batch: Batch) -> Tensor:
-        """What the step at `position` reads with `weights` in the block, by the forward of `key` (number, stream)."""
+    def _input(self, weights: Mapping[str, Tensor], position: int, key: tuple[int, str], hidden: Batch) -> Tensor:
+        """What the step at `position` reads with `weights` in the block, by the forward of `key` (batch, stream)."""
         run, _ = self._kept.pop(key, (None, 0))
-        run = run or self._paused(batch)
+        run = run or self._paused(hidden)
         with self._block.holding(weights):
             x = run.input_of(position)
         held, spare = run.held_bytes(), self._streams.spare_bytes - sum(held for _, held in self._kept.values())
@@ -138,11 +138,11 @@ class BlockForwards:
         self._advance(self._current, self._streams.quantized, "quantized")
 
     def _advance(self, weights: Mapping[str, Tensor], stream: Stream, name: str) -> None:
-        numbers = count()
+        batches = count()
 
-        def advanced(batch: Batch) -> Any:
-            run, _ = self._kept.pop((next(numbers), name), (None, 0))
-            return self._block.forward(batch, self._streams.products) if run is None else run.finish()
+        def advanced(hidden: Batch) -> Any:
+            run, _ = self._kept.pop((next(batches), name), (None, 0))
+            return self._block.forward(hidden, self._streams.products) if run is None else run.finish()
 
         with self._block.holding(weights):
             stream.update(advanced)

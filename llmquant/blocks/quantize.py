@@ -57,8 +57,8 @@ def quantize_block(
 def _steps(block: Block, specs: Sequence[LinearSpec], recipe: Recipe, streams: CalibrationStreams) -> list[Step]:
     """The planned linears by shared input, in the order of the forward; all of them must be reached."""
     by_module = {spec.module: spec for spec in specs}
-    batch, hidden_size = next(iter(streams.quantized)), next(streams.quantized.hidden()).shape[-1]
-    names = block.steps(lambda: block.forward(batch, streams.products), by_module)
+    hidden, width = next(iter(streams.quantized)), next(streams.quantized.hidden()).shape[-1]
+    names = block.steps(lambda: block.forward(hidden, streams.products), by_module)
     steps = [[by_module[name] for name in step] for step in names]
     reached = {spec.module for step in steps for spec in step}
     if missed := sorted(set(by_module) - reached):
@@ -71,7 +71,7 @@ def _steps(block: Block, specs: Sequence[LinearSpec], recipe: Recipe, streams: C
     def strength(in_features: int) -> float:
         if streams.original is None:
             return 0.0
-        wide = in_features > hidden_size
+        wide = in_features > width
         auto = default_propagation(streams.quantized.n_tokens, in_features, wide=wide)
         return auto if recipe.propagation == "auto" else float(recipe.propagation)
 
