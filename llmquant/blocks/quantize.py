@@ -31,16 +31,20 @@ def quantize_block(
     Hessian sees the quantized steps before it. With `advance` both streams are through the block afterwards.
     settled   linears that run with weights of an earlier block, and what those were quantized to, weight_OI
     """
-    if streams is None or all(spec.method in DATA_FREE for spec in specs):
+    if streams is None:
         for spec, weight_OI in settled:
             block.set_weight(spec, weight_OI)
-        return [solved for spec in specs for solved in solve_step(block, Step([spec], 0.0), None, recipe)]
-    steps = _steps(block, specs, recipe, streams)
+        return _without_text(block, specs, recipe)
+    needed = any(spec.method not in DATA_FREE for spec in specs)
+    steps = _steps(block, specs, recipe, streams) if needed else []
     linears = block.linears
     done: list[Solved] = []
     with pausing([linears[step.specs[0].module] for step in steps]):
         forwards = BlockForwards(block, specs, streams, settled)
-        if recipe.passes == "block":
+        if not needed:  # but later blocks want the text behind this one
+            done = _without_text(block, specs, recipe)
+            forwards.weights_changed(Step(list(specs), 0.0))
+        elif recipe.passes == "block":
             hessians = forwards.hessians_of_all(steps)
         for position, step in enumerate(steps):
             hessian = hessians[position] if recipe.passes == "block" else forwards.hessian(position, step)
@@ -52,6 +56,10 @@ def quantize_block(
             forwards.finish()
         forwards.close()
     return done
+
+
+def _without_text(block: Block, specs: Sequence[LinearSpec], recipe: Recipe) -> list[Solved]:
+    return [solved for spec in specs for solved in solve_step(block, Step([spec], 0.0), None, recipe)]
 
 
 def _steps(block: Block, specs: Sequence[LinearSpec], recipe: Recipe, streams: CalibrationStreams) -> list[Step]:
