@@ -14,7 +14,7 @@ import torch
 
 from llmquant.checkpoint import bits_per_weight, open_checkpoint
 from llmquant.errors import SourceError, option
-from llmquant.job import draft_model, evaluation_text
+from llmquant.job import draft_model, evaluation_text, refuse_parked, said_of_parked, stream_bytes
 from llmquant.lanes.scores import (
     ORIGINAL,
     Figures,
@@ -74,10 +74,13 @@ def compare(
         name: lane_report(figures(score, first), bits_per_weight(lanes[name].source), lanes[name].source.weight_bytes)
         for name, score in scores.items()
     }
-    sources = [lane.source for lane in lanes.values()]
+    compared = [
+        ComparedModel(lane.source.name, lane.source.revision, tuple(lane.source.code), lane.skeleton.parked)
+        for lane in lanes.values()
+    ]
     facts = CompareReport(
         schema_version=SCHEMA_VERSION,
-        models=tuple(ComparedModel(source.name, source.revision, tuple(source.code)) for source in sources),
+        models=tuple(compared),
         trust_remote_code=trust_remote_code,
         versions=library_versions(),
         evaluation=evaluation_report(windows, reports),
@@ -107,8 +110,11 @@ def score_tokens(
         first = next(iter(lanes.values()))
         tokenizer = load_tokenizer(first.source)
         windows = evaluation_text(first.skeleton, tokenizer, recipe, progress)
-    size = windows.n_tokens * first.skeleton.hidden_size * first.skeleton.dtype.itemsize
-    with Streams(dict.fromkeys(lanes, size), parse_size("max_ram", max_ram), _unnamed_file) as streams:
+    seq_len, budget = windows.ids.shape[1], parse_size("max_ram", max_ram)
+    sizes = {name: stream_bytes(lane.skeleton, windows.n_tokens, seq_len) for name, lane in lanes.items()}
+    parked = [name for name, lane in lanes.items() if lane.skeleton.parked]
+    refuse_parked({name: sizes[name] for name in parked}, budget, ["eval_tokens"])
+    with Streams(sizes, budget, _unnamed_file, parked) as streams:
         return windows, lanes, _stream(lanes, Lanes(tuple(lanes), windows, streams), watch, progress)
 
 
@@ -122,8 +128,8 @@ def noise_floor(source: Source, skeleton: Skeleton, windows: Windows, watch: Sto
     few = replace(windows, ids=windows.ids[:8])
     exact = Skeleton(source, skeleton.device, torch.float32)
     lanes = {"float32": Lane(source, exact), "compute": Lane(source, skeleton)}
-    size = few.n_tokens * skeleton.hidden_size * torch.float32.itemsize
-    with Streams(dict.fromkeys(lanes, size), 0, _unnamed_file) as streams:  # in files: the run's own are still open
+    # In files, or parked, which is not much: the run's own are still open.
+    with Streams(dict.fromkeys(lanes, 1), 0, _unnamed_file, lanes if skeleton.parked else ()) as streams:
         scores = _stream(lanes, Lanes(tuple(lanes), few, streams), watch, SILENT)
     return figures(scores["compute"], scores["float32"])
 
@@ -138,6 +144,8 @@ def _open(sources: Sequence[Source], recipe: Recipe, log: Progress, *, named_ref
     for position, source in enumerate(sources):
         name = ORIGINAL if position == 0 and named_reference else _fresh(source.name, lanes)
         lanes[name] = Lane(source, draft_model(source, recipe, log))
+        if reason := lanes[name].skeleton.parked:
+            log.line(f"{name}: {said_of_parked(reason)}")
     first = next(iter(lanes.values())).skeleton
     for lane in lanes.values():
         for what in ("vocab_size", "hidden_size"):

@@ -55,6 +55,10 @@ class HiddenStates:
         """The linears of a block that are quantized."""
         return [row.spec for row in self._job.plan.block(block.index) if row.spec is not None]
 
+    def borrowed(self, block: Block) -> list[LinearSpec]:
+        """Its linears that run with the quantized weights of an earlier block."""
+        return self._job.plan.borrowed(self._job.skeleton, block.index)
+
     def more_follow(self, block: Block) -> bool:
         """Whether another block follows: behind the last one nobody reads the calibration streams."""
         return block.index + 1 < len(self._job.skeleton.blocks)
@@ -63,8 +67,9 @@ class HiddenStates:
         """Every lane but ours through a block that holds its original weights."""
         if self.lanes is not None:
             self.lanes.advance(ORIGINAL, block.forward)
+            specs = [*self.specs(block), *self.borrowed(block)]
             for name in self._job.lanes[2:]:
-                with block.holding(dequantized(name, block, self.specs(block))):
+                with block.holding(dequantized(name, block, specs)):
                     self.lanes.advance(name, block.forward)
 
     def advance_ours(self, block: Block) -> None:
@@ -82,7 +87,7 @@ class HiddenStates:
         self.advance_others(block)
         if calibration is not None and calibration.original is not None:
             calibration.original.update(calibrate)
-        for spec in self.specs(block):
+        for spec in [*self.specs(block), *self.borrowed(block)]:
             block.set_weight(spec, written(spec))
         if calibration is not None:
             calibration.quantized.update(calibrate)

@@ -7,15 +7,16 @@ does one.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from llmquant.blocks.snapshots import snapshot_bytes
 from llmquant.checkpoint import as_original
-from llmquant.errors import FormatError, option
+from llmquant.errors import FormatError, RecipeError, option
 from llmquant.formats import FORMATS
 from llmquant.formats.runtimes import refuse_runtimes
 from llmquant.lanes.baselines import pick_baselines
@@ -34,7 +35,7 @@ from llmquant.source.card import read_card
 from llmquant.source.resolve import open_source
 from llmquant.text.overlap import refuse_overlap
 from llmquant.text.tokenizer import load_tokenizer
-from llmquant.text.windows import Windows, calibration_windows, check_ids, evaluation_windows
+from llmquant.text.windows import Windows, calibration_windows, check_ids, evaluation_windows, windows_per_batch
 from llmquant.versions import versions
 
 T = TypeVar("T")
@@ -69,15 +70,36 @@ class Draft:
             return Path(self.options.out)
         return Path(f"{self.source.name.rpartition('/')[2]}-{self.recipe.scheme_name}")
 
+    @property
+    def parked(self) -> str | None:
+        """Why forwards are parked; None where they are not, or where there are none."""
+        return self.skeleton.parked if self.calibrated or self.lanes else None
+
     def stream_sizes(self, calibration_tokens: int, evaluation_tokens: int) -> dict[str, int]:
-        """Bytes of every stream of hidden states, calibration first: it is read most often."""
-        row = self.skeleton.hidden_size * self.skeleton.dtype.itemsize
+        """Bytes of every stream, calibration first: it is read most often."""
         sizes = {}
         if self.calibrated:
-            sizes["calibration"] = calibration_tokens * row
+            sizes["calibration"] = stream_bytes(self.skeleton, calibration_tokens, self.recipe.seq_len)
             if self.recipe.propagation != 0:
                 sizes["calibration (original)"] = sizes["calibration"]
-        return sizes | dict.fromkeys(self.lanes, evaluation_tokens * row)
+        if self.lanes:
+            lane = stream_bytes(self.skeleton, evaluation_tokens, self.recipe.eval_seq_len)
+            sizes |= dict.fromkeys(self.lanes, lane)
+        return sizes
+
+    def refuse_parked(self, calibration_tokens: int, evaluation_tokens: int) -> None:
+        """RecipeError where forwards are parked and --max-ram has no room for them."""
+        if self.parked:
+            fields = [*["samples", "seq_len"] * self.calibrated, *["eval_tokens"] * bool(self.lanes)]
+            refuse_parked(self.stream_sizes(calibration_tokens, evaluation_tokens), self.options.stream_budget, fields)
+
+    def spilled_bytes(self, sizes: Mapping[str, int]) -> int:
+        """Of streams of these `sizes`, what goes to files; parked forwards cannot."""
+        return 0 if self.parked else sum(spilled(sizes, self.options.stream_budget).values())
+
+    def snapshot_bytes(self, sizes: Mapping[str, int]) -> int:
+        """What snapshots of streams of these `sizes` take on the disk; parked forwards have none."""
+        return 0 if self.parked else snapshot_bytes(sizes)
 
     def output_bytes(self) -> int:
         """What the output takes on the disk, in all of its formats, with the files beside the weights."""
@@ -85,7 +107,7 @@ class Draft:
 
     def needed_bytes(self, sizes: Mapping[str, int]) -> int:
         """Disk that a run needs: the output, and streams of these `sizes` that memory has no room for."""
-        return self.output_bytes() + sum(spilled(sizes, self.options.stream_budget).values())
+        return self.output_bytes() + self.spilled_bytes(sizes)
 
 
 @dataclass(frozen=True)
@@ -123,7 +145,10 @@ def draft(
     exports = attempt(lambda: check_exports(recipe.exports, source, skeleton, plan))
     openings = {name: Opening() for name in recipe.exports} | {recipe.format: output.opening} | (exports or {})
     attempt(lambda: refuse_closed(options.runtimes, plan, openings, log))
-    return Draft(recipe, options, source, skeleton, output, lanes, products or skeleton.dtype, openings)
+    drawn = Draft(recipe, options, source, skeleton, output, lanes, products or skeleton.dtype, openings)
+    if drawn.parked:
+        log.line(said_of_parked(drawn.parked))
+    return drawn
 
 
 def draft_model(source: Source, recipe: Recipe, log: Progress) -> Skeleton:
@@ -165,6 +190,7 @@ def prepare(model: str | Path, recipe: Recipe, options: RunOptions, log: Progres
     stored = open_source(model, options.revision, trust_remote_code=options.trust_remote_code)
     drawn = draft(stored, recipe, options, log=log)
     calibration, evaluation = windows(drawn, log)
+    drawn.refuse_parked(*(0 if text is None else text.n_tokens for text in (calibration, evaluation)))
     return Job(**vars(drawn), calibration=calibration, evaluation=evaluation, card=read_card(drawn.source, log))
 
 
@@ -194,6 +220,32 @@ def evaluation_text(skeleton: Skeleton, tokenizer: object, recipe: Recipe, log: 
     found = evaluation_windows(tokenizer, recipe.eval_data, tokens, seq_len)
     check_ids(found.ids, skeleton.vocab_size, skeleton.where)
     return found
+
+
+def stream_bytes(skeleton: Skeleton, n_tokens: int, seq_len: int) -> int:
+    """Bytes of a stream of `n_tokens` tokens in windows of at most `seq_len`."""
+    length = min(seq_len, skeleton.context or seq_len)
+    return skeleton.stream_bytes(n_tokens, (windows_per_batch(length), length))
+
+
+def said_of_parked(reason: str) -> str:
+    """What the log says of parked forwards."""
+    return f"parked forwards: {reason}; they stay in memory, without snapshots"
+
+
+def refuse_parked(sizes: Mapping[str, int], max_ram: int, fields: Sequence[str]) -> None:
+    """RecipeError where parked forwards of these sizes are more than `max_ram`. `fields` decide how many there are."""
+    if (total := sum(sizes.values())) > max_ram:
+        raise RecipeError(
+            option("max_ram"),
+            f"parked forwards, which cannot go to files, take {_said(total)}",
+            expected=f"at most {_said(max_ram)}",
+            remedy=f"a smaller {' or '.join(map(option, fields))}, or a larger {option('max_ram')}",
+        )
+
+
+def _said(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def clip_to_context(skeleton: Skeleton, what: str, seq_len: int, log: Progress) -> int:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from llmquant.blocks.measure import LayerReport
 from llmquant.blocks.quantize import quantize_block
-from llmquant.blocks.snapshots import Snapshots, snapshot_bytes
+from llmquant.blocks.snapshots import Snapshots
 from llmquant.blocks.solve import Solved
 from llmquant.comparison import noise_floor
 from llmquant.export import export_beside
@@ -68,7 +69,7 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
             job.target,
             overwrite=options.overwrite,
             needed_bytes=job.needed_bytes(sizes),
-            streams_bytes=snapshot_bytes(sizes),
+            streams_bytes=job.snapshot_bytes(sizes),
             resume=options.resume,
             fingerprint=fingerprint(job, refuse_damaged_weights(job.source)),
             threads=torch.get_num_threads(),
@@ -76,7 +77,7 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
     with (
         kept_blocks_named(run, len(job.skeleton.blocks), log),
         run,
-        Streams(sizes, options.stream_budget, run.scratch) as streams,
+        Streams(sizes, options.stream_budget, run.scratch, parked=sizes if job.parked else ()) as streams,
     ):
         if run.finished:
             log.line(f"{run.out}: was finished by the interrupted run")
@@ -126,7 +127,7 @@ class _Pass:
         self.hidden = HiddenStates(job, streams)
         for name in streams.spilled:
             log.line(f"--max-ram: the {name} stream is kept in a file")
-        self.snapshots = Snapshots(run, self.hidden.streams(), log)
+        self.snapshots = Snapshots(run, {} if job.parked else self.hidden.streams(), log)
 
     def go(self) -> tuple[list[LayerReport], dict[str, LaneReport]]:
         trim()
@@ -160,13 +161,28 @@ class _Pass:
             hidden.advance_others(block)
         with self.watch.stage("quantize"):
             more = hidden.more_follow(block)
-            solved = quantize_block(block, specs, self.job.recipe, hidden.calibration, advance=more)
+            settled = [(spec, self._written(spec)) for spec in hidden.borrowed(block)]
+            solved = quantize_block(block, specs, self.job.recipe, hidden.calibration, settled, advance=more)
         with self.watch.stage("evaluate"):
             hidden.advance_ours(block)
         with self.watch.stage("write"):
             for item in solved:
                 self.output.quantized(self.run, item.spec, item.weight)
-        return solved
+        return [self._with_borrowers(item) for item in solved]
+
+    def _with_borrowers(self, item: Solved) -> Solved:
+        """A note where other blocks run with this weight, too."""
+        numbers = sorted(
+            {
+                self.job.skeleton.block_of(param) or 0
+                for param in self.job.skeleton.weights.borrowers.get(item.spec.param, ())
+            }
+        )
+        if not numbers or item.report.loss is None:
+            return item
+        others = ", ".join(str(number + 1) for number in numbers)
+        note = f"runs in block {others}, too; calibrated on the inputs of its first block only"
+        return replace(item, report=replace(item.report, notes=(*item.report.notes, note)))
 
     def _body(self, solved: Sequence[Solved]) -> dict[str, Any]:
         """What the journal keeps of a block: all that a resumed run cannot compute from the files."""

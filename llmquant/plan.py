@@ -4,7 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -81,6 +81,16 @@ class Plan:
             found.setdefault(row.block, []).append(row)
         return found
 
+    def borrowed(self, skeleton: Skeleton, index: int) -> list[LinearSpec]:
+        """Linears of a block that run with the quantized weights of an earlier block, each as one of this block."""
+        tied = {p: owner for p, owner in skeleton.weights.tied.items() if skeleton.block_of(p) == index}
+        by_param = {spec.param: spec for spec in self.specs} if tied else {}
+        return [
+            replace(by_param[owner], module=param.removesuffix(".weight"))
+            for param, owner in tied.items()
+            if owner in by_param
+        ]
+
     @property
     def calibrated(self) -> bool:
         """Whether some linear's solver wants calibration text."""
@@ -131,6 +141,7 @@ def make_plan(source: Source, skeleton: Skeleton, recipe: Recipe) -> Plan:
             field="ignore",
         )
     _check_groups(specs)
+    _check_borrowed(specs, skeleton)
     return lay_out(rows, skeleton, recipe.format)
 
 
@@ -393,6 +404,20 @@ def _row(source: Source, skeleton: Skeleton, key: str, treatment: Treatment | No
     kind = "Conv1D" if conv else type(module).__name__
     spec = LinearSpec(key, module_name, kind, shape, info.dtype, treatment.scheme, treatment.method)
     return Row(key, "quantized", treatment.why + read_from, dtype, info.shape, block, spec, treatment.by_rule)
+
+
+def _check_borrowed(specs: Sequence[LinearSpec], skeleton: Skeleton) -> None:
+    """Weights that several modules run with must be quantized before the others need them."""
+    for spec in specs:
+        block = skeleton.block_of(spec.param) or 0
+        for param in skeleton.weights.borrowers.get(spec.param, ()):
+            if (skeleton.block_of(param) or 0) <= block:
+                raise SourceError(
+                    f"{skeleton.where}: {spec.param}",
+                    f"{param} runs with it",
+                    expected="weights that only later blocks run with, too",
+                    remedy=f"keep it in 16 bit with {option('ignore')}",
+                )
 
 
 def _check_groups(specs: list[LinearSpec]) -> None:

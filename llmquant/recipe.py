@@ -136,7 +136,7 @@ class RunOptions:
 
     out       folder to write; None: ./<name>-<scheme>
     revision  branch, tag or commit of a model on the Hub
-    max_ram   what the streams of hidden states may hold before they go to files
+    max_ram   what the streams of hidden states may hold before they go to files; parked forwards must fit
     resume    continue an interrupted run of the same job: "auto", "required", or "never" (discard it)
     runtimes  that must open the result (names of `formats.runtimes.RUNTIMES`), or FormatError before any work
     trust_remote_code   Python code of the checkpoint may be run (`source/remote_code.py`)

@@ -52,6 +52,7 @@ def run_report(
             dtype=str(job.skeleton.dtype).removeprefix("torch."),
             products=str(job.products).removeprefix("torch."),
             trust_remote_code=job.source.trust_remote_code,
+            parked=job.parked,
         ),
         bits_per_weight=job.plan.bits_per_weight(job.recipe.format),
         calibration=None if job.calibration is None else TextWindows(**job.calibration.as_dict()),

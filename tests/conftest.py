@@ -53,7 +53,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
     def get(name: str) -> Path:
         if name not in built:
-            architecture = tiny.GPT2_ARCHITECTURE if name == "gpt2" else tiny.ARCHITECTURES[name]
+            known = tiny.ARCHITECTURES | tiny.PARKED | {"gpt2": tiny.GPT2_ARCHITECTURE}
+            architecture = known[name]
             built[name] = tiny.build(tmp_path_factory.mktemp("models") / name, architecture)
         return built[name]
 

@@ -143,6 +143,32 @@ def test_windows_and_soft_caps_of_gemma2(tmp_path: Path) -> None:
     on_both(model, tmp_path, baselines="none")
 
 
+@pytest.fixture(scope="module")
+def gemma4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two blocks with keys and values of their own, and one that has those of the second."""
+    layers = {
+        "num_hidden_layers": 3,
+        "num_kv_shared_layers": 1,
+        "layer_types": ["sliding_attention"] + 2 * ["full_attention"],
+    }
+    return tiny.build(tmp_path_factory.mktemp("small") / "gemma4", tiny.GEMMA4, **layers)
+
+
+@on_pretend_device
+def test_parked_forwards_stay_on_it(gemma4: Path, tmp_path: Path) -> None:
+    on_both(gemma4, tmp_path, baselines="none", eval_data="builtin")
+
+
+@pytest.mark.soak
+@on_pretend_device
+def test_a_killed_run_with_parked_forwards_goes_on(gemma4: Path, tmp_path: Path) -> None:
+    flags = {"device": "pretend", "eval_data": "builtin", **EXACT}
+    run(gemma4, tmp_path / "whole", **flags)
+    killed_after(2, gemma4, tmp_path / "out", **flags)
+    run(gemma4, tmp_path / "out", **flags)
+    assert_same(tmp_path / "out", tmp_path / "whole")
+
+
 @on_pretend_device
 def test_a_run_in_the_dtype_of_the_checkpoint_has_a_noise_floor(model: Path, tmp_path: Path) -> None:
     found = run(model, tmp_path / "out", device="pretend", sweeps=1)

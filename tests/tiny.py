@@ -1,9 +1,11 @@
 """Tiny random models of every architecture the tests promise, built from transformers configs."""
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -60,6 +62,86 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm": ("GlmConfig", LLAMA | {"head_dim": 16}),
     "nemotron": ("NemotronConfig", LLAMA),
 }
+# Models whose blocks share more than hidden states. Gemma 4: inputs by layer, shared keys and values, and hidden states
+# that are sliced between two blocks; Gemma 3n: also four streams of hidden states, mixed before the head; Zamba 2: the
+# embeddings, and the weights of a block that is there several times; GLM-DSA: which tokens the block before it chose.
+GEMMA4: tuple[str, dict[str, Any]] = (
+    "Gemma4TextConfig",
+    {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "global_head_dim": 16,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": 4096,
+        "pad_token_id": 0,
+    },
+)
+PARKED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4": GEMMA4,
+    "gemma4 without sharing": (GEMMA4[0], GEMMA4[1] | {"num_kv_shared_layers": 0}),
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        GEMMA4[1]
+        | {
+            "intermediate_size": [64] * 4,
+            "laurel_rank": 32,
+            "altup_num_inputs": 4,
+            "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+            "vocab_size_per_layer_input": 4096,
+        },
+    ),
+    "zamba2": (
+        "Zamba2Config",
+        {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 5,
+            "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "hybrid"],
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "num_mem_blocks": 2,
+            "adapter_rank": 32,
+            "use_mem_rope": True,
+            "mamba_d_state": 16,
+            "mamba_headdim": 32,
+            "mamba_ngroups": 1,
+            "n_mamba_heads": 4,
+            "chunk_size": 16,
+            "pad_token_id": 0,
+        },
+    ),
+    "glm_dsa": (
+        "GlmMoeDsaConfig",
+        {
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 32,
+            "qk_rope_head_dim": 16,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 32,
+            "index_n_heads": 2,
+            "index_head_dim": 32,
+            "index_topk": 16,
+            "indexer_types": ["full", "shared"] * 2,
+            "mlp_layer_types": ["dense"] * 4,
+            "first_k_dense_replace": 4,
+            "pad_token_id": 0,
+        },
+    ),
+}
+# Linears of theirs that a block runs several times or not at all.
+NOT_LAYERS = {"gemma3n": ["altup"], "zamba2": ["adapter"]}
 GPT2_ARCHITECTURE = ("GPT2Config", GPT2)
 # Recipe flags of a run of seconds on one of these models, with both texts.
 SMALL: dict[str, Any] = {
@@ -96,6 +178,11 @@ def build(
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / file, folder / file)
     return folder
+
+
+def some_of(names: Iterable[str], quick: str) -> list[Any]:
+    """Parameters of a test: all but one are long tests."""
+    return [pytest.param(name, marks=() if name == quick else pytest.mark.soak) for name in names]
 
 
 def of_base_model(source: Path, folder: Path) -> Path:

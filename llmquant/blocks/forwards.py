@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llmquant.formats import LinearSpec
 from llmquant.model.block import Block
+from llmquant.model.parked import Batch
 from llmquant.model.paused import Paused
 from llmquant.model.streams import Stream
 from llmquant.quant.hessian import Hessian
@@ -43,11 +44,11 @@ class CalibrationStreams:
     spare_bytes: int = 0
     products: torch.dtype = torch.float32
 
-    def append(self, hidden: Tensor) -> None:
-        """Before the first block both are the same."""
-        self.quantized.append(hidden)
+    def append(self, start: Any) -> None:
+        """Before the first block both are the same. `start` is what `Stream.append` takes."""
+        self.quantized.append(start)
         if self.original is not None:
-            self.original.append(hidden)
+            self.original.append(start)
 
 
 @dataclass(frozen=True)
@@ -97,17 +98,26 @@ class BlockForwards:
     wave. Weights are rounded once to the precision of the products, instead of in each forward.
     """
 
-    def __init__(self, block: Block, specs: Sequence[LinearSpec], streams: CalibrationStreams) -> None:
+    def __init__(
+        self,
+        block: Block,
+        specs: Sequence[LinearSpec],
+        streams: CalibrationStreams,
+        settled: Sequence[tuple[LinearSpec, Tensor]] = (),
+    ) -> None:
         self._block, self._streams = block, streams
-        self._originals = {spec.param: block.get(spec.param).to(streams.products) for spec in specs}
+        others = [spec for spec, _ in settled]
+        self._originals = {spec.param: block.get(spec.param).to(streams.products) for spec in (*specs, *others)}
         self._current = dict(self._originals)
+        for spec, weight_OI in settled:
+            block.set_weight(spec, weight_OI)
+        self.weights_changed(others)
         self._kept: dict[tuple[int, str], tuple[Paused, int]] = {}  # with the bytes it holds
 
-    def weights_changed(self, wave: Wave) -> None:
-        """The linears of `wave` have other weights in the block now."""
-        for step in wave.steps:
-            for spec in step.specs:
-                self._current[spec.param] = self._block.get(spec.param).to(self._streams.products)
+    def weights_changed(self, specs: Sequence[LinearSpec]) -> None:
+        """These linears have other weights in the block now."""
+        for spec in specs:
+            self._current[spec.param] = self._block.get(spec.param).to(self._streams.products)
 
     def hessians(self, position: int, wave: Wave) -> list[Hessian]:
         """One for each step of the wave at `position`, over all batches; waves must come in order."""
@@ -150,12 +160,12 @@ class BlockForwards:
         drift = step.propagation > 0
         return Hessian(step.in_features, self._block.device, drift=drift, products=self._streams.products)
 
-    def _paused(self, hidden: Tensor) -> Paused:
+    def _paused(self, hidden: Batch) -> Paused:
         return Paused(
             partial(self._block.forward, hidden), partial(forwards_in, self._streams.products, self._block.dtype)
         )
 
-    def _read(self, weights: Mapping[str, Tensor], position: int, key: tuple[int, str], hidden: Tensor) -> Any:
+    def _read(self, weights: Mapping[str, Tensor], position: int, key: tuple[int, str], hidden: Batch) -> Any:
         """What the wave at `position` reads with `weights` in the block, by the forward of `key` (batch, stream)."""
         run, _ = self._kept.pop(key, (None, 0))
         run = run or self._paused(hidden)
@@ -177,7 +187,7 @@ class BlockForwards:
     def _advance(self, weights: Mapping[str, Tensor], stream: Stream, name: str) -> None:
         batches = count()
 
-        def advanced(hidden: Tensor) -> Tensor:
+        def advanced(hidden: Batch) -> Any:
             run, _ = self._kept.pop((next(batches), name), (None, 0))
             return self._block.forward(hidden, self._streams.products) if run is None else run.finish()
 

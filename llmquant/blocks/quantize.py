@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from llmquant.blocks.forwards import BlockForwards, CalibrationStreams, Step, Wave
 from llmquant.blocks.solve import Solved, solve_step
@@ -20,21 +20,29 @@ def quantize_block(
     specs: Sequence[LinearSpec],
     recipe: Recipe,
     streams: CalibrationStreams | None,
+    settled: Sequence[tuple[LinearSpec, Tensor]] = (),
     *,
     advance: bool = True,
 ) -> list[Solved]:
     """Quantize the linears `specs` of the loaded `block` and leave their dequantized weights in it.
 
-    `streams` holds the calibration hidden states; None for data-free methods. With passes = "step" each wave's
+    `streams` holds the calibration text before the block; None for data-free methods. With passes = "step" each wave's
     Hessians see the quantized waves before it. With `advance` both streams are through the block afterwards.
+    settled   linears that run with weights of an earlier block, and what those were quantized to, weight_OI
     """
-    if streams is None or all(spec.method in DATA_FREE for spec in specs):
-        return [solved for spec in specs for solved in solve_step(block, Step([spec], 0.0), None, recipe)]
-    waves = _waves(block, specs, recipe, streams)
+    if streams is None:
+        for spec, weight_OI in settled:
+            block.set_weight(spec, weight_OI)
+        return _without_text(block, specs, recipe)
+    needed = any(spec.method not in DATA_FREE for spec in specs)
+    waves = _waves(block, specs, recipe, streams) if needed else []
     done: list[Solved] = []
     with pausing([wave.module for wave in waves]):
-        forwards = BlockForwards(block, specs, streams)
-        if recipe.passes == "block":
+        forwards = BlockForwards(block, specs, streams, settled)
+        if not needed:  # but later blocks want the text behind this one
+            done = _without_text(block, specs, recipe)
+            forwards.weights_changed(specs)
+        elif recipe.passes == "block":
             of_all = forwards.hessians_of_all(waves)
         for position, wave in enumerate(waves):
             parts = [wave] if recipe.passes == "block" else wave.parts()
@@ -46,12 +54,16 @@ def quantize_block(
                 trim(SLACK)
                 for step, hessian in zip(part.steps, hessians, strict=True):
                     done += solve_step(block, step, hessian, recipe)
-            forwards.weights_changed(wave)
+            forwards.weights_changed([spec for step in wave.steps for spec in step.specs])
             trim(SLACK)
         if advance:
             forwards.finish()
         forwards.close()
     return done
+
+
+def _without_text(block: Block, specs: Sequence[LinearSpec], recipe: Recipe) -> list[Solved]:
+    return [solved for spec in specs for solved in solve_step(block, Step([spec], 0.0), None, recipe)]
 
 
 def _lend(hessians: Sequence[Hessian], pool: Hessian) -> None:
@@ -63,7 +75,7 @@ def _lend(hessians: Sequence[Hessian], pool: Hessian) -> None:
 def _waves(block: Block, specs: Sequence[LinearSpec], recipe: Recipe, streams: CalibrationStreams) -> list[Wave]:
     """The planned linears by shared input, in the order of the forward; those of all experts of a layer together."""
     by_module = {spec.module: spec for spec in specs}
-    width, linears = next(iter(streams.quantized)).shape[-1], block.linears
+    width, linears = next(streams.quantized.hidden()).shape[-1], block.linears
 
     def strength(in_features: int) -> float:
         if streams.original is None:

@@ -77,7 +77,7 @@ class Snapshots:
 
     def _bytes(self) -> Iterator[memoryview]:
         for stream in self._streams.values():
-            for hidden in stream:
+            for hidden in stream.hidden():
                 yield hidden.contiguous().view(torch.uint8).numpy().data.cast("B")
 
 

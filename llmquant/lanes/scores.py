@@ -13,9 +13,9 @@ Shapes: B windows of a batch, N tokens, T time, D hidden, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -94,15 +94,18 @@ class Lanes:
         self._chunk = 16  # tokens whose logits are computed at once; set by the vocabulary's size once that is known
         self.streams: dict[str, Stream] = {name: streams.new(name) for name in names}
 
-    def start(self, hidden_BTD: Tensor) -> None:
-        """Append a batch of hidden states, as they are before the first block: the same for every lane."""
+    def start(self, batch: Any) -> None:
+        """Append a batch as it is before the first block, the same for every lane; what `Stream.append` takes."""
         for stream in self.streams.values():
-            stream.append(hidden_BTD)
+            stream.append(batch)
 
-    def advance(self, name: str, block: Callable[[Tensor], Tensor]) -> None:
-        """Take one lane's stream through `block`, which holds that lane's weights."""
+    def advance(self, name: str, block: Callable[[Any], Any]) -> None:
+        """Take one lane's stream through the forward of a block, which holds that lane's weights."""
         self.streams[name].update(block)
         trim(SLACK)
+
+    def _hidden(self) -> list[Iterator[Tensor]]:
+        return [stream.hidden() for stream in self.streams.values()]
 
     def relative_errors(self, tokens: int = 2**14) -> dict[str, float]:
         """||h_lane - h|| / ||h|| of every lane but the first, h the first's hidden states.
@@ -111,11 +114,11 @@ class Lanes:
         """
         names, seen = list(self.streams), 0
         power, squares = 0.0, dict.fromkeys(names[1:], 0.0)
-        for reference, *others in zip(*self.streams.values(), strict=True):
+        for reference, *others in zip(*self._hidden(), strict=True):
             power += float(torch.linalg.vector_norm(reference.float())) ** 2
             for name, hidden in zip(names[1:], others, strict=True):
                 squares[name] += float(torch.linalg.vector_norm(hidden.float() - reference.float())) ** 2
-            seen += reference.shape[0] * reference.shape[1]
+            seen += reference.numel() // reference.shape[-1]
             if seen >= tokens:
                 break
         return {name: math.sqrt(value / power) if power else 0.0 for name, value in squares.items()}
@@ -129,7 +132,7 @@ class Lanes:
         # Allocated beforehand: small results kept between large temporaries would fragment the heap.
         table = {name: torch.empty(6, count, seq_len - 1, dtype=torch.float64) for name in self.streams}
         position = 0
-        for batches in zip(*self.streams.values(), strict=True):
+        for batches in zip(*self._hidden(), strict=True):
             for window in zip(*batches, strict=True):
                 hidden = dict(zip(self.streams, window, strict=True))
                 self._score_window(hidden, self.windows.ids[position], logits_of, table, position)

@@ -14,6 +14,7 @@ Shapes: B batch, T time, D hidden, O out_features, I in_features.
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from llmquant.formats import LinearSpec
 from llmquant.model.experts import Experts
 from llmquant.model.meta import is_linear
-from llmquant.model.tape import Call
+from llmquant.model.parked import Batch, Parked
+from llmquant.model.tape import Call, own_forward
 from llmquant.model.weights import Weights
 from llmquant.quant.matmul import forwards_in
 
@@ -32,7 +34,8 @@ class Block:
     name     of its module in the model, such as `model.layers.0`
     module   the model's own, on the meta device except while it is `loaded`
     params   names of its parameters and persistent buffers in the model
-    calls    what it is called with besides the hidden states, by the shape [B, T] of a batch of tokens
+    calls    what it is called with besides the hidden states, by the shape [B, T] of a batch of tokens, where blocks
+             share nothing else (`model/tape.py`)
     steps    names of its linears by the input that they share, in the order of the forward
     unseen   linears whose inputs cannot be seen, so that they are not quantized -> why
     shares   linears of experts -> the part of all tokens that reaches them, on average
@@ -113,11 +116,14 @@ class Block:
         self._weights.put(spec.param, self.laid_out(spec, weight_OI))
 
     # -- forward -------------------------------------------------------------------------------------------
-    def forward(self, hidden_BTD: Tensor, products: torch.dtype | None = None) -> Tensor:
-        """Hidden states behind the block, with the arguments recorded for batches of this shape.
+    def forward(self, batch: Batch, products: torch.dtype | None = None) -> Any:
+        """A batch of a stream through the block, with its own arguments; what the stream's `update` wants of it.
 
-        `products`: the precision of its products, where it is not that of the compute dtype.
+        For hidden states [B, T, D] that is the hidden states behind the block, with the arguments recorded for batches
+        of this shape; a parked forward has its arguments with it. `products`: the precision of products, where it is
+        not that of the compute dtype.
         """
-        call = self.calls[tuple(hidden_BTD.shape[:2])]
         with torch.no_grad(), forwards_in(products or self.dtype, self.dtype):
-            return call(self.module, hidden_BTD.to(self.device))
+            if isinstance(batch, Parked):
+                return batch.run(self.index, own_forward(self.module))
+            return self.calls[tuple(batch.shape[:2])](self.module, batch.to(self.device))

@@ -22,7 +22,7 @@ class Paused:
     """
 
     def __init__(
-        self, forward: Callable[[], Tensor], around: Callable[[], AbstractContextManager[object]] = nullcontext
+        self, forward: Callable[[], Any], around: Callable[[], AbstractContextManager[object]] = nullcontext
     ) -> None:
         self._run, self._around = _Run(forward), around
         self._at: tuple[int, Any] = (-1, None)
@@ -36,13 +36,12 @@ class Paused:
             self._at = result
         return self._at[1]
 
-    def finish(self) -> Tensor:
+    def finish(self) -> Any:
         """Go on to the end; what the forward returns."""
         result = self._go_on()
         while not self._run.dead:
             result = self._go_on()
-        output: Tensor = result
-        return output
+        return result
 
     def _go_on(self) -> Any:
         self._at = (-1, None)
@@ -55,19 +54,23 @@ class Paused:
         self._run.throw()
 
     def held_bytes(self) -> int:
-        """Bytes of the tensors that the paused calls hold, parameters left out, each storage counted once."""
-        storages: dict[int, int] = {}
-        frame: FrameType | None = self._run.gr_frame
-        while frame is not None:
-            for tensor in _tensors(list(frame.f_locals.values())):
-                if not isinstance(tensor, nn.Parameter):
-                    storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            frame = frame.f_back
-        return sum(storages.values())
+        """Bytes of the tensors that the paused calls hold."""
+        return sum(held(self._run.gr_frame).values())
 
 
 class _Run(greenlet):  # type: ignore[misc] # untyped library
     """A greenlet of ours, so that a hook knows it."""
+
+
+def held(frame: FrameType | None) -> dict[int, int]:
+    """Address and bytes of every storage whose tensors a stack of calls holds, parameters left out."""
+    storages: dict[int, int] = {}
+    while frame is not None:
+        for tensor in _tensors(list(frame.f_locals.values())):
+            if not isinstance(tensor, nn.Parameter):
+                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        frame = frame.f_back
+    return storages
 
 
 def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:

@@ -1,7 +1,6 @@
 """What a model runs for a text, found by one forward without weights, before any work.
 
-Every parameter is a zero that is shown in the parameter's shape, and every linear answers zeros without multiplying: so
-a forward of a few tokens through all of a model, on the CPU, takes no memory and next to no time. It tells
+It runs on made-up weights (`made_up.py`), on the CPU, over a few tokens. It tells
 
 - which linears of a block run as layers, and which of them read the same input (q, k and v): `Block.steps`,
 - which do not, or more than once; their inputs cannot be seen, so they are not quantized: `Block.unseen`,
@@ -10,9 +9,7 @@ a forward of a few tokens through all of a model, on the CPU, takes no memory an
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,8 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from llmquant.errors import SourceError
 from llmquant.model.block import Block
-from llmquant.model.meta import is_conv1d
-from llmquant.model.tape import forward_replaced
+from llmquant.model.made_up import made_up
 
 _TOKENS = 8
 NEVER, TWICE = "its block does not run it as a layer", "its block runs it more than once"
@@ -50,7 +46,7 @@ def probe(where: str, model: Any, blocks: Sequence[Block]) -> list[str]:
             rows[linears[current][module]] += inputs[0].numel() // inputs[0].shape[-1]
             reads[current].setdefault(_place(inputs[0]), []).append(linears[current][module])
 
-    with _zeros(model), register_module_forward_pre_hook(note), torch.no_grad():
+    with made_up(model, torch.device("cpu")), register_module_forward_pre_hook(note), torch.no_grad():
         try:
             model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long), use_cache=False)
         except Exception as error:  # what a model raises that wants more than text depends on its class
@@ -67,8 +63,7 @@ def probe(where: str, model: Any, blocks: Sequence[Block]) -> list[str]:
 
 
 def _shares(block: Block, rows: Counter[str]) -> dict[str, float]:
-    """The part of a text's tokens that reaches a linear of an expert: the same for all experts of a layer, as routers
-    without weights know no difference."""
+    """The part of a text's tokens that reaches a linear of an expert, on average over a layer's experts."""
     waves: dict[nn.Module, list[str]] = {}
     for step in block.steps:
         for name in step:
@@ -112,28 +107,3 @@ def _idle(model: Any, ran: set[nn.Module]) -> list[str]:
         if not any(inner in ran for inner in module.modules()):
             found.append(name)
     return found
-
-
-@contextmanager
-def _zeros(model: Any) -> Iterator[None]:
-    """Zeros of no size in the place of all parameters and buffers on the meta device, and in all answers of linears."""
-    with ExitStack() as stack:
-        for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in list(tensors.items()):
-                    if tensor is None or tensor.device.type != "meta":
-                        continue
-                    shown = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
-                    wrapped = nn.Parameter(shown, requires_grad=False) if tensors is module._parameters else shown
-                    stack.callback(partial(tensors.__setitem__, name, tensor))
-                    tensors[name] = wrapped
-            if type(module) is nn.Linear or is_conv1d(module):  # a subclass may answer something else (a router)
-                stack.enter_context(forward_replaced(module, _answer(module)))
-        yield
-
-
-def _answer(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A linear's forward that answers zeros, in a memory of their own."""
-    weight: Any = module.weight
-    width = weight.shape[1] if is_conv1d(module) else weight.shape[0]
-    return lambda x: x.new_zeros(*x.shape[:-1], width)

@@ -1,12 +1,17 @@
 """A causal LM with one decoder block in memory at a time, by the model's own transformers code.
 
 No table of architectures: blocks, the arguments of each, and which linears share an input are found by running the
-model's own forward (`model/tape.py`). Arguments are recorded once. Later the first block's stand-in hands out stored
-hidden states, and the rest of the model's forward (final norm, head, soft-cap) runs on them.
+model's own forward. What its blocks share decides how (`model/sharing.py`).
+
+- The tape (`model/tape.py`): arguments are recorded once. Later the first block's stand-in hands out stored hidden
+  states, and the rest of the model's forward (final norm, head, soft-cap) runs on them.
+- Parked forwards (`model/parked.py`), where blocks share more than hidden states: each batch of each stream keeps its
+  own forward of the model, which waits while the pipeline works.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,8 +20,11 @@ from torch import Tensor, nn
 from llmquant.model.block import Block
 from llmquant.model.experts import Experts
 from llmquant.model.meta import find_blocks, open_model
+from llmquant.model.parked import Batch, ParkedBytes, ParkedForwards
 from llmquant.model.probe import probe
-from llmquant.model.tape import Stop, Tape, answer, forward_replaced, stand_ins, stop, take_hidden
+from llmquant.model.sharing import Sharing, find_sharing
+from llmquant.model.streams import Stream, new_stream
+from llmquant.model.tape import Stop, Tape, answer, ended_before_head, forward_replaced, stand_ins, take_hidden
 from llmquant.model.weights import Weights
 from llmquant.source.base import Source
 
@@ -48,10 +56,7 @@ class Skeleton:
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(device)
-        names = [name for name, module in self.model.named_modules() if isinstance(module, Experts)]
-        self._experts = [f"{name}." for name in names]
-        self._shared = {param for param in self.weights.tied.values() if self.block_of(param) is not None}
-        self._width: int | None = None  # of a block's answer; the tape learns it
+        self._experts = [f"{name}." for name, module in self.model.named_modules() if isinstance(module, Experts)]
 
     @property
     def device(self) -> torch.device:
@@ -99,58 +104,115 @@ class Skeleton:
 
     def unquantizable(self, module: str) -> str:
         """Why a linear of a block must stay as it is; "" where it need not."""
-        index, param = self.block_of(module), f"{module}.weight"
+        index = self.block_of(module)
         if index is not None and (why := self.blocks[index].unseen.get(module)):
             return why
-        if param in self._shared:
-            return "several blocks share it"
-        return "the model wants it in float32" if self.weights.is_strict(param) else ""
+        return "the model wants it in float32" if self.weights.is_strict(f"{module}.weight") else ""
 
-    def _outer(self, without: nn.Module | None) -> list[str]:
-        """Parameters outside the blocks that a text needs, except those of one module."""
-        skip = {name for name, module in self.model.named_modules() if module is without}
+    # -- what the blocks share -----------------------------------------------------------------------------
+    @property
+    def _modules(self) -> list[nn.Module]:
+        return [block.module for block in self.blocks]
+
+    @cached_property
+    def sharing(self) -> Sharing:
+        """What its blocks share. SourceError where they cannot be run one by one."""
+        return find_sharing(self.model, self._modules, self.weights)
+
+    @property
+    def parked(self) -> str | None:
+        """Why its forwards are parked; None where the tape holds all."""
+        return self.sharing.reason
+
+    @cached_property
+    def _parked_forwards(self) -> ParkedForwards:
+        """Their outer weights are in memory from now on, but for embeddings that only the first block reads."""
+        self.weights.load(self._inner)
+        return ParkedForwards(self.model, self._modules, self.device, self.where)
+
+    def stream_bytes(self, n_tokens: int, shape: tuple[int, int]) -> int:
+        """Bytes of a stream of batches [B, T] of this shape, at most, with `n_tokens` tokens in all."""
+        if self.parked is None:
+            return n_tokens * self.hidden_size * self.dtype.itemsize
+        whole, rest = divmod(n_tokens // shape[1], shape[0])
+        sizes = [(whole, shape), (1, (rest, shape[1]))]
+        return sum(count * self._parked_bytes.of(each) for count, each in sizes if count and each[0])
+
+    @cached_property
+    def _parked_bytes(self) -> ParkedBytes:
+        return ParkedBytes(self.model, self._modules, self.weights, grows=self.sharing.grows)
+
+    def _outer(self, *without: nn.Module | None) -> list[str]:
+        """Parameters outside the blocks that a text needs, except those of some modules."""
+        skip = {name for name, module in self.model.named_modules() if any(module is other for other in without)}
         outside = [name for name in self.weights.names if self.block_of(name) is None]
         return [n for n in outside if n.rpartition(".")[0] not in skip and not n.startswith(self._idle)]
 
-    # -- into the blocks, and out of them ------------------------------------------------------------------
-    def record(self, batches: Iterable[Tensor], entry: Callable[[Tensor], None]) -> None:
-        """Give the hidden states [B, T, D] that enter the first block to `entry`, batch by batch of ids [B, T].
+    @cached_property
+    def _inner(self) -> list[str]:
+        """Parameters outside the blocks that run between them, or might; nearly always a small part."""
+        embeddings = [m for m in self.model.modules() if isinstance(m, nn.Embedding) and m not in self.sharing.inner]
+        return self._outer(self.model.get_output_embeddings(), *embeddings)
 
-        Every block knows its arguments for batches of these shapes afterwards (`Block.calls`). SourceError where blocks
-        share more than hidden states, or where an argument depends on the tokens.
+    # -- into the blocks, and out of them ------------------------------------------------------------------
+    def record(self, batches: Iterable[Tensor], entry: Callable[[Any], None]) -> None:
+        """Begin with batches of ids [B, T]: `entry`, a stream's `append`, gets of each what enters the first block.
+
+        Every block knows its arguments afterwards. SourceError where the tape was taken for the blocks and cannot hold
+        the arguments of these batches.
         """
-        head, modules = self.model.get_output_embeddings(), [block.module for block in self.blocks]
-        needed = self._outer(without=head) + self.blocks[0].params
-        ended = nullcontext() if head is None else forward_replaced(head, stop)
-        with ended, self.weights.loaded(needed), torch.no_grad():
+        head = self.model.get_output_embeddings()
+        if self.parked is not None:
+            forwards = self._parked_forwards
+            with self.weights.loaded([name for name in self._outer(head) if name not in set(self._inner)]):
+                for ids in batches:
+                    entry(forwards.starting(ids))
+            return
+        with ended_before_head(self.model), self.weights.loaded(self._outer(head)), torch.no_grad():
             for ids in batches:
                 shape = tuple(ids.shape)
-                tape = Tape(self.where, type(self.model).__name__, len(modules), self._width)
-                with stand_ins(modules, tape.stand_in), suppress(Stop):
+                tape = Tape(self.where, self.sharing.widths)
+                with stand_ins(self._modules, tape.stand_in), suppress(Stop):
                     self.model(input_ids=ids.to(self.device), use_cache=False)
                 tape.check([block.calls[shape] for block in self.blocks if shape in block.calls])
-                self._width = tape.width or 0
                 for block, call in zip(self.blocks, tape.calls, strict=True):
                     block.calls.setdefault(shape, call)
                 entry(tape.first)
 
-    def embed(self, ids_BT: Tensor) -> Tensor:
-        """The hidden states [B, T, D] that enter the first block; `record` of one batch."""
-        entered: list[Tensor] = []
-        self.record([ids_BT], entered.append)
-        return entered[0]
+    def new_stream(self) -> Stream:
+        """A stream in memory for what enters the first block."""
+        return new_stream(parked=self.parked is not None)
+
+    def embed(self, ids_BT: Tensor) -> Batch:
+        """What enters the first block, for `Block.forward`: the hidden states [B, T, D], or a parked forward."""
+        stream = self.new_stream()
+        self.record([ids_BT], stream.append)
+        batch: Batch = next(iter(stream))
+        return batch
+
+    def head(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+        """A function from hidden states [N, D] behind the last block to float32 logits [N, V].
+
+        It is all that the model does to them: final norm (parked forwards have it behind them), head, soft-cap. The
+        input embedding itself is not loaded; where the head is tied to it, the head is.
+        """
+        return self._tape_head() if self.parked is None else self._parked_head()
 
     @contextmanager
-    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """A function from the last block's hidden states [N, D] to float32 logits [N, V]: final norm, head, soft-cap.
+    def _parked_head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        head = self.model.get_output_embeddings()
+        kept = {*self._inner, *self._outer(head)}
+        with self.weights.loaded([n for n in self._outer() if n not in kept]), self._parked_forwards.head() as logits:
+            yield logits
 
-        The input embedding itself is not loaded; where the head is tied to it, the head is.
-        """
+    @contextmanager
+    def _tape_head(self) -> Iterator[Callable[[Tensor], Tensor]]:
         embedding = self.model.get_input_embeddings()
         hidden_now: list[Tensor] = []
 
         def stand_in(index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            return answer(hidden_now[0] if index == 0 else take_hidden(args, kwargs)[0], self._width or 0)
+            hidden = hidden_now[0] if index == 0 else take_hidden(args, kwargs)[0]
+            return answer(hidden, self.sharing.widths[index])
 
         def logits(hidden_ND: Tensor) -> Tensor:
             hidden_now[:] = [hidden_ND[None].to(self.device, self.dtype)]
@@ -161,11 +223,10 @@ class Skeleton:
         def no_embedding(ids: Tensor) -> Tensor:
             return torch.zeros(*ids.shape, embedding.embedding_dim, device=self.device, dtype=self.dtype)
 
-        outer, modules = self._outer(without=embedding), [block.module for block in self.blocks]
         with (
             forward_replaced(embedding, no_embedding),
-            self.weights.loaded(outer),
-            stand_ins(modules, stand_in),
+            self.weights.loaded(self._outer(embedding)),
+            stand_ins(self._modules, stand_in),
             torch.no_grad(),
         ):
             yield logits

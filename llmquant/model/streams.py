@@ -1,17 +1,20 @@
 """Hidden states of the token batches between two blocks, in memory within a budget, else in files.
 
-Files are read and written plainly, one batch ahead and one behind; mapped pages would count as memory.
+Files are read and written plainly, one batch ahead and one behind; mapped pages would count as memory. A stream of
+parked forwards holds more than hidden states, and is always in memory.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+
+from llmquant.model.parked import Parked
 
 
 def spilled(sizes: Mapping[str, int], max_ram: int) -> dict[str, int]:
@@ -30,16 +33,26 @@ def spilled(sizes: Mapping[str, int], max_ram: int) -> dict[str, int]:
 
 
 class Streams:
-    """Makes the streams of a run, in memory within `max_ram` bytes, the others in files made by `scratch`."""
+    """Makes the streams of a run, in memory within `max_ram` bytes, the others in files made by `scratch`.
 
-    def __init__(self, sizes: Mapping[str, int], max_ram: int, scratch: Callable[[str], BinaryIO]) -> None:
-        self.spilled = spilled(sizes, max_ram)
+    Those named in `parked` are of parked forwards, and in memory whatever they take.
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        max_ram: int,
+        scratch: Callable[[str], BinaryIO],
+        parked: Collection[str] = (),
+    ) -> None:
+        self.spilled = spilled({name: size for name, size in sizes.items() if name not in parked}, max_ram)
         self.spare_bytes = max_ram - sum(nbytes for name, nbytes in sizes.items() if name not in self.spilled)
-        self._scratch = scratch
+        self._scratch, self._parked = scratch, parked
         self._made: list[Stream] = []
 
     def new(self, name: str) -> "Stream":
-        stream = FileStream(self._scratch(name)) if name in self.spilled else Stream()
+        in_file = name in self.spilled
+        stream = FileStream(self._scratch(name)) if in_file else new_stream(parked=name in self._parked)
         self._made.append(stream)
         return stream
 
@@ -82,15 +95,21 @@ class Stream:
     def n_tokens(self) -> int:
         return sum(hidden.shape[0] * hidden.shape[1] for hidden in self._batches)
 
-    def append(self, hidden: Tensor) -> None:
+    def append(self, hidden: Any) -> None:
+        """Add a batch: what `Skeleton.record` hands out."""
         # A copy: the model may hand out a view of a buffer that it writes again.
         self._batches.append(hidden.detach().to("cpu", copy=True))
         self._sums.append(_sum(self._batches[-1]))
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Any]:
+        """The batches, each as `Block.forward` takes it."""
         return iter(self._batches)
 
-    def update(self, function: Callable[[Tensor], Tensor]) -> None:
+    def hidden(self) -> Iterator[Tensor]:
+        """The hidden states of the batches."""
+        return iter(self)
+
+    def update(self, function: Callable[[Any], Any]) -> None:
         for index, hidden in enumerate(self._batches):
             result = _replacement(index, function(hidden), tuple(hidden.shape), hidden.dtype)
             hidden.copy_(result)  # in place: no fragmentation
@@ -98,6 +117,43 @@ class Stream:
 
     def close(self) -> None:
         self._batches.clear()
+
+
+def new_stream(*, parked: bool) -> "Stream":
+    """An empty stream in memory."""
+    return ParkedStream() if parked else Stream()
+
+
+class ParkedStream(Stream):
+    """The same for parked forwards: `update` hands each what a function of it answers, and it goes on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._forwards: list[Parked] = []
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(forward.n_tokens for forward in self._forwards)
+
+    def append(self, start: Any) -> None:
+        self._forwards.append(start())
+        self._sums.append(_sum(self._forwards[-1].hidden))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._forwards)
+
+    def hidden(self) -> Iterator[Tensor]:
+        return (forward.hidden for forward in self._forwards)
+
+    def update(self, function: Callable[[Any], Any]) -> None:
+        for index, forward in enumerate(self._forwards):
+            forward.go_on(function(forward))
+            self._sums[index] = _sum(forward.hidden)
+
+    def close(self) -> None:
+        for forward in self._forwards:
+            forward.close()
+        self._forwards.clear()
 
 
 class FileStream(Stream):
@@ -114,7 +170,7 @@ class FileStream(Stream):
     def n_tokens(self) -> int:
         return sum(shape[0] * shape[1] for _, shape, _ in self._index)
 
-    def append(self, hidden: Tensor) -> None:
+    def append(self, hidden: Any) -> None:
         hidden = hidden.detach().cpu().contiguous()
         self._index.append((self._end, tuple(hidden.shape), hidden.dtype))
         self._sums.append(_sum(hidden))
@@ -134,7 +190,7 @@ class FileStream(Stream):
         # Allocated here: memory that a second thread allocates comes from an arena that is never given back.
         return self._pool.submit(self._read, index, torch.empty(self._index[index][1], dtype=self._index[index][2]))
 
-    def update(self, function: Callable[[Tensor], Tensor]) -> None:
+    def update(self, function: Callable[[Any], Any]) -> None:
         behind: Future[None] | None = None
         for index, hidden in enumerate(self):
             _, shape, dtype = self._index[index]

@@ -1,11 +1,12 @@
 """The tape: one forward of the model records what each of its blocks is called with.
 
 The `forward` of every block is replaced on the instance by a stand-in, which lets hidden states pass through unchanged.
-A model whose blocks share more than hidden states is refused by name.
+This is for models whose blocks share nothing but hidden states (`sharing.py`). A stream is just those then: it can be
+spilled, kept and resumed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,12 +32,13 @@ class Call:
         """Run `forward` on `hidden`; the hidden states it returns."""
         if isinstance(self.at, int):
             args = (*self.args[: self.at], hidden, *self.args[self.at :])
-            return _hidden(forward(*args, **self.kwargs))
-        return _hidden(forward(*self.args, **{**self.kwargs, self.at: hidden}))
+            return hidden_of(forward(*args, **self.kwargs))
+        return hidden_of(forward(*self.args, **{**self.kwargs, self.at: hidden}))
 
 
-def _hidden(output: Any) -> Tensor:
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a block returned."""
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden
 
 
@@ -46,6 +48,17 @@ class Stop(Exception):  # noqa: N818 (not an error)
 
 def stop(*args: Any, **kwargs: Any) -> None:
     raise Stop
+
+
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward of the module's class, whatever stands in for it."""
+    return partial(type(module).forward, module)
+
+
+def ended_before_head(model: Any) -> AbstractContextManager[None]:
+    """Forwards of `model` end with `Stop` where its head would run, which makes the logits."""
+    head = model.get_output_embeddings()
+    return nullcontext() if head is None else forward_replaced(head, stop)
 
 
 @contextmanager
@@ -68,8 +81,7 @@ def stand_ins(blocks: Sequence[nn.Module], stand_in: StandIn) -> Iterator[None]:
     """`stand_in` in place of every block's forward while the `with` lasts."""
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
-            own = partial(type(block).forward, block)
-            stack.enter_context(forward_replaced(block, _bind(stand_in, index, own)))
+            stack.enter_context(forward_replaced(block, _bind(stand_in, index, own_forward(block))))
         yield
 
 
@@ -83,92 +95,58 @@ def answer(hidden: Tensor, width: int) -> Any:
 
 
 class Tape:
-    """Records the calls of all blocks in one forward, and whether hidden states are all that they share.
+    """Records the calls of all blocks in one forward in which they let hidden states pass.
 
-    `width` is that of `answer`. If it is None, the first block, which must be loaded, is run for real to learn it.
-    `where` and `model_class` are for errors.
+    widths    of each block's answer
+    calls     what each block was called with
+    first     the hidden states that entered the first one
     """
 
-    def __init__(self, where: str, model_class: str, n_blocks: int, width: int | None) -> None:
-        self.where, self.model_class, self.n_blocks = where, model_class, n_blocks
-        self.width = width
+    def __init__(self, where: str, widths: Sequence[int]) -> None:
+        self._where, self._widths = where, widths
         self.calls: list[Call] = []
         self.first = torch.empty(0)
-        self._last: Tensor | None = None
-        self._others: list[Tensor] = []  # what the first block returned besides its hidden states
 
     def stand_in(self, index: int, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        hidden, at = take_hidden(args, kwargs)
-        if index != len(self.calls):
-            self._refuse(f"block {index} runs as number {len(self.calls)}")
-        if self._last is not None and hidden is not self._last:
-            self._refuse(f"hidden states change between block {index - 1} and block {index}")
-        rest = args[:at] + args[at + 1 :] if isinstance(at, int) else args
-        named = {name: value for name, value in kwargs.items() if name != at}
-        if any(tensor is other for tensor in _tensors((rest, named)) for other in self._others):
-            self._refuse(f"block {index} is given another output of the block before it")
-        self.calls.append(Call(rest, named, at))
-        self._last = hidden
+        hidden, call = take_hidden(args, kwargs)
         if index == 0:
             self.first = hidden
-            if self.width is None:
-                return self._learn(hidden, (rest, named), forward(*args, **kwargs))
-        return answer(hidden, self.width or 0)
-
-    def _learn(self, hidden: Tensor, arguments: Any, output: Any) -> Any:
-        if any(_tensors_in_mappings(arguments)):
-            self._refuse("blocks write into an argument that they share")
-        self.width = len(output) if isinstance(output, tuple) else 0
-        if not isinstance(output, tuple):
-            return hidden
-        self._others = list(_tensors(output[1:]))
-        return (hidden, *output[1:])
+        if index != len(self.calls) or hidden is not self.first:
+            raise self._refusal(index, "is not given what the block before it returned")
+        self.calls.append(call)
+        return answer(hidden, self._widths[index])
 
     def check(self, known: Sequence[Call]) -> None:
         """All blocks were called, and with the arguments that an earlier batch of this shape saw (none: the first)."""
-        if len(self.calls) != self.n_blocks:
-            self._refuse(f"{len(self.calls)} of {self.n_blocks} blocks run in one forward")
+        if len(self.calls) != len(self._widths):
+            raise self._refusal(len(self.calls), "is not run")
         for index, (mine, other) in enumerate(zip(self.calls, known, strict=False)):
-            pairs = zip(_tensors((mine.args, mine.kwargs)), _tensors((other.args, other.kwargs)), strict=True)
+            pairs = zip(tensors((mine.args, mine.kwargs)), tensors((other.args, other.kwargs)), strict=True)
             if any(a is not b and not torch.equal(a, b) for a, b in pairs):
-                self._refuse(f"an argument of block {index} depends on the tokens")
+                raise self._refusal(index, "has an argument that depends on the tokens")
 
-    def _refuse(self, got: str) -> None:
-        raise SourceError(
-            self.where,
-            f"{self.model_class} cannot be streamed block by block: {got}",
-            expected="blocks that share hidden states only",
+    def _refusal(self, index: int, got: str) -> SourceError:
+        """For what made-up weights and tokens did not show."""
+        return SourceError(
+            self._where, f"block {index} {got}, for these tokens only", expected="blocks that share hidden states only"
         )
 
 
-def take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, int | str]:
-    """The hidden states among a block's arguments and their place: the first float tensor."""
-    for i, value in enumerate(args):
+def take_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    """The hidden states among a block's arguments, which are the first float tensor, and the call without them."""
+    for at, value in enumerate(args):
         if isinstance(value, Tensor) and value.is_floating_point():
-            return value, i
+            return value, Call(args[:at] + args[at + 1 :], kwargs, at)
     for name, value in kwargs.items():
         if isinstance(value, Tensor) and value.is_floating_point():
-            return value, name
+            return value, Call(args, {key: item for key, item in kwargs.items() if key != name}, name)
     raise SourceError("decoder block", "is called without hidden states")
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors of a value and of the containers in it."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _tensors_in_mappings(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Iterator[bool]:
-    """For each dict or list among a block's arguments, whether it holds tensors once the block has run.
-
-    Masks and rope tables come as tensors or tuples; a dict or list with tensors is one that blocks fill.
-    """
-    rest, named = arguments
-    for value in (*rest, *named.values()):
-        if isinstance(value, dict | list):
-            yield any(True for _ in _tensors(value))
+    elif isinstance(value, Mapping | tuple | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors(item)

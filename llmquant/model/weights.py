@@ -22,6 +22,7 @@ class Weights:
     names      all of them, as the model calls them
     param_of   tensor name in the checkpoint -> name in the model, for those the model knows
     tied       parameters that the checkpoint holds only under another parameter's name -> that name
+    borrowers  the other way round: name -> parameters that the checkpoint holds only under it
     """
 
     def __init__(
@@ -32,6 +33,9 @@ class Weights:
         self.names: list[str] = list(model.state_dict())
         self.param_of = param_of
         self.tied = find_ties(model, set(self.param_of.values()), source)
+        self.borrowers: dict[str, list[str]] = {}
+        for borrower, owner in self.tied.items():
+            self.borrowers.setdefault(owner, []).append(borrower)
         self._key_of = {param: key for key, param in self.param_of.items()}
         self._dtype_plan = dtype_plan(model, dtype)
         self._strict = dtype_plan(model, torch.bfloat16)

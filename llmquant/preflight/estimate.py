@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 
 from llmquant import job
-from llmquant.blocks.snapshots import snapshot_bytes
 from llmquant.checkpoint import stored_forms
 from llmquant.errors import CalibrationError, LLMQuantError, OutputError, flag, option
 from llmquant.formats.runtimes import RUNTIMES, lint, opens
@@ -146,11 +145,12 @@ def estimate(
             found.warn(str(finding))
     tokens = _tokens(found, draft)
     sizes = draft.stream_sizes(tokens.calibration, tokens.evaluation)
+    found.attempt(lambda: draft.refuse_parked(tokens.calibration, tokens.evaluation))
     _memory(found, draft, tokens, sizes)
     found.disk = {
         "output": draft.output_bytes(),
-        "streams in files": draft.needed_bytes(sizes) - draft.output_bytes(),
-        "snapshots of streams, where there is room": snapshot_bytes(sizes),
+        "streams in files": draft.spilled_bytes(sizes),
+        "snapshots of streams, where there is room": draft.snapshot_bytes(sizes),
         "download into the Hub's cache": source.download_bytes(),
     }
     found.attempt(lambda: _check_target(found, draft.target, options.overwrite, draft.needed_bytes(sizes)))

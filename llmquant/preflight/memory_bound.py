@@ -7,7 +7,6 @@ import torch
 
 from llmquant.blocks.forwards import entries_of_experts
 from llmquant.job import Draft
-from llmquant.model.streams import spilled
 from llmquant.preflight.flops import Tokens
 from llmquant.text.windows import windows_per_batch
 
@@ -29,6 +28,7 @@ class _Sizes:
 
     block: int  # parameters of the largest block
     outer: int  # of the largest tensor outside the blocks
+    outside: int  # of all tensors outside the blocks
     widest: int  # inputs of the widest linear that wants a Hessian
     experts: int  # Hessians of experts that are summed up at once, and of all together
     activations: int  # that a forward of one batch holds
@@ -40,13 +40,13 @@ def memory_bound(draft: Draft, tokens: Tokens, streams: dict[str, int]) -> Memor
 
     On a CPU: base + 2 blocks + 8 bytes x widest input squared + largest outer tensor + a batch's activations + at most
     --max-ram for streams and paused forwards. On an accelerator weights, Hessians, activations and paused forwards
-    are its own; the machine holds streams, and one tensor on its way.
+    are its own; the machine holds streams, and one tensor on its way. Parked forwards lie where they compute.
     """
     skeleton, budget = draft.skeleton, draft.options.stream_budget
     sizes, width = _sizes(draft, tokens), skeleton.dtype.itemsize
-    in_memory = sum(streams.values()) - sum(spilled(streams, budget).values())
+    in_memory = sum(streams.values()) - draft.spilled_bytes(streams)
     # What a forward holds when it pauses at its last step: residual stream and norm, gate, up and their product.
-    held = streams.get("calibration", 0) // skeleton.hidden_size * 3 * (sizes.widest + skeleton.hidden_size)
+    held = tokens.calibration * width * 3 * (sizes.widest + skeleton.hidden_size)
     base, kept = {"base": _BASE_BYTES}, {"streams in memory": in_memory}
     work = {
         "two copies of the largest block": 2 * sizes.block * width,
@@ -55,7 +55,10 @@ def memory_bound(draft: Draft, tokens: Tokens, streams: dict[str, int]) -> Memor
         "largest embedding or head": sizes.outer * width,
         "activations of a batch": sizes.activations * width,
     }
-    paused = {"paused forwards": min(budget - in_memory, 2 * held) if sizes.widest else 0}
+    paused = {"paused forwards": min(max(0, budget - in_memory), 2 * held) if sizes.widest else 0}
+    if draft.parked:
+        kept, paused = {}, paused | {"parked forwards": in_memory}
+        work["other weights outside the blocks"] = (sizes.outside - sizes.outer) * width
     floor = {}
     if draft.lanes and skeleton.dtype != torch.float32:
         more = _noise_floor(sizes, width) - sum((work | paused).values())
@@ -72,13 +75,13 @@ def memory_bound(draft: Draft, tokens: Tokens, streams: dict[str, int]) -> Memor
 
 def _sizes(draft: Draft, tokens: Tokens) -> _Sizes:
     skeleton, plan = draft.skeleton, draft.plan
-    blocks, outer = Counter[int](), 0
+    blocks, outer, outside = Counter[int](), 0, 0
     for name in skeleton.weights.names:
         count = skeleton.weights.get(name).numel()
         if (block := skeleton.block_of(name)) is not None:
             blocks[block] += count
         else:
-            outer = max(outer, count)
+            outer, outside = max(outer, count), outside + count
     lengths = [
         n for n, total in ((tokens.seq_len, tokens.calibration), (tokens.eval_seq_len, tokens.evaluation)) if total
     ]
@@ -87,6 +90,7 @@ def _sizes(draft: Draft, tokens: Tokens) -> _Sizes:
     return _Sizes(
         block=max(blocks.values()),
         outer=outer,
+        outside=outside,
         widest=max(spec.shape[1] for spec in plan.specs) if draft.calibrated else 0,
         experts=_experts(draft),
         # Residual stream, norm, attention's inputs and result; gate, up, activation and product.

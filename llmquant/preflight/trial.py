@@ -11,7 +11,6 @@ from llmquant.blocks.forwards import CalibrationStreams
 from llmquant.blocks.quantize import quantize_block
 from llmquant.model.devices import pick_products
 from llmquant.model.skeleton import Skeleton
-from llmquant.model.streams import Stream
 from llmquant.plan import Plan
 from llmquant.preflight.flops import Tokens
 from llmquant.recipe import Recipe
@@ -55,19 +54,18 @@ def try_block(skeleton: Skeleton, plan: Plan, recipe: Recipe, tokens: Tokens, n_
         """`n_batches` calibration batches through the quantization of the block."""
         streams = None
         if calibrated:
-            original = Stream() if recipe.propagation != 0 else None
-            streams = CalibrationStreams(Stream(), original, 1 << 62, products)
+            original = skeleton.new_stream() if recipe.propagation != 0 else None
+            streams = CalibrationStreams(skeleton.new_stream(), original, 1 << 62, products)
             skeleton.record(batches(tokens.seq_len, n_batches), streams.append)
         with skeleton.blocks[0].loaded() as block:
             return seconds(lambda: quantize_block(block, specs, recipe, streams), skeleton.device)
 
     def lane_seconds() -> float:
         """One evaluation batch through the block."""
-        entered: list[Tensor] = []
-        skeleton.record(batches(tokens.eval_seq_len, 1), lambda hidden: entered.append(hidden.clone()))
+        batch = skeleton.embed(batches(tokens.eval_seq_len, 1)[0])
         with skeleton.blocks[0].loaded() as block:
-            block.forward(entered[0])  # the first one finds its kernels
-            return seconds(lambda: block.forward(entered[0]), skeleton.device)
+            block.forward(batch)  # the first one finds its kernels
+            return seconds(lambda: block.forward(batch), skeleton.device)
 
     per_batch = 0.0
     solving = block_seconds(1)

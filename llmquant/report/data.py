@@ -74,12 +74,17 @@ class RecipeFacts(TypedDict):
 
 @dataclass(frozen=True)
 class Compute:
-    """Where and in which dtypes it was computed. `products`: those of calibration forwards and Hessians."""
+    """Where and in which dtypes it was computed.
+
+    products   those of calibration forwards and Hessians
+    parked     why forwards were parked: the model's blocks share more than hidden states
+    """
 
     device: str
     dtype: str
     products: str | None = None
     trust_remote_code: bool = False
+    parked: str | None = None
 
 
 @dataclass(frozen=True)
@@ -184,11 +189,12 @@ class RunReport:
 
 @dataclass(frozen=True)
 class ComparedModel:
-    """One of the checkpoints that `compare` scored."""
+    """One of the checkpoints that `compare` scored. `parked` as in `Compute`."""
 
     id: str
     revision: str | None
     remote_code: tuple[str, ...]
+    parked: str | None = None
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,26 @@ def test_hessian_and_drift_pair_the_original_with_the_quantized_prefix(
         assert bool(drift.any()) == moved
 
 
+@pytest.mark.parametrize("rule", ["layers.1.*: keep", "layers.1.*: method=rtn"])
+def test_the_text_goes_through_a_block_that_does_not_need_it(
+    rule: str, seen: Seen, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    flags = {"format": "fake", "products": "float32", "propagation": 0.5, "rules": [rule]}
+    quantize(tiny_model("llama"), tmp_path / "out", **flags)
+    job = prepare(tiny_model("llama"), llmquant.make_recipe("x", flags=TINY | flags), RunOptions(), SILENT)
+    assert job.calibration is not None
+    name = "model.layers.2.self_attn.q_proj"
+    task = next(task for task, _ in seen if task.name.startswith(name))
+    x, x_hat = (
+        inputs_of(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), job.calibration.ids, [name])[name]
+        for model in (tiny_model("llama"), tmp_path / "out")
+    )
+    assert task.H_II is not None
+    torch.testing.assert_close(task.H_II, x_hat.T @ x_hat / len(x_hat), rtol=1e-3, atol=1e-5)
+    expected = task.weight_OI @ ((x - x_hat).T @ x_hat / len(x))
+    torch.testing.assert_close(drift_of(task), expected, rtol=1e-2, atol=2e-6)
+
+
 def test_the_strength_follows_the_tokens_and_is_switched_off_by_zero(
     seen: Seen, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -65,39 +65,52 @@ def refused(tmp_path: Path, architecture: tuple[str, dict[str, object]]) -> str:
     return str(error.value)
 
 
-def test_arguments_that_depend_on_tokens_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_that_depend_on_tokens_go_with_their_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.llama import modeling_llama
 
-    real = modeling_llama.LlamaModel.forward
+    real, block = modeling_llama.LlamaModel.forward, modeling_llama.LlamaDecoderLayer.forward
 
     def forward(self: object, input_ids: torch.Tensor, **kwargs: object) -> object:
         return real(self, input_ids=input_ids, token_argument=input_ids.float(), **kwargs)
 
+    def with_token(self: object, hidden: torch.Tensor, token_argument: torch.Tensor, **kwargs: object) -> object:
+        return block(self, hidden * (1 + token_argument[..., None]), **kwargs)
+
+    monkeypatch.setattr(products, "_ONEDNN", None)
     monkeypatch.setattr(modeling_llama.LlamaModel, "forward", forward)
-    assert "depends on the tokens" in refused(tmp_path, tiny.ARCHITECTURES["llama"])
+    monkeypatch.setattr(modeling_llama.LlamaDecoderLayer, "forward", with_token)
+    folder = tiny.build(tmp_path / "model", tiny.ARCHITECTURES["llama"])
+    skeleton, stream = open_skeleton(folder), open_skeleton(folder).new_stream()
+    assert skeleton.parked == "an argument of a block depends on the tokens"
+    batches = torch.randint(0, 512, (2, 2, 8), generator=torch.Generator().manual_seed(1))
+    skeleton.record(list(batches), stream.append)
+    for each in skeleton.blocks:
+        with each.loaded():
+            stream.update(each.forward)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad(), skeleton.head() as logits_of:
+        for hidden, ids in zip(stream.hidden(), batches, strict=True):
+            assert torch.equal(logits_of(hidden.flatten(0, 1)), model(ids).logits.flatten(0, 1))
 
 
-def test_blocks_that_share_more_than_hidden_states_are_refused() -> None:
-    hidden, attention = torch.ones(1, 8, 64), torch.ones(1)
+def test_the_tape_refuses_what_made_up_tokens_did_not_show() -> None:
+    hidden, mask = torch.ones(1, 8, 64), torch.ones(1)
 
-    def block(*args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
-        return hidden, attention
-
-    def tape() -> Tape:
-        started = Tape("model", "Model", 3, None)
-        started.stand_in(0, block, (hidden,), {})
+    def tape(*masks: torch.Tensor) -> Tape:
+        started = Tape("model", (0, 0))
+        for index, each in enumerate(masks):
+            started.stand_in(index, abs, (hidden, each), {})
         return started
 
-    with pytest.raises(SourceError, match="hidden states change between block 0 and block 1"):
-        tape().stand_in(1, block, (hidden * 2,), {})
-    with pytest.raises(SourceError, match="block 1 is given another output of the block before it"):
-        tape().stand_in(1, block, (hidden,), {"router": attention})
-    with pytest.raises(SourceError, match="block 2 runs as number 1"):
-        tape().stand_in(2, block, (hidden,), {})
-    with pytest.raises(SourceError, match="1 of 3 blocks run"):
-        tape().check([])
-    with pytest.raises(SourceError, match="write into an argument"):
-        Tape("model", "Model", 3, None).stand_in(0, block, (hidden,), {"shared_kv": {0: attention}})
+    tape(mask, mask).check(tape(mask.clone(), mask).calls)
+    with pytest.raises(SourceError, match="block 1 is not given what the block before it returned"):
+        tape(mask).stand_in(1, abs, (hidden * 2,), {})
+    with pytest.raises(SourceError, match="block 0 is not given what"):
+        tape(mask).stand_in(0, abs, (hidden,), {})
+    with pytest.raises(SourceError, match="block 1 is not run"):
+        tape(mask).check([])
+    with pytest.raises(SourceError, match="block 1 has an argument that depends on the tokens"):
+        tape(mask, mask).check(tape(mask, mask * 2).calls)
 
 
 def test_tied_embeddings_need_no_second_tensor(tiny_model: Callable[[str], Path]) -> None:

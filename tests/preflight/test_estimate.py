@@ -15,7 +15,9 @@ import llmquant
 from llmquant import job
 from llmquant.cli.app import main
 from llmquant.demo import DEMO
+from llmquant.model import skeleton
 from llmquant.model.block import Block
+from llmquant.model.sharing import Sharing
 from llmquant.preflight import estimate as estimate_module
 from llmquant.preflight import trial
 from llmquant.preflight.estimate import estimate
@@ -128,6 +130,7 @@ def test_an_accelerators_memory_is_counted_apart(
     here = estimate(tiny_model("llama"), recipe, options)
     assert here.device_memory == {}
     monkeypatch.setattr(job, "pick_device", lambda device: torch.device("meta"))
+    monkeypatch.setattr(skeleton, "find_sharing", lambda *inputs: Sharing(None, ()))  # nothing runs on it
     monkeypatch.setattr(estimate_module, "_time", lambda *arguments: None)
     monkeypatch.setattr(estimate_module, "_physical_memory", lambda: 3)
     monkeypatch.setattr(estimate_module, "_device_memory", lambda device: 4)
