@@ -20,14 +20,15 @@ RANK = {
     "recipe": 5,
     "source": 5,
     **dict.fromkeys(("gguf", "text", "model", "run_dir"), 6),
-    **dict.fromkeys(("checkpoint", "plan", "lanes", "blocks"), 7),
-    "report": 8,
-    "output": 9,
-    "job": 10,
-    **dict.fromkeys(("hub", "export", "comparison", "result", "hidden"), 11),
-    **dict.fromkeys(("pipeline", "preflight"), 12),
-    "cli": 13,
-    **dict.fromkeys(("__init__", "__main__"), 14),
+    "treatments": 7,
+    **dict.fromkeys(("checkpoint", "plan", "lanes", "blocks"), 8),
+    "report": 9,
+    "output": 10,
+    "job": 11,
+    **dict.fromkeys(("hub", "export", "comparison", "result", "hidden"), 12),
+    **dict.fromkeys(("pipeline", "preflight"), 13),
+    "cli": 14,
+    **dict.fromkeys(("__init__", "__main__"), 15),
 }
 
 

@@ -56,7 +56,6 @@ def test_made_up_weights_take_no_memory_and_differ_by_row() -> None:
     with torch.device("meta"):
         model = nn.Sequential(nn.Embedding(10**7, 10**4), nn.Linear(10**4, 10**6), nn.Conv1d(4, 4, 3), nn.LayerNorm(8))
         model.register_buffer("table", torch.empty(5, dtype=torch.long))
-    weights = ToyWeights(model)
     with made_up(model, torch.device("cpu")), torch.no_grad():
         assert not any(tensor.is_meta for tensor in model.state_dict().values())
         rows = model[0](torch.arange(4))

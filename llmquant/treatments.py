@@ -1,0 +1,201 @@
+"""How each linear of the decoder blocks is treated: quantized by a scheme and a solver, or kept, and why.
+
+The first that matches decides: what the user ignores, what cannot or need not be quantized, the recipe's rules, its own
+fields. Then sets that servers run as one (q, k and v; all experts of a layer) are made alike.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from llmquant.errors import RecipeError, SourceError, option
+from llmquant.formats.base import in_block
+from llmquant.formats.facts import fused_sets
+from llmquant.model.meta import is_conv1d, is_linear
+from llmquant.model.skeleton import Skeleton
+from llmquant.quant.grid import QuantScheme
+from llmquant.recipe import Recipe
+from llmquant.rules import Rule, why_small
+
+_SMALL = 50  # a linear with less than this part of its block's weights is not worth a refusal
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """How one linear is quantized; `scheme` None: it is kept. `why` is for the ledger, `by_rule`: a rule had a say."""
+
+    scheme: QuantScheme | None
+    method: str
+    why: str
+    by_rule: bool = False
+
+    @property
+    def care(self) -> tuple[float, ...]:
+        """How much of the weight it keeps: dense, then bits, smaller groups, zero points."""
+        if self.scheme is None:
+            return (math.inf,)
+        group = math.inf if self.scheme.group_size == -1 else self.scheme.group_size
+        return (self.scheme.bits, -group, not self.scheme.symmetric)
+
+
+def treatments(keys: Sequence[str], skeleton: Skeleton, recipe: Recipe) -> dict[str, Treatment]:
+    """The treatment of every linear of the decoder blocks whose weight is among `keys`, by the name of its module.
+
+    The first that matches decides: an --ignore pattern (in the tensor's name, or all of the module's), a rule, the
+    recipe's own fields. What is too small to be worth its error (`rules.SMALL`) stays dense, unless a rule matches
+    nothing but such linears, and so means them. RecipeError where a pattern or a rule decides nothing.
+    """
+    chosen: dict[str, Treatment] = {}
+    linears = [module_of(skeleton, key) for key in keys if _is_candidate(skeleton, key)]
+    small = {module: why for module in linears if (why := _why_small(skeleton, module))}
+    meant = [rule for rule in recipe.rules if not any(rule.matches(m) for m in linears if m not in small)]
+    unused_patterns, unused_rules = dict.fromkeys(recipe.ignore), dict.fromkeys(recipe.rules)
+    for key in keys:
+        module = module_of(skeleton, key)
+        ignored = [p for p in recipe.ignore if re.search(p, key) or re.fullmatch(p, module)]
+        for pattern in ignored:
+            unused_patterns.pop(pattern, None)
+        if not _is_candidate(skeleton, key):
+            continue
+        rule = next((rule for rule in recipe.rules if rule.matches(module)), None)
+        if ignored:
+            chosen[module] = Treatment(None, "", f"--ignore {ignored[0]}")
+        elif why := skeleton.unquantizable(module):
+            chosen[module] = Treatment(None, "", why)
+        elif module in small and rule not in meant and not (rule is not None and rule.keep):
+            chosen[module] = Treatment(None, "", small[module])
+        else:
+            chosen[module] = _spared(_treatment(recipe, rule), module, skeleton)
+            if rule is not None:
+                unused_rules.pop(rule, None)
+    if unused_patterns:
+        first = sorted(unused_patterns)[0]
+        raise RecipeError(option("ignore"), f"{first!r} matches no tensor", expected="a regular expression that does")
+    for rule in unused_rules:
+        _refuse_unused(rule, skeleton, chosen)
+    return _widened(chosen, skeleton)
+
+
+def _is_candidate(skeleton: Skeleton, key: str) -> bool:
+    """Whether the tensor is the weight of a linear in a decoder block."""
+    param = skeleton.param_of.get(key)
+    if param is None or skeleton.block_of(param) is None or not param.endswith(".weight"):
+        return False
+    return is_linear(skeleton.model.get_submodule(param.removesuffix(".weight")))
+
+
+def _why_small(skeleton: Skeleton, module: str) -> str:
+    """Why a linear is too small to be quantized, for the ledger; "" where it is not."""
+    linear = skeleton.model.get_submodule(module)
+    rows, columns = linear.weight.shape[::-1] if is_conv1d(linear) else linear.weight.shape
+    _, path = in_block(module) or ("", module)
+    return why_small(path, rows, columns)
+
+
+def _treatment(recipe: Recipe, rule: Rule | None) -> Treatment:
+    if rule is not None and rule.keep:
+        return Treatment(None, "", f"rule '{rule}'", True)
+    settings = {} if rule is None else rule.settings
+    bits, group_size, symmetric, method = (
+        settings.get(name, getattr(recipe, name)) for name in ("bits", "group_size", "symmetric", "method")
+    )
+    why = "linear layer of a decoder block" + ("" if rule is None else f", rule '{rule}'")
+    return Treatment(QuantScheme(bits, group_size, symmetric), method, why, rule is not None)
+
+
+def _spared(treatment: Treatment, module: str, skeleton: Skeleton) -> Treatment:
+    """`treatment`, or keep a small linear whose inputs its groups do not divide; a large one is refused later."""
+    linear, scheme = skeleton.model.get_submodule(module), treatment.scheme
+    in_features = linear.weight.shape[0 if is_conv1d(linear) else 1]
+    if scheme is None or scheme.divides(in_features):
+        return treatment
+    index = skeleton.block_of(module)
+    assert index is not None
+    if _SMALL * linear.weight.numel() > skeleton.blocks[index].n_weights:
+        return treatment
+    why = f"small, and groups of {scheme.group_size} do not divide its {in_features} inputs"
+    return Treatment(None, "", why, treatment.by_rule)
+
+
+def _refuse_unused(rule: Rule, skeleton: Skeleton, linears: Iterable[str]) -> None:
+    """RecipeError that says why no linear is decided by `rule`."""
+    where = f"rule '{rule}'"
+    if any(rule.matches(module) for module in linears):
+        raise RecipeError(
+            where,
+            "decides nothing: what stands before it matches all its linears",
+            remedy="put it before, or out",
+            field="rules",
+        )
+    found = [(name, type(m).__name__) for name, m in skeleton.model.named_modules() if name and rule.matches(name)]
+    if found:
+        name, kind = found[-1]
+        raise RecipeError(
+            where, f"matches {name} ({kind})", expected="a linear layer of a decoder block", field="rules"
+        )
+    raise RecipeError(where, "matches no module", expected="the name of a linear layer, or a part of it", field="rules")
+
+
+def _expert_sets(chosen: Mapping[str, Treatment], skeleton: Skeleton) -> list[list[str]]:
+    """The linears of all experts of each layer: servers run them in one kernel, of one scheme.
+
+    RecipeError where --ignore keeps some of a layer's experts and not all.
+    """
+    sets: dict[str, list[str]] = {}
+    for module in chosen:
+        if (owner := skeleton.experts_of(module)) is not None:
+            sets.setdefault(owner, []).append(module)
+    for owner, members in sets.items():
+        kept = [member for member in members if chosen[member].scheme is None and not chosen[member].by_rule]
+        if kept and len(kept) < len(members):
+            raise RecipeError(
+                owner,
+                f"{len(kept)} of the {len(members)} linears of its experts are kept ({chosen[kept[0]].why})",
+                expected="all experts of a layer, or none: servers run them in one kernel",
+                remedy=f"{option('ignore')} {re.escape(owner.rpartition('.')[2])}, or a pattern that spares them",
+                field="ignore",
+            )
+    return list(sets.values())
+
+
+def _widened(chosen: dict[str, Treatment], skeleton: Skeleton) -> dict[str, Treatment]:
+    """Sets that servers run as one matrix (q, k, v; gate, up) get the scheme of their most careful member, and so do
+    all experts of a layer.
+
+    Only where a rule decided a member: --ignore alone keeps what it names and nothing else. It holds for all formats,
+    as one checkpoint may be exported to any other.
+    """
+    wider = dict(chosen)
+    for members in (*fused_sets(chosen), *_expert_sets(chosen, skeleton)):
+        best = max(members, key=lambda member: chosen[member].care)  # the first of equals
+        if not any(chosen[member].by_rule for member in members):
+            continue
+        for member in members:
+            if chosen[member].scheme != (scheme := chosen[best].scheme):
+                leaf, together = best.rpartition(".")[2], "servers run them as one matrix"
+                what = "linear layer of a decoder block, with the scheme" if scheme else f"{chosen[best].why}, the fate"
+                why = f"{what} of {leaf}: {together}"
+                wider[member] = Treatment(scheme, "" if scheme is None else chosen[member].method, why, True)
+    return wider
+
+
+def module_of(skeleton: Skeleton, key: str) -> str:
+    return skeleton.param_of.get(key, key).rpartition(".")[0]
+
+
+def refuse_unknown_experts(keys: Iterable[str], skeleton: Skeleton, recipe: Recipe) -> None:
+    """SourceError for experts that are no linears, unless the user keeps them: they would be most of the model."""
+    for key in keys:
+        param = skeleton.param_of.get(key)
+        if param is None or skeleton.block_of(param) is None or len(skeleton.source.tensors[key].shape) < 2:
+            continue
+        module = skeleton.model.get_submodule(param.rpartition(".")[0])
+        known = is_linear(module) or "expert" not in type(module).__name__.lower()
+        if not known and not any(re.search(pattern, key) for pattern in recipe.ignore):
+            raise SourceError(
+                f"{skeleton.where}: {key}",
+                f"experts of an unknown form ({type(module).__name__})",
+                expected="projections of every expert with a gate and an activation between them",
+                remedy=f"keep them in 16 bit with {option('ignore')}",
+            )
