@@ -22,6 +22,7 @@ from llmquant.model.tape import Stop, answer, ended_before_head, hidden_of, stan
 from llmquant.model.weights import Weights
 
 _TOKENS = 8  # enough to see what depends on what
+_AGAIN = "blocks that find the same when they are run again"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class _Seen:
     order: list[int] = field(default_factory=list)
     hidden: list[Tensor] = field(default_factory=list)
     same: list[bool] = field(default_factory=list)  # whether hidden states are the very tensor that was handed on
-    arguments: list[list["_Argument"]] = field(default_factory=list)
+    arguments: list[list[_Argument]] = field(default_factory=list)
     widths: list[int] = field(default_factory=list)
     inner: set[nn.Module] = field(default_factory=set)
 
@@ -74,7 +75,7 @@ def find_sharing(model: Any, blocks: Sequence[nn.Module], weights: Weights) -> S
         except LLMQuantError:
             raise
         except Exception as error:  # whatever the model's code raises
-            raise trial.refusal(f"its forward fails ({_brief(error)})") from error
+            raise trial.refusal(f"its forward fails ({_brief(error)})", "a model that runs on text alone") from error
         trial.check_order(real.order)
         if (length := real.hidden[0].shape[1]) != _TOKENS:
             raise trial.refusal(f"its hidden states have {length} positions for {_TOKENS} tokens")
@@ -85,6 +86,8 @@ def find_sharing(model: Any, blocks: Sequence[nn.Module], weights: Weights) -> S
 
 
 class _Trial:
+    """The model's forwards on made-up weights, and what follows from comparing them."""
+
     def __init__(self, model: Any, blocks: Sequence[nn.Module], weights: Weights) -> None:
         self._model, self._blocks, self._weights = model, blocks, weights
         inside = {id(module) for block in blocks for module in block.modules()}
@@ -130,10 +133,10 @@ class _Trial:
         held = [list(_leaves(vars(item))) for item in objects]
         output = forward(*args, **kwargs)
         if any(tensor._version != version for tensor, version in before):
-            raise self.refusal(f"block {index} writes into a tensor that it is given")
+            raise self.refusal(f"block {index} writes into a tensor that it is given", _AGAIN)
         for item, leaves in zip(objects, held, strict=True):
             if not _equal(leaves, list(_leaves(vars(item)))):
-                raise self.refusal(f"block {index} writes into a {type(item).__name__} that it is given")
+                raise self.refusal(f"block {index} writes into a {type(item).__name__} that it is given", _AGAIN)
         return output
 
     def check_order(self, order: Sequence[int]) -> None:
@@ -176,11 +179,11 @@ class _Trial:
         forward.close()
         return {module for module in self._embeddings if module.weight.untyped_storage().data_ptr() in held}
 
-    def refusal(self, got: str) -> SourceError:
+    def refusal(self, got: str, expected: str = "blocks that run once each, in their order") -> SourceError:
         return SourceError(
             self._weights.source.name,
             f"{type(self._model).__name__} cannot be streamed block by block: {got}",
-            expected="blocks that run once each, in their order",
+            expected=expected,
         )
 
 

@@ -126,9 +126,10 @@ class Tape:
                 raise self._refusal(index, "has an argument that depends on the tokens")
 
     def _refusal(self, index: int, got: str) -> SourceError:
-        """For what made-up weights and tokens did not show."""
         return SourceError(
-            self._where, f"block {index} {got}, for these tokens only", expected="blocks that share hidden states only"
+            self._where,
+            f"block {index} {got}, which made-up tokens did not show",
+            expected="blocks that share hidden states only",
         )
 
 
