@@ -7,8 +7,8 @@ from torch import nn
 
 from llmquant.errors import SourceError
 from llmquant.model.classes import build_model
-from llmquant.model.experts import unfuse
 from llmquant.model.names import checked_names, convert, names_in
+from llmquant.model.unfuse import unfuse
 from llmquant.quant.matmul import fast_linears
 from llmquant.source.base import Source
 from llmquant.source.wrapped import DerivedSource
