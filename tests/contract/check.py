@@ -1,6 +1,8 @@
 """One type through `llmquant.quantize`, and the verdict on what came out.
 
     passes      all of the below hold
+    elsewhere   transformers has no rule for single experts, and the run is refused unless other runtimes are named;
+                with them all of the below hold, but for the opening by transformers
     refused     an LLMQuantError, whose line is the cause
     crash       any other exception: always a bug of ours
     wrong       it ran, and one of the below does not hold: always a bug of ours
@@ -16,7 +18,7 @@ quantized.
 import re
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from transformers import AutoTokenizer
 
 import llmquant
 from contract.build import build, quiet
-from contract.reference import Stock, dequantized, divergence, other_class, perplexity, stock
+from contract.reference import Stock, dequantized, divergence, filled, other_class, perplexity, stock
 from contract.uploads import UPLOADS
 from llmquant.demo import DEMO
 from llmquant.errors import LLMQuantError
@@ -46,6 +48,7 @@ _STACK = re.compile(r".*?\.(?=\d+\.)")
 _TOWER = re.compile(r"(^|[._])(vision|visual|vit|image|img|audio|speech|sam|dino|depth|mtp)\w*[._]")
 _ROUTER = re.compile(r"^(?!.*attn)(?!.*attention).*[._](router|gate)(?!_?(up_?)?proj|_up)[^.]*(\.\w+)*\.weight$")
 _ROUTER_ROWS = 64
+_RANDOM = re.compile(r"leaves \d+ parameters .*experts?\b.* random|leaves \d+ parameters .*_linear.* random")
 
 
 @dataclass
@@ -76,6 +79,8 @@ def check(name: str, folder: Path) -> Outcome:
         report = quantized(source, folder / "out")
     except LLMQuantError as error:
         cause = f"{type(error).__name__}: {generic(str(error), source)}"
+        if _RANDOM.search(cause):
+            return elsewhere(name, source, folder / "out", cause)
         if (folder / "out").exists():
             return Outcome(name, "wrong", f"refused, but there is an output; {cause}")
         return Outcome(name, "refused", cause)
@@ -84,15 +89,25 @@ def check(name: str, folder: Path) -> Outcome:
     return judged(name, source, folder / "out", report)
 
 
-def quantized(source: Path, out: Path) -> llmquant.Report:
+def elsewhere(name: str, source: Path, out: Path, cause: str) -> Outcome:
+    """The same for runtimes that know single experts; the report's figures by a model that is put together here."""
+    try:
+        report = quantized(source, out, runtimes=("vllm",))
+    except Exception as error:
+        return Outcome(name, "crash", _said(error), trace=_trace(error))
+    outcome = judged(name, source, out, report, opens=False)
+    return replace(outcome, result="elsewhere", cause=cause) if outcome.result == "passes" else outcome
+
+
+def quantized(source: Path, out: Path, **options: Any) -> llmquant.Report:
     """The run, on texts that are written beside `out`."""
     calibration, evaluation = texts(out.parent)
     flags = FLAGS | {"calibration": str(calibration), "eval_data": str(evaluation)}
     with quiet():
-        return llmquant.quantize(source, llmquant.make_recipe(str(source), flags=flags), out)
+        return llmquant.quantize(source, llmquant.make_recipe(str(source), flags=flags), out, **options)
 
 
-def judged(name: str, source: Path, out: Path, report: llmquant.Report) -> Outcome:
+def judged(name: str, source: Path, out: Path, report: llmquant.Report, *, opens: bool = True) -> Outcome:
     """What stock transformers says of the output. A dequantized copy is written beside it."""
     _, evaluation = texts(out.parent)
     ids = windows(source, evaluation)
@@ -104,7 +119,12 @@ def judged(name: str, source: Path, out: Path, report: llmquant.Report) -> Outco
     judge, trace = _Judge(name, source, out, original, ids), list[str]()
     try:
         judge.problems += _verified(out, source)
-        judge.opened(dequantized(out, source, out.with_name("dense")), report, expected)
+        dense = out.with_name("dense")
+        if opens:
+            wanted = judge.opened(dequantized(out, source, dense))
+        else:
+            wanted = judge.changed(filled(out, source, dense))[1]
+        judge.figured(report, expected, wanted)
     except Exception as error:
         judge.problems.append(_said(error))
         trace = _trace(error)
@@ -123,17 +143,25 @@ class _Judge:
     problems: list[str] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
 
-    def opened(self, dense: Path, report: llmquant.Report, expected: Tensor) -> None:
-        """`dense` is the dequantized copy, `expected` the original's logits."""
+    def opened(self, dense: Path) -> Tensor:
+        """The logits of `dense`, the dequantized copy, which those of the opened output must be."""
         reference = stock(dense)
-        wanted = reference.logits(self.ids)
         self.problems += _new_keys("the dequantized copy", reference, self.original)
-        changed = dict(self._changed(reference))
-        self._judge_weights(changed)
+        changed, wanted = self.changed(reference)
         self._same("the output", stock(self.out), self.original, wanted, changed)
         if (other := other_class(self.source)) is not None:
             ours, theirs, copy = (stock(folder, other) for folder in (self.out, self.source, dense))
             self._same(f"the output by {other.__name__}", ours, theirs, copy.logits(self.ids), changed)
+        return wanted
+
+    def changed(self, reference: Stock) -> tuple[dict[str, float], Tensor]:
+        """Which of its parameters are not the original's, by how much; its logits."""
+        changed = dict(self._changed(reference))
+        self._judge_weights(changed)
+        return changed, reference.logits(self.ids)
+
+    def figured(self, report: llmquant.Report, expected: Tensor, wanted: Tensor) -> None:
+        """The report's figures are those of the original's logits `expected` and the output's, `wanted`."""
         kl, ppl = divergence(expected, wanted), perplexity(expected, self.ids)
         self.figures |= {"kl": kl, "perplexity": ppl}
         self._near("perplexity of the original", report.lanes["original"]["perplexity"], ppl, 1e-4 * ppl)

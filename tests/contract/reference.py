@@ -6,6 +6,7 @@ transformers opens it by the same rules as the original, whatever the names mean
 """
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,33 @@ def dequantized(out: Path, source: Path, folder: Path) -> Path:
         if "safetensors" not in file.name:
             shutil.copy(file, folder / file.name)
     return folder
+
+
+def filled(out: Path, source: Path, folder: Path) -> Stock:
+    """An output whose single experts transformers has no rule for: its fused parameters, put together here."""
+    stored, original = load_file(dequantized(out, source, folder) / "model.safetensors"), tensors(source)
+    single = {name: tensor for name, tensor in stored.items() if name not in original}
+    rest = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in original.items()}
+    save_file(rest | {name: stored[name] for name in stored.keys() - single.keys()}, folder / "model.safetensors")
+    opened = stock(folder)
+    for owner in {found[1] for name in single if (found := re.match(r"(.*?)\.\d+(\.\w+)?\.(weight|bias)$", name))}:
+        module = opened.model.get_submodule(owner)
+        for leaf, parameter in module.named_parameters(recurse=False):
+            parameter.data = torch.stack([_expert(module, leaf, n, owner, single) for n in range(len(parameter))])
+    return opened
+
+
+def _expert(module: Any, leaf: str, number: int, owner: str, single: dict[str, Tensor]) -> Tensor:
+    """The entry of expert `number` in the fused parameter `leaf`."""
+    projection, kind = leaf.removesuffix("_bias"), "bias" if leaf.endswith("_bias") else "weight"
+    if projection == "weight":
+        return single[f"{owner}.{number}.weight"]
+    names = ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
+    parts = [single[f"{owner}.{number}.{name}.{kind}"] for name in names]
+    interleaved = len(parts) > 1 and not getattr(module, "is_concatenated", True)
+    rows = torch.stack(parts, 1).flatten(0, 1) if interleaved else torch.cat(parts)
+    transposed = getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts")
+    return rows.T.contiguous() if transposed and kind == "weight" else rows
 
 
 def divergence(reference: Tensor, other: Tensor) -> float:

@@ -68,11 +68,13 @@ def docs(version: str, rows: Mapping[str, Row]) -> str:
         f"""Every type of transformers {version} that generates text, as a tiny random checkpoint, was quantized to
 4 bits in groups of 32. *Passes* means: `verify` agrees; the class in `architectures` opens the output with no key
 missing; its logits are those of an independently dequantized copy; perplexity and KL in the report are those of stock
-transformers; routers and towers are untouched; and most of the blocks' parameters are quantized. *Refused* means one
-line before any work. *Not built* means that transformers builds or runs no tiny model of the type on text.
+transformers; routers and towers are untouched; and most of the blocks' parameters are quantized. *Elsewhere* means that
+all that holds but the opening: transformers has no rule for single experts of the type and would leave them random, so
+the run is refused unless other runtimes are named (`--for vllm`). *Refused* means one line before any work. *Not built*
+means that transformers builds or runs no tiny model of the type on text.
 `python eval/model_types.py --write` measures all of it anew and writes this page; `tests/contract/` is the check.""",
         _table(
-            ["kind", "types", "pass", "refused", "not built"],
+            ["kind", "types", "pass", "elsewhere", "refused", "not built"],
             [[HEADINGS[kind], *_counts(_of(plain, kind))] for kind in HEADINGS if _of(plain, kind)],
         ),
     ]
@@ -93,6 +95,11 @@ def summary(version: str, rows: Mapping[str, Row]) -> str:
     results = Counter(row["result"] for row in counted.values())
     causes = Counter(short(row["cause"]) for row in counted.values() if row["result"] == "refused")
     text = f"{results['passes']} of {len(counted)} types of transformers {version} that generate text pass"
+    if results["elsewhere"]:
+        text += (
+            f"; {results['elsewhere']} more for other runtimes (`--for vllm`), as transformers has no rule for single"
+        )
+        text += " experts of theirs"
     if causes:
         text += f"; {results['refused']} are refused: " + ", ".join(f"{n} for {why}" for why, n in causes.most_common())
     if results["not built"]:
@@ -122,7 +129,7 @@ def _of(rows: Mapping[str, Row], kind: str) -> dict[str, Row]:
 
 def _counts(rows: Mapping[str, Row]) -> list[str]:
     results = Counter(row["result"] for row in rows.values())
-    return [str(n) for n in (len(rows), *(results[one] for one in ("passes", "refused", "not built")))]
+    return [str(n) for n in (len(rows), *(results[one] for one in ("passes", "elsewhere", "refused", "not built")))]
 
 
 def _listed(rows: Mapping[str, Row]) -> list[str]:
