@@ -130,9 +130,10 @@ def make_plan(source: Source, skeleton: Skeleton, recipe: Recipe) -> Plan:
     specs = [row.spec for row in rows if row.spec is not None]
     if not specs:
         kept = any(rule.keep for rule in recipe.rules)
+        (why, count), *_ = Counter(t.why for t in chosen.values()).most_common(1) or [("no linear", 0)]
         raise RecipeError(
             source.name,
-            "no linear is left to quantize",
+            "no linear is left to quantize" + (f" ({count} of {len(chosen)}: {why})" if count else ""),
             remedy=f"check {option('ignore')}" + " and the rules that keep" * kept,
             field="ignore",
         )

@@ -84,10 +84,10 @@ def _waves(block: Block, specs: Sequence[LinearSpec], recipe: Recipe, streams: C
         return auto if recipe.propagation == "auto" else float(recipe.propagation)
 
     waves: dict[nn.Module, Wave] = {}
-    for names in block.steps:
-        if not (members := [by_module[name] for name in names if name in by_module]):
-            continue
-        if (place := block.expert(names[0])) is None:
+    steps = [members for names in block.steps if (members := [by_module[name] for name in names if name in by_module])]
+    # What is kept may have read an input long before: the forward is paused at the first one that is not.
+    for members in sorted(steps, key=lambda members: block.order[members[0].module]):
+        if (place := block.expert(members[0].module)) is None:
             module = linears[members[0].module]
             waves[module] = Wave(module, [Step(members, strength(members[0].shape[1]))])
         else:

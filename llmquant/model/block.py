@@ -36,7 +36,8 @@ class Block:
     params   names of its parameters and persistent buffers in the model
     calls    what it is called with besides the hidden states, by the shape [B, T] of a batch of tokens, where blocks
              share nothing else (`model/tape.py`)
-    steps    names of its linears by the input that they share, in the order of the forward
+    steps    names of its linears by the input that they share
+    order    its linears -> their places in the order of the forward
     unseen   linears whose inputs cannot be seen, so that they are not quantized -> why
     shares   linears of experts -> the part of all tokens that reaches them, on average
     """
@@ -45,6 +46,7 @@ class Block:
         self.index, self.name, self.module, self.params = index, name, module, params
         self.calls: dict[tuple[int, ...], Call] = {}
         self.steps: list[list[str]] = []
+        self.order: dict[str, int] = {}
         self.unseen: dict[str, str] = {}
         self.shares: dict[str, float] = {}
         self._weights = weights

@@ -22,7 +22,8 @@ def open_model(source: Source, dtype: torch.dtype) -> tuple[Any, Source, dict[st
     """
     model = build_model(source, dtype)
     names = names_in(model, source)
-    derived = unfuse(model, source, names)
+    stack = find_blocks(model, source)[0][0].rpartition(".")[0]
+    derived = unfuse(model, stack, source, names)
     merged = convert(model, source, names)
     names.renamed.update({name: name for name in merged})
     fast_linears(model)

@@ -25,15 +25,16 @@ NEVER, TWICE = "its block does not run it as a layer", "its block runs it more t
 
 
 def probe(where: str, model: Any, blocks: Sequence[Block]) -> list[str]:
-    """Fill in `steps`, `unseen` and `shares` of all blocks; the names of parts outside of them that no text reaches.
+    """Fill in `steps`, `order`, `unseen` and `shares` of all blocks.
 
+    Returns the names of parts outside of the blocks that no text reaches.
     SourceError where the model cannot be run on text alone.
     """
     reads: list[dict[tuple[Any, ...], list[str]]] = [{} for _ in blocks]
     linears = [{module: name for name, module in block.linears.items()} for block in blocks]
     index_of = {block.module: block.index for block in blocks}
     alive: list[Tensor] = []  # inputs stay referenced, or another one could be born at the same address
-    rows: Counter[str] = Counter()
+    rows, ran_linears = Counter[str](), [list[str]() for _ in blocks]
     ran: set[nn.Module] = set()
     current = -1
 
@@ -43,6 +44,7 @@ def probe(where: str, model: Any, blocks: Sequence[Block]) -> list[str]:
         current = index_of.get(module, current)
         if current >= 0 and module in linears[current]:
             alive.append(inputs[0])
+            ran_linears[current].append(linears[current][module])
             rows[linears[current][module]] += inputs[0].numel() // inputs[0].shape[-1]
             reads[current].setdefault(_place(inputs[0]), []).append(linears[current][module])
 
@@ -57,6 +59,7 @@ def probe(where: str, model: Any, blocks: Sequence[Block]) -> list[str]:
         block.unseen = {name: NEVER if name not in names else TWICE for name in block.linears if names.count(name) != 1}
         steps = [[name for name in step if name not in block.unseen] for step in seen.values()]
         block.steps = [step for step in steps if step]
+        block.order = {name: place for place, name in enumerate(dict.fromkeys(ran_linears[block.index]))}
         block.shares = _shares(block, rows)
     inside = {module for block in blocks for module in block.module.modules()}
     return _idle(model, ran | inside)

@@ -77,10 +77,11 @@ def find_sharing(model: Any, blocks: Sequence[nn.Module], weights: Weights) -> S
         except Exception as error:  # whatever the model's code raises
             raise trial.refusal(f"its forward fails ({_brief(error)})", "a model that runs on text alone") from error
         trial.check_order(real.order)
-        if (length := real.hidden[0].shape[1]) != _TOKENS:
-            raise trial.refusal(f"its hidden states have {length} positions for {_TOKENS} tokens")
         widths = tuple(real.widths)
         reason, grows = trial.reason(real, widths)
+        shape = real.hidden[0].shape
+        if _TOKENS not in shape[:-1] or (reason is None and shape[:2] != (1, _TOKENS)):
+            raise trial.refusal(f"its hidden states are {list(shape)} for {_TOKENS} tokens")
         inner = real.inner | trial.viewed() if reason else set()
         return Sharing(reason, widths, frozenset(inner), grows)
 

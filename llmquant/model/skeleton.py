@@ -52,6 +52,10 @@ class Skeleton:
                 params[index].append(param)
         self.blocks = [Block(i, name, module, params[i], self.weights) for i, (name, module) in enumerate(stack)]
         self._idle = tuple(f"{name}." for name in probe(self.where, self.model, self.blocks))
+        for name in self.weights.names:  # a class may ask any of its parameters on which device it lies
+            if name.startswith(self._idle):
+                unread = self.weights.get(name)
+                self.weights.put(name, torch.zeros((), dtype=unread.dtype, device=device).expand(unread.shape))
         for module in self.model.modules():  # computed buffers (rope tables) are real and stay on the device
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:

@@ -23,8 +23,10 @@ from llmquant.source.wrapped import Derived
 _TOLERANCE = 1e-6  # relative, of the small copy in float64
 
 
-def unfuse(model: Any, source: Source, names: Names) -> dict[str, Derived]:
-    """Put `Experts` in the place of every fused module of `model`, and their linears into `names.renamed`.
+def unfuse(model: Any, stack: str, source: Source, names: Names) -> dict[str, Derived]:
+    """Put `Experts` in the place of every fused module in the blocks, and their linears into `names.renamed`.
+
+    stack   name of the list of blocks in `model`
 
     Returns the tensors that are slices of fused ones. SourceError where experts are missing, of a form that is not
     known, or compute something else.
@@ -32,7 +34,7 @@ def unfuse(model: Any, source: Source, names: Names) -> dict[str, Derived]:
     checked: dict[tuple[Any, ...], None] = {}
     derived: dict[str, Derived] = {}
     for owner, fused in list(model.named_modules()):
-        if (form := form_of(fused)) is None:
+        if not owner.startswith(f"{stack}.") or (form := form_of(fused)) is None:
             continue
         leaves, tensors = _on_disk(model, owner, form, source, names)
         kind = (type(fused), form, tuple(leaves))

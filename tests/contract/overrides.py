@@ -165,7 +165,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {
         **{"indexer_budget": 16, "indexer_compress_ratio": 4, "indexer_n_heads": 2, "indexer_kv_heads": 1},
         **{"indexer_head_dim": 32, "ple_layer_ids": [1], "ngram_vocab_size_base": 64, "heads_per_ngram": 2},
-        **{"split_ngram_parts": 2, "make_ngram_vocab_size_divisible_by": 8, "hc_lowrank": 16},
+        **{"split_ngram_parts": 2, "make_ngram_vocab_size_divisible_by": 8, "hc_lowrank": 32},
     },
     "recurrent_gemma": {
         **{"lru_width": 128, "attention_window_size": 16, "block_types": ["recurrent", "recurrent", "attention"]},
@@ -176,8 +176,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         **{"num_hidden_layers": 5, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba"]},
         **{"mamba_dt_rank": 8, "n_mamba_heads": 2, "num_key_value_heads": 4},
     },
-    "zamba2": {**_ZAMBA2, "adapter_rank": 16},
-    "zamba2:fit": {**_ZAMBA2, "adapter_rank": 32},
+    "zamba2": {**_ZAMBA2, "adapter_rank": 32},
     # multimodal
     **dict.fromkeys(
         ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "paddleocr_vl", "glm4v", "glm46v", "glmga", "glm_ocr"),
@@ -219,7 +218,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "vibevoice_asr": {"acoustic_tokenizer_encoder_config": _CODEC, "semantic_tokenizer_encoder_config": _CODEC},
     # odd ones and encoders
-    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 64,
+        "encoder_config": {"hidden_size": 128},
+        "decoder_config": {"hidden_size_global": 128},
+    },
+    "deepseek_v4": {"o_groups": 2, "o_lora_rank": 32},
     "cpmant": {
         **{"dim_ff": 256, "num_attention_heads": 4, "dim_head": 32, "prompt_types": 4, "prompt_length": 4},
         **{"segment_types": 4, "position_bias_num_buckets": 16, "position_bias_max_distance": 32},

@@ -113,15 +113,17 @@ def dequantized(out: Path, source: Path, folder: Path) -> Path:
     return folder
 
 
-def filled(out: Path, source: Path, folder: Path) -> Stock:
+def filled(out: Path, source: Path, folder: Path, opener: Any = None) -> Stock:
     """An output whose single experts transformers has no rule for: its fused parameters, put together here."""
+    shutil.rmtree(folder, ignore_errors=True)
     stored, original = load_file(dequantized(out, source, folder) / "model.safetensors"), tensors(source)
     single = {name: tensor for name, tensor in stored.items() if name not in original}
     rest = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in original.items()}
     save_file(rest | {name: stored[name] for name in stored.keys() - single.keys()}, folder / "model.safetensors")
-    opened = stock(folder)
+    opened = stock(folder, opener)
     for owner in {found[1] for name in single if (found := re.match(r"(.*?)\.\d+(\.\w+)?\.(weight|bias)$", name))}:
-        module = opened.model.get_submodule(owner)
+        named = dict(opened.model.named_modules())
+        module = named.get(owner) or named[owner.removeprefix("language_model.")]  # by the text's own class
         for leaf, parameter in module.named_parameters(recurse=False):
             parameter.data = torch.stack([_expert(module, leaf, n, owner, single) for n in range(len(parameter))])
     return opened
