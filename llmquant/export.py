@@ -73,7 +73,12 @@ def open_packed(model: str | Path, *, trust_remote_code: bool = False) -> Packed
     """A checkpoint that llmquant wrote and whose linears are on integer grids."""
     source = open_checkpoint(model, trust_remote_code=trust_remote_code)
     if not isinstance(source, PackedSource):
-        raise SourceError(source.name, "is not quantized", expected="a checkpoint that llmquant wrote")
+        raise SourceError(
+            source.name,
+            "is not quantized, or dense again (fake)",
+            expected="codes that llmquant wrote",
+            remedy=f"write the format that you want in the run itself, with {option('format')}",
+        )
     if source.method in FACTS and FACTS[source.method].one_file:
         raise SourceError(
             source.name, "is a GGUF file", expected="safetensors", remedy="export the checkpoint that it was made from"

@@ -201,7 +201,7 @@ def test_conv1d_is_refused_by_name_where_the_format_cannot_hold_it(tmp_path: Pat
     message = refused(FORMAT, gpt2)
     assert "Conv1D" in message
     assert "h.0.attn.c_attn" in message
-    assert "--format fake" in message
+    assert "--format gguf or fake" in message
 
 
 @pytest.mark.parametrize(

@@ -173,24 +173,32 @@ def test_a_tied_head_is_left_out_of_gguf_and_the_ledger_says_so(tmp_path: Path) 
     assert "output.weight" not in read_gguf(out / "model-Q4_0.gguf")[1]
 
 
-@pytest.mark.parametrize("flags", [{"format": "gguf"}, {"format": "gguf", "symmetric": False}, ASYMMETRIC_MLX])
+@pytest.mark.parametrize(
+    ("model", "flags"),
+    [
+        ("llama", {"format": "gguf"}),
+        ("llama", {"format": "gguf", "symmetric": False}),
+        ("llama", ASYMMETRIC_MLX),
+        ("gpt2", {"format": "gguf"}),
+    ],
+)
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
-    flags: dict[str, Any], tiny_model: Callable[[str], Path], tmp_path: Path
+    model: str, flags: dict[str, Any], tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """With the permuted rows of GGUF, and the biases that MLX rounds, read back from the disk."""
+    """With the permuted rows of GGUF, its Conv1D layers, and the biases that MLX rounds, read back from the disk."""
     flags = flags | {"method": "gptq", "samples": 4, "seq_len": 32, "eval_data": "builtin", "eval_tokens": 128}
     flags |= {"eval_seq_len": 64, "baselines": "none", "group_size": 32}
     recipe = llmquant.make_recipe("x", flags=flags)
-    llmquant.quantize(tiny_model("llama"), recipe, tmp_path / "whole")
+    llmquant.quantize(tiny_model(model), recipe, tmp_path / "whole")
 
     def stop(line: str) -> None:
         if line.startswith("block 2/3"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        llmquant.quantize(tiny_model("llama"), recipe, tmp_path / "out", log=stop)
+        llmquant.quantize(tiny_model(model), recipe, tmp_path / "out", log=stop)
     lines: list[str] = []
-    llmquant.quantize(tiny_model("llama"), recipe, tmp_path / "out", log=lines.append)
+    llmquant.quantize(tiny_model(model), recipe, tmp_path / "out", log=lines.append)
     assert "going on after block 2 of 3" in lines
     for file in (path.name for path in (tmp_path / "whole").iterdir()):
         if file not in ("cost.json", "manifest.json", "README.md", "report.html"):

@@ -77,12 +77,13 @@ class Format(ABC):
 
     def _check_one(self, spec: LinearSpec) -> None:
         (rows, columns), scheme, facts = spec.shape, spec.scheme, self.facts
+        holding = formats_that(lambda other: other.conv1d or not spec.transposed)
         if spec.transposed and not facts.conv1d:
             raise FormatError(
                 spec.module,
                 f"{self.name} cannot hold {spec.kind} layers",
                 expected="nn.Linear",
-                remedy=f"use {option('format')} fake",
+                remedy=f"use {option('format')} {' or '.join(holding)}",
             )
         if scheme.bits not in facts.bits:
             raise FormatError(
@@ -92,13 +93,14 @@ class Format(ABC):
                 remedy=f"change {option('bits')}",
             )
         if not scheme.symmetric and scheme.bits not in facts.zero_points:
-            *others, last = formats_that(lambda other: scheme.bits in other.zero_points)
+            able = [name for name in holding if scheme.bits in FACTS[name].zero_points]
+            others = " or ".join(filter(None, (", ".join(able[:-1]), able[-1])))
             widths = " or ".join(map(str, facts.zero_points))
             raise FormatError(
                 spec.module,
                 "an asymmetric grid" + (f" of {scheme.bits} bits" if widths else "") + f" in {self.name}",
                 expected="a symmetric grid" + (f", or {widths} bits" if widths else ""),
-                remedy=f"leave {option('asymmetric')} out, or use {option('format')} {', '.join(others)} or {last}",
+                remedy=f"leave {option('asymmetric')} out, or use {option('format')} {others}",
             )
         if facts.groups != GROUPS and scheme.group_size not in facts.groups:
             raise FormatError(
@@ -108,11 +110,12 @@ class Format(ABC):
                 remedy=f"change {option('group_size')}",
             )
         if columns % facts.in_multiple or rows % facts.out_multiple:
+            any_shape = next(name for name in holding if FACTS[name].in_multiple == FACTS[name].out_multiple == 1)
             raise FormatError(
                 spec.module,
                 f"{rows} outputs, {columns} inputs in {self.name}",
                 expected=f"multiples of {facts.out_multiple} and {facts.in_multiple}",
-                remedy=f"keep it in 16 bit with {option('ignore')}, or use {option('format')} compressed-tensors",
+                remedy=f"keep it in 16 bit with {option('ignore')}, or use {option('format')} {any_shape}",
             )
 
     @abstractmethod

@@ -111,6 +111,7 @@ FACTS: dict[str, Facts] = {
         bits=(4, 8),
         zero_points=(4,),
         mixes="a type for each tensor",
+        conv1d=True,
         in_multiple=32,
         packages=("gguf",),
         library="gguf",

@@ -5,4 +5,5 @@ its modules:
 
     reading   header (bytes -> metadata, tensors), config, vocabulary, blocks, source
     writing   model (names, metadata), tokenizer, file (metadata, tensors -> bytes)
+    both      gpt2 (what differs in GPT-2)
 """

@@ -8,12 +8,15 @@ A block is 32 weights of a row: fp16 numbers at its head, then the codes.
 Source: ggml's ggml-quants.c. Shapes: O out_features, I in_features, B blocks of a row, b bytes of a row or of a block.
 """
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmquant.errors import SourceError
+from llmquant.gguf.gpt2 import is_conv1d
 from llmquant.source.layouts import Grid, PackedLinear, Read, Tensors
 
 METHOD = "gguf"  # the quant_method that `source.py` gives what it opens
@@ -27,19 +30,28 @@ def gguf(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, Pack
     Q4_0 and Q8_0 are symmetric grids with one scale per block. The others have only a dense view: the minimum of a Q4_1
     block need not be a multiple of its scale, and the types of the package have scales of scales.
     """
-    found = {}
+    found: dict[str, PackedLinear] = {}
     for name, kind in config["types"].items():
         shape, dtype = tuple(config["shapes"][name]), torch.float16
         prefix = name.rpartition(".")[0]
         if kind in _GRIDS:
             found[name] = _grid(name, prefix, kind, shape, dtype)
-            continue
-
-        def dense(read: Read, name: str = name, kind: str = kind, shape: tuple[int, ...] = shape) -> Tensor:
-            return (_q4_1(read(name)) if kind == "Q4_1" else _by_package(name, kind, read(name))).view(shape)
-
-        found[name] = PackedLinear(prefix, shape, dtype, 0, 0, False, (name,), None, dense, kind)
+        else:
+            dense = partial(_dense, name, kind, shape)
+            found[name] = PackedLinear(prefix, shape, dtype, 0, 0, False, (name,), None, dense, kind)
+        if is_conv1d(name):
+            found[name] = _transposed(found[name])
     return found
+
+
+def _dense(name: str, kind: str, shape: tuple[int, ...], read: Read) -> Tensor:
+    return (_q4_1(read(name)) if kind == "Q4_1" else _by_package(name, kind, read(name))).view(shape)
+
+
+def _transposed(linear: PackedLinear) -> PackedLinear:
+    """With the dense view of a Conv1D, [I, O]."""
+    shape, rows = linear.shape[::-1], linear.dense
+    return replace(linear, shape=shape, group_size=BLOCK, dense=lambda read: rows(read).T.contiguous())
 
 
 def _grid(name: str, prefix: str, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> PackedLinear:

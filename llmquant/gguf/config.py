@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import SourceError
+from llmquant.gguf import gpt2
 from llmquant.gguf.model import ARCHITECTURES, INNER, INNER_OF_GEMMA2, OUTER, llama3_factors
 
-_OUTER_BACK = {theirs: ours for ours, theirs in OUTER.items()}
 # Keys that are read below, and keys that do not change what llama.cpp computes.
 _KNOWN = {
     *("context_length", "embedding_length", "block_count", "feed_forward_length"),
@@ -42,13 +42,16 @@ class Names:
 
     def ours(self, name: str) -> str | None:
         """transformers' name of a tensor in the file; None if it has none."""
+        base, stack, outer = (
+            ("transformer", "h", gpt2.OUTER) if self.architecture == "gpt2" else ("model", "layers", OUTER)
+        )
         if match := re.fullmatch(r"blk\.(\d+)\.(.+)\.(weight|bias)", name):
             inner = _inner_back(self.architecture).get(match[2])
-            return None if inner is None else f"model.layers.{int(match[1])}.{inner}.{match[3]}"
-        if (match := re.fullmatch(r"(\w+)\.(weight|bias)", name)) and match[1] in _OUTER_BACK:
-            leaf = _OUTER_BACK[match[1]]
-            return f"{leaf}.{match[2]}" if leaf == "lm_head" else f"model.{leaf}.{match[2]}"
-        return None
+            return None if inner is None else f"{base}.{stack}.{int(match[1])}.{inner}.{match[3]}"
+        match = re.fullmatch(r"(\w+)\.(weight|bias)", name)
+        if match is None or (leaf := _back(outer).get(match[1])) is None:
+            return None
+        return f"{leaf}.{match[2]}" if leaf == "lm_head" else f"{base}.{leaf}.{match[2]}"
 
     def heads_of(self, key: str) -> int | None:
         """The number of heads of a tensor whose rows are in llama.cpp's order; None for other tensors."""
@@ -59,7 +62,7 @@ class Names:
 
     def back(self, key: str, stored: Tensor) -> Tensor:
         """A stored tensor as transformers has it: rows of each head from (pair, half) to (half, pair); Gemma's norms
-        less 1.
+        less 1; dense weights of Conv1D layers, which are read in the shape that they have there, transposed.
 
         The norms come back exactly for s in [0.5, 2], where 1 + (s - 1) = s in float32, and else up to the last bit.
         """
@@ -68,14 +71,22 @@ class Names:
             return split.transpose(1, 2).reshape(stored.shape).contiguous()
         if self.architecture == "gemma2" and "norm" in key:
             return stored.float() - 1
+        if gpt2.is_conv1d(key) and stored.is_floating_point():
+            return stored.view(stored.shape[::-1]).T.contiguous()
         return stored
 
 
 def _inner_back(architecture: str) -> dict[str, str]:
+    if architecture == "gpt2":
+        return _back(gpt2.INNER)
     merged = ("self_attn.qkv_proj", "mlp.gate_up_proj")
     left_out = ("mlp.up_proj",) if architecture == "phi3" else merged
     table = INNER | INNER_OF_GEMMA2 if architecture == "gemma2" else INNER
-    return {theirs: ours for ours, theirs in table.items() if ours not in left_out}
+    return _back({ours: theirs for ours, theirs in table.items() if ours not in left_out})
+
+
+def _back(table: Mapping[str, str]) -> dict[str, str]:
+    return {theirs: ours for ours, theirs in table.items()}
 
 
 class Described:
@@ -101,17 +112,18 @@ class Described:
         beside    the config.json in the file's folder, or {}
         factors   those of the tensors FACTORS that the file holds
         """
-        if "hidden_size" not in beside:
+        if not beside.keys() & {"hidden_size", gpt2.FIELDS["hidden_size"]}:
             self._refuse_unknown()
         config = {"model_type": self.architecture, **self._sizes(), **self._flags()}
         self._refuse_other(beside, config)
-        ropes = {"rope_theta", "rope_scaling", "rope_parameters"}
-        if not beside.keys() & ropes:
+        rotates = self.architecture != "gpt2"
+        if rotates and not beside.keys() & {"rope_theta", "rope_scaling", "rope_parameters"}:
             config["rope_parameters"] = self._rope(factors)
         config |= beside
         # Whatever a config says: if the file holds a head, it is used.
         config["tie_word_embeddings"] = "output.weight" not in self.shapes
-        self._check_rope(config, factors)
+        if rotates:
+            self._check_rope(config, factors)
         return config
 
     def _sizes(self) -> dict[str, Any]:
@@ -123,6 +135,11 @@ class Described:
             "num_hidden_layers": self._natural("block_count"),
             "intermediate_size": self._natural("feed_forward_length"),
             "num_attention_heads": self.heads,
+        }
+        if arch == "gpt2":
+            own = {gpt2.FIELDS.get(key, key): value for key, value in sizes.items()}
+            return own | {"layer_norm_epsilon": self._float("attention.layer_norm_epsilon")}
+        sizes |= {
             "num_key_value_heads": self.kv_heads,
             "head_dim": self.head_dim,
             "rms_norm_eps": self._float("attention.layer_norm_rms_epsilon"),
@@ -144,8 +161,11 @@ class Described:
 
     def _flags(self) -> dict[str, Any]:
         """What follows from the presence of tensors, and the activation, which follows from the architecture."""
-        activation = "hidden_activation" if self.architecture == "gemma2" else "hidden_act"
-        flags: dict[str, Any] = {activation: "gelu_pytorch_tanh" if self.architecture == "gemma2" else "silu"}
+        flags: dict[str, Any] = {"hidden_act": "silu"}
+        if self.architecture == "gemma2":
+            flags = {"hidden_activation": "gelu_pytorch_tanh"}
+        if self.architecture == "gpt2":
+            flags = {"activation_function": gpt2.ACTIVATION}
         for name in ("bos", "eos", "pad"):  # the defaults of transformers' class may lie outside the vocabulary
             key = f"tokenizer.ggml.{'padding' if name == 'pad' else name}_token_id"
             flags[f"{name}_token_id"] = self.metadata.get(key)
@@ -250,9 +270,10 @@ class Described:
 
     def _refuse_unknown(self) -> None:
         own = {key.partition(".")[2] for key in self.metadata if key.startswith(f"{self.architecture}.")}
+        known = gpt2.KEYS if self.architecture == "gpt2" else _KNOWN
         windowed = {"attention.sliding_window"} if self.architecture in _WINDOWED else set()
         longrope = {"rope.scaling.attn_factor"} if LONG in self.shapes else set()
-        if unknown := sorted(own - _KNOWN - windowed - longrope):
+        if unknown := sorted(own - known - windowed - longrope):
             idle = ("expert_count", "expert_used_count")
             if odd := [key for key in unknown if key not in idle or self.metadata[self._key(key)] != 0]:
                 self._refuse(odd[0], "keys that are known here")

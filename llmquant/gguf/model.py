@@ -1,9 +1,9 @@
 """What llama.cpp must be told about a model: metadata, names of tensors, and the few weights that it stores
 differently.
 
-Two kinds of weights differ. Rows of q and k are permuted for Llama and Mistral, because llama.cpp rotates neighbouring
-pairs where transformers rotates halves. Gemma's norms are stored with 1 added. A model that llama.cpp would compute
-differently is refused.
+Three kinds differ. Rows of q and k are permuted for Llama and Mistral, because llama.cpp rotates neighbouring pairs
+where transformers rotates halves. Gemma's norms are stored with 1 added. GPT-2's Conv1D layers are transposed. A model
+that llama.cpp would compute differently is refused.
 """
 
 import re
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import FormatError, option
+from llmquant.gguf import gpt2
 
 ARCHITECTURES = {"mistral": "llama"} | {name: name for name in ("llama", "qwen2", "qwen3", "gemma2", "phi3")}
+ARCHITECTURES |= {"gpt2": "gpt2", "gpt-sw3": "gpt2"}
 _ACTIVATIONS = {"gemma2": "gelu_pytorch_tanh"}
 
 OUTER = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
@@ -64,6 +66,11 @@ class GGUFModel:
         return ARCHITECTURES[self.config["model_type"]]
 
     @property
+    def common(self) -> dict[str, Any]:
+        """The config, its fields called as in most configs."""
+        return gpt2.in_common(self.config) if self.architecture == "gpt2" else self.config
+
+    @property
     def head_dim(self) -> int:
         return int(self.config.get("head_dim") or self.config["hidden_size"] // self.config["num_attention_heads"])
 
@@ -80,6 +87,8 @@ class GGUFModel:
             raise FormatError("gguf", f"{what} {got!r}", expected=f"{expected}, as llama.cpp computes it")
 
         config, kind = self.config, self.architecture
+        if kind == "gpt2":
+            return gpt2.refuse_differences(config, refuse)
         act = config.get("hidden_activation") or config.get("hidden_act")
         if act != (wanted := _ACTIVATIONS.get(kind, "silu")):
             refuse("activation", act, wanted)
@@ -99,28 +108,46 @@ class GGUFModel:
 
     @property
     def n_layers(self) -> int:
-        return int(self.config["num_hidden_layers"])
+        return int(self.common["num_hidden_layers"])
 
     @property
     def context(self) -> int:
         """For how many positions llama.cpp computes what transformers does: Gemma's sliding window is all it knows."""
-        context, window = int(self.config["max_position_embeddings"]), self.config.get("sliding_window") or 0
+        context, window = int(self.common["max_position_embeddings"]), self.config.get("sliding_window") or 0
         if not window or self.architecture == "gemma2" or not self.config.get("use_sliding_window", True):
             return context
         return min(context, int(window))
 
     def metadata(self, name: str, file_type: int, vocab_size: int) -> dict[str, Any]:
         """The entries `general.*` and the entries of the architecture."""
-        config, arch = self.config, self.architecture
-        heads = int(config["num_attention_heads"])
+        config, arch = self.common, self.architecture
         own: dict[str, Any] = {
             "vocab_size": vocab_size,
             "context_length": self.context,
             "embedding_length": int(config["hidden_size"]),
             "block_count": self.n_layers,
             "feed_forward_length": int(config["intermediate_size"]),
-            "attention.head_count": heads,
-            "attention.head_count_kv": int(config.get("num_key_value_heads") or heads),
+            "attention.head_count": int(config["num_attention_heads"]),
+        }
+        own |= (
+            {"attention.layer_norm_epsilon": float(config["layer_norm_epsilon"])}
+            if arch == "gpt2"
+            else self._of_llamas()
+        )
+        general = {
+            "general.architecture": arch,
+            "general.type": "model",
+            "general.name": name,
+            "general.file_type": file_type,
+            "general.quantization_version": 2,
+        }
+        return general | {f"{arch}.{key}": value for key, value in own.items()}
+
+    def _of_llamas(self) -> dict[str, Any]:
+        """What is said of heads, norms and rope in all architectures but GPT-2's."""
+        config, arch = self.config, self.architecture
+        own: dict[str, Any] = {
+            "attention.head_count_kv": int(config.get("num_key_value_heads") or config["num_attention_heads"]),
             "attention.key_length": self.head_dim,
             "attention.value_length": self.head_dim,
             "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
@@ -138,14 +165,7 @@ class GGUFModel:
                 "final_logit_softcapping": float(config["final_logit_softcapping"]),
                 "attention.sliding_window": int(config["sliding_window"]),
             }
-        general = {
-            "general.architecture": arch,
-            "general.type": "model",
-            "general.name": name,
-            "general.file_type": file_type,
-            "general.quantization_version": 2,
-        }
-        return general | {f"{arch}.{key}": value for key, value in own.items()}
+        return own
 
     @property
     def _rotary_share(self) -> float:
@@ -153,12 +173,16 @@ class GGUFModel:
 
     def name(self, key: str) -> str:
         """llama.cpp's name of a tensor; FormatError if it has none."""
-        if match := re.fullmatch(r"(?:model\.)?layers\.(\d+)\.(.+)\.(weight|bias)", key):
-            table = INNER | INNER_OF_GEMMA2 if self.architecture == "gemma2" else INNER
-            if match[2] in table:
-                return f"blk.{match[1]}.{table[match[2]]}.{match[3]}"
-        elif match := re.fullmatch(r"(?:model\.)?(embed_tokens|norm|lm_head)\.(weight|bias)", key):
-            return f"{OUTER[match[1]]}.{match[2]}"
+        base, stack, inner, outer = r"(?:model\.)?", "layers", INNER, OUTER
+        if self.architecture == "gemma2":
+            inner = INNER | INNER_OF_GEMMA2
+        if self.architecture == "gpt2":
+            base, stack, inner, outer = r"(?:transformer\.)?", "h", gpt2.INNER, gpt2.OUTER
+        if match := re.fullmatch(rf"{base}{stack}\.(\d+)\.(.+)\.(weight|bias)", key):
+            if match[2] in inner:
+                return f"blk.{match[1]}.{inner[match[2]]}.{match[3]}"
+        elif match := re.fullmatch(rf"{base}({'|'.join(outer)})\.(weight|bias)", key):
+            return f"{outer[match[1]]}.{match[2]}"
         raise FormatError(key, "llama.cpp knows no such tensor", remedy=f"use another {option('format')}")
 
     def heads_of(self, key: str) -> int | None:
@@ -178,12 +202,12 @@ class GGUFModel:
         return split.transpose(1, 2).reshape(tensor.shape).contiguous()
 
     def dense(self, key: str, tensor: Tensor) -> Tensor:
-        """A tensor that is not quantized: vectors in float32, Gemma's norms with 1 added, matrices as they are.
+        """A tensor that is not quantized: vectors in float32, Gemma's norms with 1 added, matrices as rows of outputs.
 
         `rows` is applied separately.
         """
         if tensor.dim() > 1:
-            return tensor
+            return tensor.T.contiguous() if gpt2.is_conv1d(key) else tensor
         tensor = tensor.float()
         return tensor + 1 if self.architecture == "gemma2" and "norm" in key else tensor
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from llmquant.errors import SourceError
 from llmquant.gguf.config import FACTORS, Described
 from llmquant.gguf.file import FLOATS
+from llmquant.gguf.gpt2 import is_conv1d
 from llmquant.gguf.header import GGUFHeader, read_header
 from llmquant.gguf.vocabulary import tokenizer_of
 from llmquant.paths import expanded
@@ -92,9 +93,13 @@ class GGUFSource(Source):
             shape, block = tensor.shape, tensor.block
             if (heads := self.names.heads_of(name)) is not None and shape[0] % (2 * heads):
                 raise SourceError(f"{file}: {key!r}", f"{shape[0]} rows", expected=f"those of {heads} heads")
+            if is_conv1d(name) and len(shape) != 2:
+                raise SourceError(f"{file}: {key!r}", f"{len(shape)} dimensions", expected="a matrix")
             self._ours[key] = name
             if block.name not in _FLOATS:
                 shape = (*shape[:-1], shape[-1] // block.weights * block.nbytes)
+            elif is_conv1d(name):
+                shape = shape[::-1]
             tensors[name] = TensorInfo(
                 name, file, _FLOATS.get(block.name, torch.uint8), shape, tensor.start, tensor.end
             )

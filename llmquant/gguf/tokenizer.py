@@ -32,10 +32,9 @@ def tokenizer_metadata(source: Source, vocab_size: int, pre: str | None) -> dict
     table = _json(source, "tokenizer.json")
     settings = _json(source, "tokenizer_config.json") if "tokenizer_config.json" in source.files() else {}
     model = table.get("model") or {}
-    if model.get("type") != "BPE":
-        raise FormatError(
-            "tokenizer.json", f"a {model.get('type')} model", expected="BPE", remedy=f"use another {option('format')}"
-        )
+    kind = model.get("type", "BPE" if "merges" in model else None)  # GPT-2's own file does not say it
+    if kind != "BPE":
+        raise FormatError("tokenizer.json", f"a {kind} model", expected="BPE", remedy=f"use another {option('format')}")
     steps = _steps(table)
     byte_level = any(step.startswith("ByteLevel") for step in steps)
     tokens, types = _tokens(table, model, vocab_size)

@@ -130,7 +130,7 @@ class Container:
         """
         expected = set[str]()
         for row in self.rows:
-            spec = _spec(row)
+            spec = _spec(row, transposed=self._is_transposed(row))
             names = {row.name} if spec is None else set(FORMATS[self.format_name].layout(spec))
             if missing := sorted(names - self.places.keys()):
                 raise VerifyError(missing[0], "is missing", expected=f"all tensors of {row.name}")
@@ -166,8 +166,8 @@ class Container:
         name = row.name
         if spec is None or FACTS[self.format_name].dense:
             place = self.places[name]
-            if place.shape != row.shape:
-                raise VerifyError(name, f"shape {list(place.shape)}", expected=str(list(row.shape)))
+            if place.shape != (shape := row.shape[::-1] if self._is_transposed(row) else row.shape):
+                raise VerifyError(name, f"shape {list(place.shape)}", expected=str(list(shape)))
             if not place.is_finite():
                 raise VerifyError(name, "holds NaN or Inf")
             found = digest(place.raw())
@@ -177,6 +177,10 @@ class Container:
             found = digest(*decoded)
         if expected != found:
             raise VerifyError(name, "does not decode to what was computed", remedy="do not use this checkpoint")
+
+    def _is_transposed(self, row: TensorRow) -> bool:
+        """Whether a weight lies here the other way round than in the checkpoint: that of a Conv1D in GGUF."""
+        return self.format_name == "gguf" and self.order.is_transposed(row.name)
 
     def _check_header(self, config: Mapping[str, Any]) -> None:
         specs = [spec for row in self.rows if (spec := _spec(row)) is not None]
@@ -207,7 +211,7 @@ class Container:
         for row in self.rows:
             if row.name == ROPE:  # by `_check_header`
                 continue
-            if (spec := _spec(row)) is None:
+            if (spec := _spec(row, transposed=self._is_transposed(row))) is None:
                 self._check_copied(row.name, source)
             elif (said := _said(row, errors)) is None:
                 self.not_compared[OLD_REPORT] += 1
@@ -222,7 +226,8 @@ class Container:
             raise VerifyError(name, f"is not that of {source.name}")
 
     def _check_quantized(self, spec: LinearSpec, source: Source, said: float) -> None:
-        weight, dense = source.read(spec.key).float(), torch.from_numpy(self._as_loaded(spec))
+        weight = source.read(spec.key).float()
+        weight, dense = weight.T if spec.transposed else weight, torch.from_numpy(self._as_loaded(spec))
         error = _square(weight - dense) / (_square(weight) or 1.0)
         if not abs(error - said) <= 1e-3 * max(said, 1e-9):  # NaN is not within it either
             raise VerifyError(spec.key, f"relative error {error:.3e} against {source.name}", expected=f"{said:.3e}")
@@ -242,12 +247,13 @@ class Container:
         return dense
 
 
-def _spec(row: TensorRow) -> LinearSpec | None:
+def _spec(row: TensorRow, *, transposed: bool = False) -> LinearSpec | None:
     """What the decoder needs of a quantized row. A Conv1D's shape is the stored one."""
     if row.scheme is None:
         return None
-    (rows, columns), module = row.shape, row.name.removesuffix(".weight")
-    return LinearSpec(row.name, module, "Linear", (rows, columns), getattr(torch, row.dtype), row.scheme)
+    (rows, columns), module = row.shape[::-1] if transposed else row.shape, row.name.removesuffix(".weight")
+    kind = "Conv1D" if transposed else "Linear"
+    return LinearSpec(row.name, module, kind, (rows, columns), getattr(torch, row.dtype), row.scheme)
 
 
 def _check_range(spec: LinearSpec, decoded: Decoded) -> None:

@@ -17,6 +17,7 @@ from llmquant.formats.facts import FACTS
 from llmquant.formats.fake import Fake
 from llmquant.formats.gguf import kind_of
 from llmquant.gguf.file import FLOATS, Entry, build_gguf
+from llmquant.gguf.gpt2 import is_conv1d
 from llmquant.gguf.model import GGUFModel
 from llmquant.gguf.tokenizer import tokenizer_metadata
 from llmquant.model.classes import own_class
@@ -187,7 +188,8 @@ class GGUFFile:
         dtype = torch.float32 if len(info.shape) == 1 else info.dtype
         if dtype not in FLOATS:
             raise FormatError(row.name, f"{row.dtype} in gguf", expected="bfloat16, float16 or float32")
-        return Entry(name, FLOATS[dtype], info.shape, (dtype, info.shape))
+        shape = info.shape[::-1] if is_conv1d(row.name) else info.shape
+        return Entry(name, FLOATS[dtype], shape, (dtype, shape))
 
     def open(self, run: RunDir, max_shard_bytes: int, folder: str = "") -> None:
         """One file, whatever the size of shards."""

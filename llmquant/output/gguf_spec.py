@@ -19,14 +19,8 @@ from llmquant.errors import VerifyError
 
 ROPE = "rope_freqs.weight"  # what the frequencies of rope are divided by: computed from config.json
 # model_type of config.json -> llama.cpp's architecture
-ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma2": "gemma2",
-    "phi3": "phi3",
-}
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2"}
+ARCHITECTURES |= {"phi3": "phi3", "gpt2": "gpt2", "gpt-sw3": "gpt2"}
 # The modules of a decoder block: llama.cpp's name -> transformers' name.
 _PLAIN = {
     "attn_norm": "input_layernorm",
@@ -39,6 +33,8 @@ _PLAIN = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# GPT-2's linears, which its checkpoints hold as [in, out].
+_CONV1D = {"attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}
 _GEMMA2 = {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
@@ -57,8 +53,11 @@ BLOCKS = {
         "ffn_up": "mlp.gate_up_proj",
         "ffn_down": "mlp.down_proj",
     },
+    "gpt2": _CONV1D | {"attn_norm": "ln_1", "ffn_norm": "ln_2"},
 }
-OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_OUTER_GPT2 = {"token_embd": "transformer.wte", "position_embd": "transformer.wpe", "output_norm": "transformer.ln_f"}
+OUTER = dict.fromkeys(BLOCKS, _OUTER) | {"gpt2": _OUTER_GPT2 | {"output": "lm_head"}}
 # What transformers assumes where config.json does not have the key.
 _DEFAULTS: dict[str, Any] = {
     "hidden_size": 4096,
@@ -97,7 +96,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096,
         "original_max_position_embeddings": 4096,
     },
+    "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "layer_norm_epsilon": 1e-5}
+    | {"tie_word_embeddings": True},
 }
+DEFAULTS["gpt-sw3"] = DEFAULTS["gpt2"]
+# Fields that GPT-2's config.json calls by names of its own.
+_OWN = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
+_OWN |= {"max_position_embeddings": "n_positions", "intermediate_size": "n_inner"}
 
 
 @dataclass(frozen=True)
@@ -121,16 +126,17 @@ class Order:
         return cls(str(architecture), int(heads or 0), int(kv_heads or 0))
 
     def stored_name(self, key: str) -> str | None:
-        """llama.cpp's name of a tensor of the checkpoint; None where it has none. "model." may be left out."""
+        """llama.cpp's name of a tensor of the checkpoint, or of that of its base model; None where it has none."""
         if key == ROPE:
             return key
-        module, _, leaf = key.removeprefix("model.").rpartition(".")
+        base, stack = ("transformer.", "h") if self.architecture == "gpt2" else ("model.", "layers")
+        module, _, leaf = key.removeprefix(base).rpartition(".")
         if leaf not in ("weight", "bias"):
             return None
-        if match := re.fullmatch(r"layers\.(\d+)\.(.+)", module):
+        if match := re.fullmatch(rf"{stack}\.(\d+)\.(.+)", module):
             found = [name for name, ours in BLOCKS[self.architecture].items() if ours == match[2]]
             return f"blk.{match[1]}.{found[0]}.{leaf}" if found else None
-        found = [name for name, ours in OUTER.items() if ours.removeprefix("model.") == module]
+        found = [name for name, ours in OUTER[self.architecture].items() if ours.removeprefix(base) == module]
         return f"{found[0]}.{leaf}" if found else None
 
     def heads_of(self, key: str) -> int | None:
@@ -143,11 +149,18 @@ class Order:
         heads = {"attn_q": self.heads, "attn_k": self.kv_heads}
         return heads.get(leaf[0]) if leaf and self.architecture == "llama" else None
 
+    def is_transposed(self, key: str) -> bool:
+        """Whether the checkpoint holds a matrix as [in, out], where llama.cpp has [out, in]."""
+        *_, part, leaf = ("", *(self.stored_name(key) or ".").split("."))
+        return self.architecture == "gpt2" and part in _CONV1D and leaf == "weight"
+
     def as_stored(self, key: str, tensor: Tensor) -> Tensor:
         """A tensor that is not quantized, as the file must hold it, but for the order of rows.
 
         Vectors are in float32; llama.cpp multiplies with Gemma's norms as they are, where transformers adds 1 first.
         """
+        if self.is_transposed(key):
+            return tensor.T
         if tensor.dim() != 1 or key == ROPE:
             return tensor
         leaf = (self.stored_name(key) or "").split(".")[-2]
@@ -174,7 +187,8 @@ class Expected:
             raise VerifyError(where, f"its config.json cannot be read ({type(error).__name__}: {error})") from None
 
     def _get(self, key: str) -> Any:
-        return self._config[key] if key in self._config else self._defaults.get(key)
+        own = _OWN.get(key, key) if self.architecture == "gpt2" else key
+        return self._config[own] if own in self._config else self._defaults.get(own)
 
     def _rope(self) -> dict[str, Any]:
         """`rope_parameters` of config.json, or the older `rope_scaling` with a `rope_theta` beside it."""
@@ -188,8 +202,19 @@ class Expected:
             "context_length": self._context(),
             "embedding_length": int(self._get("hidden_size")),
             "block_count": int(self._get("num_hidden_layers")),
-            "feed_forward_length": int(self._get("intermediate_size")),
+            "feed_forward_length": int(self._get("intermediate_size") or 4 * self._get("hidden_size")),
             "attention.head_count": self.heads,
+        }
+        own |= self._heads_and_rope()
+        general = {"architecture": self.architecture, "type": "model", "quantization_version": 2}
+        return {f"general.{key}": value for key, value in general.items()} | {
+            f"{self.architecture}.{key}": value for key, value in own.items()
+        }
+
+    def _heads_and_rope(self) -> dict[str, Any]:
+        if self.architecture == "gpt2":
+            return {"attention.layer_norm_epsilon": float(self._get("layer_norm_epsilon"))}
+        own: dict[str, Any] = {
             "attention.head_count_kv": self.order.kv_heads,
             "attention.key_length": self.head_dim,
             "attention.value_length": self.head_dim,
@@ -206,10 +231,7 @@ class Expected:
             own["attention.sliding_window"] = int(self._get("sliding_window"))
             for key in ("attn_logit_softcapping", "final_logit_softcapping"):
                 own[key] = float(self._get(key))
-        general = {"architecture": self.architecture, "type": "model", "quantization_version": 2}
-        return {f"general.{key}": value for key, value in general.items()} | {
-            f"{self.architecture}.{key}": value for key, value in own.items()
-        }
+        return own
 
     def _context(self) -> int:
         """Up to a sliding window that llama.cpp does not know: there, both compute the same."""
@@ -235,14 +257,17 @@ class Expected:
 
     def tensors(self) -> set[str]:
         """Names of all tensors of the file."""
-        bias: set[str] = {"attn_q", "attn_k", "attn_v"} if self.architecture == "qwen2" else set()
+        arch, tied = self.architecture, self._get("tie_word_embeddings")
+        bias: set[str] = {"attn_q", "attn_k", "attn_v"} if arch == "qwen2" else set()
+        bias |= set(BLOCKS["gpt2"]) if arch == "gpt2" else set()
         if self._get("attention_bias") and self._config["model_type"] in ("llama", "qwen3", "gemma2"):
             bias |= {"attn_q", "attn_k", "attn_v", "attn_output"}
         if self._get("mlp_bias") and self._config["model_type"] == "llama":
             bias |= {"ffn_gate", "ffn_up", "ffn_down"}
-        leaves = [f"{name}.weight" for name in BLOCKS[self.architecture]] + [f"{name}.bias" for name in bias]
+        leaves = [f"{name}.weight" for name in BLOCKS[arch]] + [f"{name}.bias" for name in bias]
         names = {f"blk.{i}.{leaf}" for i in range(int(self._get("num_hidden_layers"))) for leaf in leaves}
-        names |= {f"{name}.weight" for name in OUTER if name != "output" or not self._get("tie_word_embeddings")}
+        names |= {f"{name}.weight" for name in OUTER[arch] if name != "output" or not tied}
+        names |= {"output_norm.bias"} if arch == "gpt2" else set()
         return names | ({ROPE} if self.rope_factors is not None else set())
 
     def check(self, metadata: Mapping[str, Any], tensors: Iterable[str], vocab_size: int) -> None:

@@ -219,9 +219,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "vibevoice_asr": {"acoustic_tokenizer_encoder_config": _CODEC, "semantic_tokenizer_encoder_config": _CODEC},
     # odd ones and encoders
     "blt": {
-        "encoder_hash_byte_group_vocab": 64,
-        "encoder_config": {"hidden_size": 128},
-        "decoder_config": {"hidden_size_global": 128},
+        **{"encoder_hash_byte_group_vocab": 64, "encoder_config": {"hidden_size": 128}},
+        **{"decoder_config": {"hidden_size_global": 128}, "global_config": {"hidden_size": 128}},
     },
     "deepseek_v4": {"o_groups": 2, "o_lora_rank": 32},
     "cpmant": {

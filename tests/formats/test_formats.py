@@ -53,7 +53,7 @@ def test_what_each_format_takes() -> None:
         "gguf": [4, 8],
         "fake": [2, 3, 4, 8],
     }
-    assert [name for name, specs in taken.items() if any(s.transposed for s in specs)] == ["fake"]
+    assert [name for name, specs in taken.items() if any(s.transposed for s in specs)] == ["gguf", "fake"]
     assert [name for name, specs in taken.items() if any(not s.scheme.symmetric for s in specs)] == [
         "awq",
         "mlx",
@@ -217,8 +217,25 @@ def test_the_peer_reads_rows_of_any_length(bits: int, rows: int, columns: int, s
 
 
 def test_compressed_tensors_refuses_conv1d_and_names_it() -> None:
-    with pytest.raises(FormatError, match=r"^h\.0\.attn: compressed-tensors cannot hold Conv1D .*; use --format fake$"):
+    message = r"^h\.0\.attn: compressed-tensors cannot hold Conv1D .*; use --format gguf or fake$"
+    with pytest.raises(FormatError, match=message):
         CT.check([spec_of(), spec_of(kind="Conv1D", module="h.0.attn")])
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "symmetric", "shape", "remedy"),
+    [
+        ("Linear", 8, False, (6, 96), "use --format mlx or fake"),
+        ("Conv1D", 8, False, (6, 96), "use --format fake"),
+        ("Linear", 4, True, (6, 40), "use --format compressed-tensors"),
+        ("Conv1D", 4, True, (6, 40), "use --format fake"),
+    ],
+)
+def test_the_way_out_names_formats_that_hold_the_layer(
+    kind: str, bits: int, symmetric: bool, shape: tuple[int, int], remedy: str
+) -> None:
+    with pytest.raises(FormatError, match=f", or {remedy}$"):
+        FORMATS["gguf"].check([spec_of(bits, -1, shape, kind=kind, symmetric=symmetric)])
 
 
 def test_compressed_tensors_refuses_an_asymmetric_grid() -> None:

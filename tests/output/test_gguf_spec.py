@@ -34,6 +34,7 @@ NOT_OURS = {
     "qwen2": {"rope_freqs"},
     "qwen3": {"rope_freqs"},
     "gemma2": set(),
+    "gpt2": set(),
     "phi3": {"rope_factors_long", "rope_factors_short", "attn_q", "attn_k", "attn_v"},
 }
 
@@ -46,17 +47,18 @@ def test_names_are_those_of_llama_cpp(kind: str) -> None:
     architecture = ARCHITECTURES[kind]
     arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     table, order = gguf.get_tensor_name_map(arch, 3), Order(architecture, 4, 2)
+    base, stack = ("transformer", "h") if kind in ("gpt2", "gpt-sw3") else ("model", "layers")
     for ours in BLOCKS[architecture].values():
         for leaf in ("weight", "bias"):
-            expected = f"{table.get_name(f'model.layers.2.{ours}')}.{leaf}"
-            assert order.stored_name(f"model.layers.2.{ours}.{leaf}") == expected
-            assert order.stored_name(f"layers.2.{ours}.{leaf}") == expected  # a checkpoint of the base model
-    for theirs, ours in OUTER.items():
+            expected = f"{table.get_name(f'{base}.{stack}.2.{ours}')}.{leaf}"
+            assert order.stored_name(f"{base}.{stack}.2.{ours}.{leaf}") == expected
+            assert order.stored_name(f"{stack}.2.{ours}.{leaf}") == expected  # a checkpoint of the base model
+    for theirs, ours in OUTER[architecture].items():
         assert order.stored_name(f"{ours}.weight") == f"{theirs}.weight"
         if (theirs, kind) != ("output", "gemma2"):  # always tied: it has no head
             assert table.get_name(ours) == theirs
     loaded = {gguf.TENSOR_NAMES[tensor].removeprefix("blk.{bid}.") for tensor in gguf.MODEL_TENSORS[arch]}
-    ours_all = {*BLOCKS[architecture], *OUTER} - ({"output"} if kind == "gemma2" else set())
+    ours_all = {*BLOCKS[architecture], *OUTER[architecture]} - ({"output"} if kind == "gemma2" else set())
     assert loaded - NOT_OURS[architecture] == ours_all
     assert gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS] + ".weight" == ROPE == order.stored_name(ROPE)
     for unknown in ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.mlp.router.weight", "x.weight"):
@@ -142,8 +144,11 @@ def test_a_config_that_says_nothing_of_use_is_refused(config: dict[str, Any], me
 
 # -- mistakes of a writer ------------------------------------------------------------------------------
 def run(tmp_path: Path, name: str = "llama", **extra: Any) -> tuple[Path, Path]:
-    source = tiny.build(tmp_path / "m", tiny.ARCHITECTURES[name], **TINY[name] | extra)
+    architectures = tiny.ARCHITECTURES | {"gpt2": tiny.GPT2_ARCHITECTURE}
+    source = tiny.build(tmp_path / "m", architectures[name], **TINY.get(name, {}) | extra)
     flags = {"group_size": 32, "method": "rtn", "eval_data": "none", "format": "gguf"}
+    if name == "gpt2":  # a square matrix in 16 bit
+        flags["ignore"] = [r"attn\.c_proj"]
     llmquant.quantize(source, llmquant.make_recipe("x", flags=flags), tmp_path / "out")
     return source, tmp_path / "out"
 
@@ -261,6 +266,19 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], Callable[[pytest.MonkeyPatch], No
     ),
     "a window": ("gemma2", {}, told(attention__sliding_window=4096), r"sliding_window: 4096; expected 16"),
     "a context past the window": ("mistral", {}, told(context_length=512), r"context_length: 512; expected 128"),
+    "Conv1D layers as they lie": (
+        "gpt2",
+        {},
+        method("dense", lambda f, self, key, t: t if t.dim() > 1 else f),
+        DECODES,
+    ),
+    "norms of GPT-2 exchanged": ("gpt2", {}, named("attn_norm", "ffn_norm"), DECODES),
+    "norm epsilon of GPT-2": (
+        "gpt2",
+        {},
+        told(attention__layer_norm_epsilon=1e-6),
+        r"layer_norm_epsilon: 1e-06; expected 1e-05",
+    ),
     "a number as a float": ("llama", {}, told(block_count=3.0), r"block_count: 3\.0; expected 3"),
 }
 
