@@ -39,7 +39,6 @@ STAGES = {
         "model.paused:Paused._go_on",
         "blocks.forwards:BlockForwards._advance",
         "model.skeleton:Skeleton.record",
-        "model.block:Block.steps",
     ],
     "gram": ["quant.hessian:Hessian.add", "quant.hessian:Hessian.mean", "quant.hessian:Hessian.take_drift"],
     "factor": ["quant.solvers.gptq:factor"],

@@ -13,7 +13,7 @@ from torch import Tensor
 from llmquant.blocks.measure import LayerReport
 from llmquant.blocks.quantize import quantize_block
 from llmquant.blocks.snapshots import Snapshots
-from llmquant.blocks.solve import Solved
+from llmquant.blocks.solve import Solved, solve_alone
 from llmquant.comparison import noise_floor
 from llmquant.export import export_beside
 from llmquant.formats import FORMATS, LinearSpec
@@ -134,9 +134,10 @@ class _Pass:
         with self.watch.stage("embed"):
             self.hidden.embed()
         trim()
-        if not self.run.records:
+        fresh = not self.run.records
+        if fresh:
             self._copy(None)
-        layers = self._finished_before()
+        layers = [*self._foreign(write=fresh), *self._finished_before()]
         for block in self.blocks[len(self.run.records) :]:
             begin = time.perf_counter()
             ahead = (block.index, block.index + 1)
@@ -154,6 +155,18 @@ class _Pass:
                 with self.watch.stage("snapshot"):
                     self.snapshots.save()
         return layers, self._score()
+
+    def _foreign(self, *, write: bool) -> list[LayerReport]:
+        """Quantize the linears that no block runs (MTP heads, if a rule names them); a resumed run reports."""
+        reports = []
+        for spec in (row.spec for row in self.job.plan.block(None) if row.spec is not None):
+            with self.watch.stage("quantize"):
+                solved = solve_alone(spec, self.job.source.read_finite(spec.key).float(), self.job.recipe)
+            if write:
+                with self.watch.stage("write"):
+                    self.output.quantized(self.run, spec, solved.weight)
+            reports.append(solved.report)
+        return reports
 
     def _block(self, block: Block) -> list[Solved]:
         hidden, specs = self.hidden, self.hidden.specs(block)

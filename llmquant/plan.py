@@ -1,6 +1,5 @@
 """One row per tensor of the checkpoint: quantized or copied, and why. Nothing is left out silently."""
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,9 +18,8 @@ from llmquant.quant.solvers import DATA_FREE
 from llmquant.recipe import Recipe
 from llmquant.source.base import Source
 from llmquant.source.names import natural_key, without_numbers
-from llmquant.treatments import Treatment, module_of, refuse_unknown_experts, treatments
+from llmquant.treatments import Treatment, is_foreign, module_of, refuse_unknown_experts, treatments
 
-_NO_LINEAR = re.compile(r"embed|norm|wte|wpe", re.IGNORECASE)  # in the names of weights that no class of ours knows
 _STORABLE = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -100,7 +98,9 @@ class Plan:
 
     @property
     def most_bits(self) -> int:
-        return max(spec.scheme.bits for spec in self.specs)
+        """Of the linears that are calibrated; of all where none is."""
+        calibrated = [spec for spec in self.specs if spec.method not in DATA_FREE]
+        return max(spec.scheme.bits for spec in calibrated or self.specs)
 
     @property
     def output_bytes(self) -> int:
@@ -179,7 +179,7 @@ def _ignore(rows: Sequence[Row], skeleton: Skeleton, dense: Sequence[str]) -> li
             if row.name in skeleton.param_of:
                 if module in known:
                     stored[row.name.removesuffix(".weight")] = module
-            elif not _NO_LINEAR.search(row.name):
+            elif is_foreign(skeleton, row.name):
                 stored[module] = None
     parts = any(isinstance(part, dict) and "model_type" in part for part in skeleton.source.config.values())
     varied = parts or any(name != module for name, module in stored.items())
@@ -201,26 +201,37 @@ def _row(source: Source, skeleton: Skeleton, key: str, treatment: Treatment | No
     if param is None:
         if key in skeleton.source.slices:
             return copied("all experts in one tensor, none of them quantized")
-        return copied("not a parameter of the model class")
-    module_name, _, leaf = param.rpartition(".")
-    module = skeleton.model.get_submodule(module_name)
-    if block is None:
-        return copied(f"outside the decoder blocks ({type(module).__name__})")
-    if not is_linear(module):
-        return copied(f"not a linear layer ({type(module).__name__})")
-    if leaf != "weight" or treatment is None:
-        return copied(f"{leaf} of a linear layer")
+        if treatment is None:
+            return copied("not a parameter of the model class")
+        module_name, conv, kind = key.removesuffix(".weight"), False, "Linear"
+    else:
+        if (why := _why_copied(skeleton, param, treatment)) is not None:
+            return copied(why)
+        module_name = param.removesuffix(".weight")
+        module = skeleton.model.get_submodule(module_name)
+        conv = is_conv1d(module)
+        kind = "Conv1D" if conv else type(module).__name__
+    assert treatment is not None
     if treatment.scheme is None:
         return copied(treatment.why)
     if info.dtype not in _STORABLE:
         raise SourceError(
             key, f"weights in {dtype}", expected="bfloat16, float16 or float32", remedy="use a 16-bit checkpoint"
         )
-    conv = is_conv1d(module)
     shape = (info.shape[1], info.shape[0]) if conv else (info.shape[0], info.shape[1])
-    kind = "Conv1D" if conv else type(module).__name__
     spec = LinearSpec(key, module_name, kind, shape, info.dtype, treatment.scheme, treatment.method)
     return Row(key, "quantized", treatment.why + read_from, dtype, info.shape, block, spec, treatment.by_rule)
+
+
+def _why_copied(skeleton: Skeleton, param: str, treatment: Treatment | None) -> str | None:
+    """Why a parameter of the model is no weight that could be quantized; None where it is one."""
+    module_name, _, leaf = param.rpartition(".")
+    module = skeleton.model.get_submodule(module_name)
+    if skeleton.block_of(param) is None:
+        return f"outside the decoder blocks ({type(module).__name__})"
+    if not is_linear(module):
+        return f"not a linear layer ({type(module).__name__})"
+    return f"{leaf} of a linear layer" if leaf != "weight" or treatment is None else None
 
 
 def _check_borrowed(specs: Sequence[LinearSpec], skeleton: Skeleton) -> None:

@@ -7,7 +7,7 @@ fields. Then sets that servers run as one (q, k and v; all experts of a layer) a
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmquant.errors import RecipeError, SourceError, option
 from llmquant.formats.base import in_block
@@ -15,9 +15,11 @@ from llmquant.formats.facts import fused_sets
 from llmquant.model.meta import is_conv1d, is_linear
 from llmquant.model.skeleton import Skeleton
 from llmquant.quant.grid import QuantScheme
+from llmquant.quant.solvers import DATA_FREE
 from llmquant.recipe import Recipe
 from llmquant.rules import Rule, why_small
 
+NO_LINEAR = re.compile(r"embed|norm|wte|wpe", re.IGNORECASE)  # in the names of weights that no class of ours knows
 _SMALL = 50  # a linear with less than this part of its block's weights is not worth a refusal
 
 
@@ -56,9 +58,12 @@ def treatments(keys: Sequence[str], skeleton: Skeleton, recipe: Recipe) -> dict[
         ignored = [p for p in recipe.ignore if re.search(p, key) or re.fullmatch(p, module)]
         for pattern in ignored:
             unused_patterns.pop(pattern, None)
+        rule = next((rule for rule in recipe.rules if rule.matches(module)), None)
+        if rule is not None and not ignored and is_foreign(skeleton, key):
+            chosen[module] = _foreign(recipe, rule, key)
+            unused_rules.pop(rule, None)
         if not _is_candidate(skeleton, key):
             continue
-        rule = next((rule for rule in recipe.rules if rule.matches(module)), None)
         if ignored:
             chosen[module] = Treatment(None, "", f"--ignore {ignored[0]}")
         elif why := skeleton.unquantizable(module):
@@ -83,6 +88,26 @@ def _is_candidate(skeleton: Skeleton, key: str) -> bool:
     if param is None or skeleton.block_of(param) is None or not param.endswith(".weight"):
         return False
     return is_linear(skeleton.model.get_submodule(param.removesuffix(".weight")))
+
+
+def is_foreign(skeleton: Skeleton, key: str) -> bool:
+    """Whether the tensor is a matrix that the model's class does not know (an MTP head, say): quantized if a rule says
+    so, without text, as nothing runs it here."""
+    matrix = key.endswith(".weight") and len(skeleton.source.tensors[key].shape) == 2
+    return matrix and key not in skeleton.param_of and not NO_LINEAR.search(key)
+
+
+def _foreign(recipe: Recipe, rule: Rule, key: str) -> Treatment:
+    treatment = _treatment(recipe, rule)
+    if treatment.scheme is not None and treatment.method not in DATA_FREE:
+        raise RecipeError(
+            f"rule '{rule}'",
+            f"matches {key}, which the model's class does not run",
+            expected="a method that needs no text",
+            remedy="add method=rtn to the rule",
+            field="rules",
+        )
+    return replace(treatment, why=treatment.why.replace("of a decoder block", "that the model's class does not know"))
 
 
 def _why_small(skeleton: Skeleton, module: str) -> str:

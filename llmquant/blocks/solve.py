@@ -41,6 +41,14 @@ def solve_step(block: Block, step: Step, hessian: Hessian | None, recipe: Recipe
     return [solved for task in tasks for solved in _solve(block, task, inputs, drift_II, recipe)]
 
 
+def solve_alone(spec: LinearSpec, weight_OI: Tensor, recipe: Recipe) -> Solved:
+    """Quantize a linear that no block of ours runs, by a method that needs no text."""
+    step = Step([spec], 0.0)
+    task = LayerTask(spec.module, weight_OI, None, 0, spec.scheme)
+    part = SOLVERS[spec.method](task, _options(step, recipe))
+    return Solved(spec, part.weight.cpu(), _report(spec, weight_OI, part, Inputs(None, 0), recipe.format)[1])
+
+
 def _solve(block: Block, step: Step, inputs: Inputs, drift_II: Tensor | None, recipe: Recipe) -> list[Solved]:
     """Linears of one input, scheme and solver as one task of stacked rows: every row is a problem of its own."""
     specs, weights = step.specs, [block.weight(spec) for spec in step.specs]
@@ -92,8 +100,15 @@ def _options(step: Step, recipe: Recipe) -> SolveOptions:
 def _set_back(
     block: Block, spec: LinearSpec, weight_OI: Tensor, part: Solution, inputs: Inputs, format_name: str
 ) -> Solved:
-    dense_OI = FORMATS[format_name].loaded(spec, part.weight)
-    bits = FORMATS[format_name].weight_bits(spec) / (spec.shape[0] * spec.shape[1])
-    report = measure(spec, weight_OI, dense_OI, part, inputs, bits)
+    dense_OI, report = _report(spec, weight_OI, part, inputs, format_name)
     block.set_weight(spec, dense_OI)
     return Solved(spec, part.weight.cpu(), report)
+
+
+def _report(
+    spec: LinearSpec, weight_OI: Tensor, part: Solution, inputs: Inputs, format_name: str
+) -> tuple[Tensor, LayerReport]:
+    """The weight as a loader will see it, and how well it was quantized."""
+    dense_OI = FORMATS[format_name].loaded(spec, part.weight)
+    bits = FORMATS[format_name].weight_bits(spec) / (spec.shape[0] * spec.shape[1])
+    return dense_OI, measure(spec, weight_OI, dense_OI, part, inputs, bits)

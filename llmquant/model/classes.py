@@ -5,17 +5,15 @@ may have several (Qwen3.5 has one for text and one that sees pictures). Where it
 Auto classes decide by `model_type`.
 """
 
-import math
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from llmquant.errors import SourceError
+from llmquant.model.loads import openers
 from llmquant.source.base import Source
 from llmquant.source.bounds import refuse_absurd, refuse_buffers
-
-_FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}  # as transformers writes them in JSON
 
 
 def build_model(source: Source, dtype: torch.dtype) -> Any:
@@ -24,32 +22,25 @@ def build_model(source: Source, dtype: torch.dtype) -> Any:
     SourceError where no class of the installed transformers fits, or where it cannot be built.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig
     from transformers.initialization import no_init_weights
 
     refuse_absurd(source, source.config)
-    config = _floats(source.safe_config)
+    config = source.safe_config
     config.pop("quantization_config", None)
-    auto_map = config.get("auto_map")  # is there only where the user trusts it; by class, else transformers' own
-    own = auto_map if isinstance(auto_map, dict) else {}
-    model_type = config.pop("model_type", None)
-    if "AutoModelForCausalLM" not in own and (refusal := _refusal(source, model_type, config)):
+    auto_map = config.get("auto_map")  # is there only where the user trusts it
+    own = isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map
+    if not own and (refusal := _refusal(source, config.get("model_type"), config)):
         raise refusal
     try:
-        if "AutoConfig" in own:
-            settings = own_class(source, own["AutoConfig"]).from_dict(config)
-        else:
-            settings = AutoConfig.for_model(model_type, **config)
-        if "AutoModelForCausalLM" in own:
-            make = own_class(source, own["AutoModelForCausalLM"])._from_config
-        else:
-            make = _maker(model_type, config)
+        found = openers(config, partial(own_class, source) if own else None)
+        opener = next(opener for opener in found if own or opener.name in _generators())
+        make = partial(opener.cls._from_config, opener.settings)
         with torch.device("meta"), no_init_weights():  # nothing is allocated, and buffers can be counted
-            built = make(settings, dtype=dtype)
+            built = make(dtype=dtype)
         refuse_buffers(source, sum(buffer.nbytes for buffer in built.buffers()))
-        if "AutoModelForCausalLM" in own:  # such a class may compute its buffers while it is made, and only then
+        if own:  # such a class may compute its buffers while it is made, and only then
             with init_empty_weights(include_buffers=False), no_init_weights():
-                built = make(settings, dtype=dtype)
+                built = make(dtype=dtype)
         else:
             _compute_buffers(built)
     except SourceError:
@@ -97,34 +88,10 @@ def _mappings() -> list[dict[str, Any]]:
     ]
 
 
-def _maker(model_type: str, config: dict[str, Any]) -> Callable[..., Any]:
-    """What makes the model from its configuration: the class that `architectures` names, else an Auto class."""
-    import transformers
-
-    named = config.get("architectures")
-    name = str(named[0]) if isinstance(named, list) and named else ""
-    known = {
-        each
-        for mapping in _mappings()
-        for entry in mapping.values()
-        for each in (entry if isinstance(entry, list | tuple) else [entry])
-    }
-    if name in known:
-        make: Callable[..., Any] = getattr(transformers, name)._from_config
-        return make
-    autos = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
-    auto = next(auto for auto, mapping in zip(autos, _mappings(), strict=True) if model_type in mapping)
-    by_type: Callable[..., Any] = getattr(transformers, auto).from_config
-    return by_type
-
-
-def _floats(value: Any) -> Any:
-    """`value` with the floats that JSON does not know in the place of what transformers writes for them."""
-    if isinstance(value, dict):
-        if set(value) == {"__float__"} and value["__float__"] in _FLOATS:
-            return _FLOATS[value["__float__"]]
-        return {key: _floats(item) for key, item in value.items()}
-    return [_floats(item) for item in value] if isinstance(value, list) else value
+def _generators() -> set[str]:
+    """Names of the classes that predict the next token."""
+    entries = [entry for mapping in _mappings() for entry in mapping.values()]
+    return {name for entry in entries for name in (entry if isinstance(entry, list | tuple) else [entry])}
 
 
 def own_class(source: Source, reference: str) -> Any:

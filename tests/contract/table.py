@@ -29,7 +29,12 @@ CAUSES = (
     ("merged with others", "experts or other tensors that transformers merges"),
     ("all experts in one tensor", "experts in one tensor"),
     ("cannot hold Conv1D", "Conv1D layers"),
-    ("cannot be streamed block by block", "state that blocks share"),
+    ("cannot be streamed block by block|runs it more than once", "blocks that do not run once each, in their order"),
+    ("cannot be run on text alone", "models that want more than text"),
+    ("experts of an unknown form|experts in \\d+ kinds|expected \\d+ experts", "experts of another form"),
+    ("is an encoder-decoder", "encoder-decoders"),
+    ("no weights for", "weights under other names"),
+    ("compressed-tensors in transformers", "rules of transformers that fail on packed weights"),
     ("not divisible", "widths that no group divides"),
     ("cannot open|would not open", "transformers cannot open the result"),
     ("no causal LM", "no causal LM"),
@@ -135,11 +140,15 @@ def _counts(rows: Mapping[str, Row]) -> list[str]:
 def _listed(rows: Mapping[str, Row]) -> list[str]:
     """Those that pass in one line, the others with their cause."""
     passing = [name for name in sorted(rows) if rows[name]["result"] == "passes"]
-    other = [
-        [f"`{name}`", rows[name]["result"], rows[name].get("cause", "")] for name in sorted(rows.keys() - {*passing})
-    ]
+    other = [[f"`{name}`", rows[name]["result"], _cause(rows[name])] for name in sorted(rows.keys() - {*passing})]
     parts = ["Pass: " + ", ".join(f"`{name}`" for name in passing) + "."] if passing else []
     return parts + ([_table(["type", "", "cause"], other)] if other else [])
+
+
+def _cause(row: Row) -> str:
+    """The line of a refusal; without its remedies where the type passes elsewhere."""
+    cause = str(row.get("cause", ""))
+    return cause.partition(";")[0] if row["result"] == "elsewhere" else cause
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
