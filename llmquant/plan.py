@@ -179,7 +179,7 @@ def _ignore(rows: Sequence[Row], skeleton: Skeleton, dense: Sequence[str]) -> li
             if row.name in skeleton.param_of:
                 if module in known:
                     stored[row.name.removesuffix(".weight")] = module
-            elif is_foreign(skeleton, row.name):
+            elif is_foreign(skeleton, row.name, row.shape):
                 stored[module] = None
     parts = any(isinstance(part, dict) and "model_type" in part for part in skeleton.source.config.values())
     varied = parts or any(name != module for name, module in stored.items())

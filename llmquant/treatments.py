@@ -59,7 +59,7 @@ def treatments(keys: Sequence[str], skeleton: Skeleton, recipe: Recipe) -> dict[
         for pattern in ignored:
             unused_patterns.pop(pattern, None)
         rule = next((rule for rule in recipe.rules if rule.matches(module)), None)
-        if rule is not None and not ignored and is_foreign(skeleton, key):
+        if rule is not None and not ignored and is_foreign(skeleton, key, skeleton.source.tensors[key].shape):
             chosen[module] = _foreign(recipe, rule, key)
             unused_rules.pop(rule, None)
         if not _is_candidate(skeleton, key):
@@ -90,11 +90,12 @@ def _is_candidate(skeleton: Skeleton, key: str) -> bool:
     return is_linear(skeleton.model.get_submodule(param.removesuffix(".weight")))
 
 
-def is_foreign(skeleton: Skeleton, key: str) -> bool:
-    """Whether the tensor is a matrix that the model's class does not know (an MTP head, say): quantized if a rule says
-    so, without text, as nothing runs it here."""
-    matrix = key.endswith(".weight") and len(skeleton.source.tensors[key].shape) == 2
-    return matrix and key not in skeleton.param_of and not NO_LINEAR.search(key)
+def is_foreign(skeleton: Skeleton, key: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor of this shape is a matrix that the model's class does not know, such as one of an MTP head.
+
+    Nothing runs it here: it is quantized, without text, only if a rule says so.
+    """
+    return key.endswith(".weight") and len(shape) == 2 and key not in skeleton.param_of and not NO_LINEAR.search(key)
 
 
 def _foreign(recipe: Recipe, rule: Rule, key: str) -> Treatment:
