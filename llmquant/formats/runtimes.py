@@ -5,6 +5,7 @@ open the checkpoint, or computes something else. `warns`: it opens it at a price
 The rules of vLLM and SGLang were read in their sources and documentation, not run.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,16 @@ def _shape(out_multiple: int, in_multiple: int) -> Breaks:
     return lambda spec: bool(spec.shape[0] % out_multiple or spec.shape[1] % in_multiple)
 
 
+def _is_expert(spec: LinearSpec) -> bool:
+    return re.search(r"\bexperts\.\d+\.", spec.module) is not None
+
+
+def _odd_expert(spec: LinearSpec) -> bool:
+    """An expert whose down projection the fused kernels cannot cut into tiles: F % max(64, group)."""
+    group = spec.scheme.group_size
+    return _is_expert(spec) and bool(min(spec.shape) % max(64, group))
+
+
 def _marlin(runtime: str, formats: tuple[str, ...] = _PACKED) -> tuple[Rule, ...]:
     """Both servers run these formats with the same kernels."""
     return (
@@ -96,6 +107,15 @@ def _marlin(runtime: str, formats: tuple[str, ...] = _PACKED) -> tuple[Rule, ...
             "outputs not a multiple of 64 or inputs not of 128: off the fast kernels, or refused by older versions",
             "keep them in 16 bit with --ignore",
             _MARLIN,
+        ),
+        Rule(
+            runtime,
+            formats,
+            "warns",
+            _odd_expert,
+            "experts whose width is no multiple of 64 and of the group: no fused kernel",
+            "use a smaller --group-size",
+            "its fused_moe layers for Marlin: F / TP divisible by max(64, group); read, not run",
         ),
     )
 
@@ -197,6 +217,15 @@ RULES: tuple[Rule, ...] = (
         "does not accept g_idx, which transformers and llama.cpp's converter want",
         "llmquant export --format mlx or awq",
         "run with that version: _transform_awq_weights in its utils.py",
+    ),
+    Rule(
+        "mlx-lm",
+        ("mlx", "awq"),
+        "warns",
+        _is_expert,
+        "stacks packed experts of Mixtral, Qwen2-MoE, DeepSeek, OLMoE and GLM-4 as it loads them, not of Qwen3-MoE",
+        "open it before you share it",
+        "the sanitize of its models; read, not run",
     ),
     Rule(
         "mlx-lm",
