@@ -273,6 +273,13 @@ def test_doctor_names_it() -> None:
     assert diagnose()["devices"][1:] == [{"name": "pretend:0", "what": "pretend", "memory_bytes": None}]
 
 
+@on_pretend_device
+def test_experts_lie_on_it(tmp_path: Path) -> None:
+    flags = {**SMALL, **tiny.EXPERTS, "head_dim": 8}
+    model = tiny.build(tmp_path / "moe", ("Qwen3MoeConfig", tiny.LLAMA | flags))
+    on_both(model, tmp_path, format="compressed-tensors,gptq", baselines="rtn")
+
+
 # -- parts -------------------------------------------------------------------------------------------------
 @on_pretend_device
 def test_squares_are_added_up_without_float64_of_its_own() -> None:

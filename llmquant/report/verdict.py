@@ -124,9 +124,8 @@ def _coverage(report: RunReport) -> list[str]:
         f"{statistics.median(seen):.0f} (median), at least {min(seen)}"
     )
     if few:
-        text += (
-            f"; {few} of {len(seen)} saw few ({seen.count(0)} none) and lean on what all experts of their layer read"
-        )
+        none = seen.count(0)
+        text += f"; {few} of {len(seen)} saw fewer than they have inputs ({none} none) and lean on what the others read"
     return [text + "."]
 
 

@@ -1,0 +1,112 @@
+"""Runs of mixtures of experts: resume, exports, evaluation of the output, what the report says of few tokens."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from broken import TINY, Killed, files, kill, run
+
+import llmquant
+from llmquant.blocks import forwards
+from llmquant.cli.app import main
+from llmquant.quant.hessian import Hessian, pooled
+from llmquant.recipe import make_recipe
+from llmquant.report.verdict import health
+
+pytestmark = pytest.mark.usefixtures("short_runs")
+FLAGS: dict[str, Any] = {"eval_data": "builtin", "samples": 4, "seq_len": 32, "sweeps": 1}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    flags = tiny.LLAMA | tiny.EXPERTS | {"head_dim": 16, "num_hidden_layers": 2}
+    return tiny.build(tmp_path_factory.mktemp("moe") / "moe", ("Qwen3MoeConfig", flags))
+
+
+@pytest.fixture(scope="module")
+def out(model: Path, short_runs: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("moe-out") / "out"
+    run(model, folder, **FLAGS)
+    return folder
+
+
+def report(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return found
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(model: Path, out: Path, tmp_path: Path) -> None:
+    def stop(line: str) -> None:
+        if line.startswith("block 1/2"):
+            kill()
+
+    with pytest.raises(Killed):
+        run(model, tmp_path / "out", log=stop, **FLAGS)
+    run(model, tmp_path / "out", **FLAGS)
+    assert files(tmp_path / "out") == files(out)
+
+
+def test_experts_whose_hessians_do_not_fit_at_once_are_solved_in_parts(
+    model: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forwards, "_AT_ONCE", 2 * 64**2)  # two experts of 64 inputs
+    run(model, tmp_path / "out", **FLAGS)
+    ours, theirs = (report(folder)["evaluation"]["lanes"]["llmquant"]["kl_mean"] for folder in (tmp_path / "out", out))
+    assert ours == pytest.approx(theirs, rel=0.05)
+
+
+def test_the_output_is_evaluated_and_exported(model: Path, out: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(str(out), flags={key: TINY[key] for key in ("eval_tokens", "eval_seq_len")})
+    found = llmquant.evaluate(out, reference=model, recipe=recipe).lanes["out"]
+    wanted = report(out)["evaluation"]["lanes"]["llmquant"]
+    assert found["kl_mean"] == pytest.approx(wanted["kl_mean"], rel=1e-4)
+    assert main(["export", str(out), "--format", "gptq", "--out", str(tmp_path / "gptq")]) == 0
+    assert main(["verify", str(tmp_path / "gptq")]) == 0
+    again = llmquant.evaluate(tmp_path / "gptq", reference=model, recipe=recipe).lanes["gptq"]
+    assert again["kl_mean"] == pytest.approx(wanted["kl_mean"], rel=1e-4)
+
+
+def test_an_expert_that_no_token_reaches_is_solved_by_what_the_others_read(model: Path, tmp_path: Path) -> None:
+    found = run(model, tmp_path / "out", **FLAGS | {"samples": 1, "seq_len": 32, "eval_data": "none"})
+    layers = [layer for layer in found.facts.layers if ".experts." in layer.name]
+    assert min(layer.n_tokens for layer in layers) < 32
+    assert all(layer.loss is not None for layer in layers)
+    (said,) = [note for note in health(found.facts) if note.startswith("Experts")]
+    assert "of 32 calibration tokens a linear of an expert saw" in said
+    assert "saw fewer than they have inputs" in said
+
+
+def test_what_is_lent_counts_as_that_many_tokens() -> None:
+    device, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
+    few, many, none = (Hessian(4, device) for _ in range(3))
+    x, y = torch.randn(3, 4, generator=generator), torch.randn(50, 4, generator=generator)
+    few.add(x)
+    many.add(y)
+    pool = pooled([few, many, none])
+    everything = torch.cat([x, y])
+    few.lend(pool, 2.0)
+    wanted = (x.T @ x + 2 * (everything.T @ everything) / 53) / (3 + 2)
+    torch.testing.assert_close(few.mean(), wanted)
+    none.lend(pool, 2.0)
+    torch.testing.assert_close(none.mean(), everything.T @ everything / 53)
+
+
+def test_plan_knows_what_experts_take(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", str(model), "--group-size", "32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["memory"]["Hessians of experts"] > 0
+
+
+def test_a_fused_checkpoint_is_evaluated_from_its_single_experts(tmp_path: Path) -> None:
+    config = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "num_hidden_layers": 2}
+    rope = {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}
+    source = tiny.build(tmp_path / "oss", ("GptOssConfig", tiny.LLAMA | config | rope))
+    recipe = make_recipe(str(source), flags=TINY | FLAGS)
+    wanted = llmquant.quantize(source, recipe, out=tmp_path / "out", runtimes=("vllm",)).lanes["llmquant"]
+    recipe = make_recipe(str(source), flags={key: TINY[key] for key in ("eval_tokens", "eval_seq_len")})
+    found = llmquant.evaluate(tmp_path / "out", reference=source, recipe=recipe).lanes["out"]
+    assert found["kl_mean"] == pytest.approx(wanted["kl_mean"], rel=1e-4)
