@@ -208,7 +208,7 @@ def _row(source: Source, skeleton: Skeleton, key: str, treatment: Treatment | No
         if (why := _why_copied(skeleton, param, treatment)) is not None:
             return copied(why)
         module_name = param.removesuffix(".weight")
-        module = skeleton.model.get_submodule(module_name)
+        module = skeleton.modules[module_name]
         conv = is_conv1d(module)
         kind = "Conv1D" if conv else type(module).__name__
     assert treatment is not None
@@ -226,7 +226,7 @@ def _row(source: Source, skeleton: Skeleton, key: str, treatment: Treatment | No
 def _why_copied(skeleton: Skeleton, param: str, treatment: Treatment | None) -> str | None:
     """Why a parameter of the model is no weight that could be quantized; None where it is one."""
     module_name, _, leaf = param.rpartition(".")
-    module = skeleton.model.get_submodule(module_name)
+    module = skeleton.modules[module_name]
     if skeleton.block_of(param) is None:
         return f"outside the decoder blocks ({type(module).__name__})"
     if not is_linear(module):

@@ -87,7 +87,7 @@ def _is_candidate(skeleton: Skeleton, key: str) -> bool:
     param = skeleton.param_of.get(key)
     if param is None or skeleton.block_of(param) is None or not param.endswith(".weight"):
         return False
-    return is_linear(skeleton.model.get_submodule(param.removesuffix(".weight")))
+    return is_linear(skeleton.modules[param.removesuffix(".weight")])
 
 
 def is_foreign(skeleton: Skeleton, key: str, shape: Sequence[int]) -> bool:
@@ -113,7 +113,7 @@ def _foreign(recipe: Recipe, rule: Rule, key: str) -> Treatment:
 
 def _why_small(skeleton: Skeleton, module: str) -> str:
     """Why a linear is too small to be quantized, for the ledger; "" where it is not."""
-    linear = skeleton.model.get_submodule(module)
+    linear = skeleton.modules[module]
     rows, columns = linear.weight.shape[::-1] if is_conv1d(linear) else linear.weight.shape
     _, path = in_block(module) or ("", module)
     return why_small(path, rows, columns)
@@ -132,7 +132,7 @@ def _treatment(recipe: Recipe, rule: Rule | None) -> Treatment:
 
 def _spared(treatment: Treatment, module: str, skeleton: Skeleton) -> Treatment:
     """`treatment`, or keep a small linear whose inputs its groups do not divide; a large one is refused later."""
-    linear, scheme = skeleton.model.get_submodule(module), treatment.scheme
+    linear, scheme = skeleton.modules[module], treatment.scheme
     in_features = linear.weight.shape[0 if is_conv1d(linear) else 1]
     if scheme is None or scheme.divides(in_features):
         return treatment
@@ -216,7 +216,7 @@ def refuse_unknown_experts(keys: Iterable[str], skeleton: Skeleton, recipe: Reci
         param = skeleton.param_of.get(key)
         if param is None or skeleton.block_of(param) is None or len(skeleton.source.tensors[key].shape) < 2:
             continue
-        module = skeleton.model.get_submodule(param.rpartition(".")[0])
+        module = skeleton.modules[param.rpartition(".")[0]]
         known = is_linear(module) or "expert" not in type(module).__name__.lower()
         if not known and not any(re.search(pattern, key) for pattern in recipe.ignore):
             raise SourceError(

@@ -9,9 +9,10 @@ leave random, leave out, or fail at is what it says itself.
 import contextlib
 import io
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -205,8 +206,11 @@ def _on_meta(report: Callable[[Any], object]) -> Iterator[None]:
     from transformers.utils import logging
 
     def copied(rule: Any) -> Any:
-        """One for each tensor, as in the load itself; what it does, with its quantizer, is not copied each time."""
-        return deepcopy(rule, {id(operation): operation for operation in getattr(rule, "operations", ())})
+        """One for each parameter, as in the load itself, which collects that one's tensors. All else is the rule's own:
+        a deep copy of 50,000 rules takes half of the trial."""
+        new = copy(rule)
+        new.collected_tensors, new.layer_targets = defaultdict(list), defaultdict(set)
+        return new
 
     kept = (
         core.deepcopy,

@@ -20,10 +20,13 @@ def open_model(source: Source, dtype: torch.dtype) -> tuple[Any, Source, dict[st
     The checkpoint is another view of `source` where tensors hold all experts at once, or are merged when they are
     loaded.
     """
+    from transformers.initialization import no_init_weights
+
     model = build_model(source, dtype)
     names = names_in(model, source)
     stack = find_blocks(model, source)[0][0].rpartition(".")[0]
-    derived = unfuse(model, stack, source, names)
+    with no_init_weights():  # linears on the meta device have nothing to initialize
+        derived = unfuse(model, stack, source, names)
     merged = convert(model, source, names)
     names.renamed.update({name: name for name in merged})
     fast_linears(model)

@@ -96,6 +96,11 @@ class Skeleton:
         length = getattr(self._config, "max_position_embeddings", None)
         return length if isinstance(length, int) else None
 
+    @cached_property
+    def modules(self) -> dict[str, Any]:
+        """All modules of the model by their names, those that several share by each of them."""
+        return dict(self.model.named_modules(remove_duplicate=False))
+
     def block_of(self, param: str) -> int | None:
         """Index of the block that holds the parameter, None outside the blocks."""
         if not param.startswith(self._stack):

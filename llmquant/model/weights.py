@@ -29,7 +29,7 @@ class Weights:
         self, model: Any, source: Source, param_of: dict[str, str], device: torch.device, dtype: torch.dtype
     ) -> None:
         self.device, self.dtype, self.source = device, dtype, source
-        self._model = model
+        self._modules = dict(model.named_modules(remove_duplicate=False))
         self.names: list[str] = list(model.state_dict())
         self.param_of = param_of
         self.tied = find_ties(model, set(self.param_of.values()), source)
@@ -86,13 +86,13 @@ class Weights:
 
     def get(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
-        value: Tensor = getattr(self._model.get_submodule(path), leaf)
+        value: Tensor = getattr(self._modules[path], leaf)
         return value
 
     def put(self, name: str, value: Tensor) -> None:
         """Replace one parameter or buffer by a tensor of the same shape."""
         path, _, leaf = name.rpartition(".")
-        module = self._model.get_submodule(path)
+        module = self._modules[path]
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:
