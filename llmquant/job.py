@@ -190,6 +190,8 @@ def prepare(model: str | Path, recipe: Recipe, options: RunOptions, log: Progres
     stored = open_source(model, options.revision, trust_remote_code=options.trust_remote_code)
     drawn = draft(stored, recipe, options, log=log)
     calibration, evaluation = windows(drawn, log)
+    if calibration is not None and (said := said_of_experts(drawn, calibration.n_tokens)):
+        log.line(said)
     drawn.refuse_parked(*(0 if text is None else text.n_tokens for text in (calibration, evaluation)))
     return Job(**vars(drawn), calibration=calibration, evaluation=evaluation, card=read_card(drawn.source, log))
 
@@ -220,6 +222,23 @@ def evaluation_text(skeleton: Skeleton, tokenizer: object, recipe: Recipe, log: 
     found = evaluation_windows(tokenizer, recipe.eval_data, tokens, seq_len)
     check_ids(found.ids, skeleton.vocab_size, skeleton.where)
     return found
+
+
+def said_of_experts(draft: Draft, calibration_tokens: int) -> str:
+    """What to say where an expert sees fewer tokens, on average, than it has inputs; "" where none does."""
+    shares = {name: share for block in draft.skeleton.blocks for name, share in block.shares.items()}
+    few = [
+        (calibration_tokens * shares[spec.module], spec.shape[1])
+        for spec in draft.plan.specs
+        if spec.module in shares and calibration_tokens * shares[spec.module] < spec.shape[1]
+    ]
+    if not few or not calibration_tokens:
+        return ""
+    seen, width = min(few, key=lambda pair: pair[0] / pair[1])
+    return (
+        f"experts: about {seen:.0f} of {calibration_tokens} calibration tokens reach each, which has {width} inputs; "
+        "more --samples would help"
+    )
 
 
 def stream_bytes(skeleton: Skeleton, n_tokens: int, seq_len: int) -> int:

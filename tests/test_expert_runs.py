@@ -99,6 +99,11 @@ def test_plan_knows_what_experts_take(model: Path, capsys: pytest.CaptureFixture
     assert main(["plan", "--model", str(model), "--group-size", "32", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["memory"]["Hessians of experts"] > 0
+    assert main(["plan", "--model", str(model), "--group-size", "32", "--samples", "1", "--seq-len", "32"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert (
+        "experts: about 16 of 32 calibration tokens reach each, which has 64 inputs; more --samples would help" in text
+    )
 
 
 def test_a_fused_checkpoint_is_evaluated_from_its_single_experts(tmp_path: Path) -> None:

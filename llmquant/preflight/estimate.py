@@ -145,6 +145,8 @@ def estimate(
             found.warn(str(finding))
     tokens = _tokens(found, draft)
     sizes = draft.stream_sizes(tokens.calibration, tokens.evaluation)
+    if said := job.said_of_experts(draft, tokens.calibration):
+        found.warn(said)
     found.attempt(lambda: draft.refuse_parked(tokens.calibration, tokens.evaluation))
     _memory(found, draft, tokens, sizes)
     found.disk = {
