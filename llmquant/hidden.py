@@ -88,7 +88,7 @@ class HiddenStates:
         if calibration is not None and calibration.original is not None:
             calibration.original.update(calibrate)
         for spec in [*self.specs(block), *self.borrowed(block)]:
-            block.set_weight(spec, written(spec))
+            block.set_weight(spec, partial(written, spec))
         if calibration is not None:
             calibration.quantized.update(calibrate)
         self.advance_ours(block)

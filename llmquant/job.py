@@ -22,7 +22,8 @@ from llmquant.formats.runtimes import refuse_runtimes
 from llmquant.lanes.baselines import pick_baselines
 from llmquant.lanes.scores import ORIGINAL, OURS
 from llmquant.log import Progress
-from llmquant.model.devices import pick_device, pick_dtype, pick_products
+from llmquant.memory import physical_memory
+from llmquant.model.devices import device_memory, pick_device, pick_dtype, pick_products
 from llmquant.model.skeleton import Skeleton
 from llmquant.model.streams import spilled
 from llmquant.output.containers import Output, open_output
@@ -155,7 +156,14 @@ def draft_model(source: Source, recipe: Recipe, log: Progress) -> Skeleton:
     """The model of an open checkpoint, without weights, on the recipe's device and in its compute dtype."""
     source.announce_code(log)
     device = pick_device(recipe.device)
-    return Skeleton(source, device, pick_dtype(recipe.dtype, device, source))
+    skeleton = Skeleton(source, device, pick_dtype(recipe.dtype, device, source))
+    memory = physical_memory() if device.type == "cpu" else device_memory(device)
+    if memory is not None and (size := skeleton.read_experts_on_demand(memory // 2)):
+        log.line(
+            f"experts are read again for every batch of text: those of a block would take {size / 1e9:.1f} GB, more "
+            "than half of the memory"
+        )
+    return skeleton
 
 
 def check_exports(names: tuple[str, ...], source: Source, skeleton: Skeleton, plan: Plan) -> dict[str, Opening]:

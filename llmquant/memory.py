@@ -17,6 +17,14 @@ def peak_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def physical_memory() -> int | None:
+    """Bytes of the machine's memory, where it tells them."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not every system says
+        return None
+
+
 def trim(slack: int = 0) -> None:
     """Give freed heap pages back to the system, where the C library can (glibc).
 

@@ -15,6 +15,7 @@ from pretend_device import on_pretend_device
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import llmquant
+from llmquant import job
 from llmquant.blocks import snapshots
 from llmquant.blocks.measure import _square
 from llmquant.cli.app import main
@@ -274,7 +275,9 @@ def test_doctor_names_it() -> None:
 
 
 @on_pretend_device
-def test_experts_lie_on_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("memory", [None, 1], ids=["all", "on demand"])
+def test_experts_lie_on_it(memory: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "device_memory", lambda device: memory)
     flags = {**SMALL, **tiny.EXPERTS, "head_dim": 8}
     model = tiny.build(tmp_path / "moe", ("Qwen3MoeConfig", tiny.LLAMA | flags))
     on_both(model, tmp_path, format="compressed-tensors,gptq", baselines="rtn")

@@ -10,11 +10,15 @@ import torch
 from broken import TINY, Killed, files, kill, run
 
 import llmquant
+from llmquant import job
 from llmquant.blocks import forwards
 from llmquant.cli.app import main
+from llmquant.log import SILENT
+from llmquant.model.experts import Experts
 from llmquant.quant.hessian import Hessian, pooled
 from llmquant.recipe import make_recipe
 from llmquant.report.verdict import health
+from llmquant.source.resolve import open_source
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 FLAGS: dict[str, Any] = {"eval_data": "builtin", "samples": 4, "seq_len": 32, "sweeps": 1}
@@ -57,6 +61,54 @@ def test_experts_whose_hessians_do_not_fit_at_once_are_solved_in_parts(
     run(model, tmp_path / "out", **FLAGS)
     ours, theirs = (report(folder)["evaluation"]["lanes"]["llmquant"]["kl_mean"] for folder in (tmp_path / "out", out))
     assert ours == pytest.approx(theirs, rel=0.05)
+
+
+@pytest.fixture
+def on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "physical_memory", lambda: 1)
+
+
+@pytest.mark.parametrize("flags", [{}, {"method": "rtn"}, {"passes": "block", "baselines": "bnb-nf4"}])
+def test_experts_that_are_read_for_every_batch_give_the_same_bytes(
+    flags: dict[str, Any], model: Path, tmp_path: Path, on_demand: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    run(model, tmp_path / "few" / "out", log=said.append, **FLAGS | flags)
+    assert any(line.startswith("experts are read again for every batch") for line in said)
+    monkeypatch.setattr(job, "physical_memory", lambda: None)
+    run(model, tmp_path / "all" / "out", **FLAGS | flags)
+    assert files(tmp_path / "few" / "out") == files(tmp_path / "all" / "out")
+
+
+def test_a_killed_run_whose_experts_are_read_for_every_batch_goes_on(
+    model: Path, out: Path, tmp_path: Path, on_demand: None
+) -> None:
+    def stop(line: str) -> None:
+        if line.startswith("block 1/2"):
+            kill()
+
+    with pytest.raises(Killed):
+        run(model, tmp_path / "out", log=stop, **FLAGS)
+    run(model, tmp_path / "out", **FLAGS)
+    assert files(tmp_path / "out") == files(out)
+
+
+def test_no_expert_stays_in_memory(model: Path, on_demand: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    skeleton = job.draft_model(open_source(model), make_recipe(str(model)), SILENT)
+    hidden = skeleton.embed(torch.arange(16)[None])
+    block, seen = skeleton.blocks[0], list[int]()
+    experts = next(module for module in block.module.modules() if isinstance(module, Experts))
+
+    def count(module: torch.nn.Module, inputs: Any) -> None:
+        seen.append(sum(parameter.numel() for parameter in experts.parameters() if not parameter.is_meta))
+
+    for linear in (module for module in experts.modules() if isinstance(module, torch.nn.Linear)):
+        linear.register_forward_pre_hook(count)
+    with block.loaded():
+        block.forward(hidden)
+    assert seen
+    assert max(seen) <= 64 * 32  # one linear
+    assert all(parameter.is_meta for parameter in experts.parameters())
 
 
 def test_the_output_is_evaluated_and_exported(model: Path, out: Path, tmp_path: Path) -> None:

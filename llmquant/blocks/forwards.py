@@ -20,6 +20,7 @@ from llmquant.model.block import Block
 from llmquant.model.parked import Batch
 from llmquant.model.paused import Paused
 from llmquant.model.streams import Stream
+from llmquant.model.weights import Value
 from llmquant.quant.hessian import Hessian
 from llmquant.quant.matmul import forwards_in
 
@@ -107,7 +108,7 @@ class BlockForwards:
     ) -> None:
         self._block, self._streams = block, streams
         others = [spec for spec, _ in settled]
-        self._originals = {spec.param: block.get(spec.param).to(streams.products) for spec in (*specs, *others)}
+        self._originals = {spec.param: block.rounded(spec.param, streams.products) for spec in (*specs, *others)}
         self._current = dict(self._originals)
         for spec, weight_OI in settled:
             block.set_weight(spec, weight_OI)
@@ -117,7 +118,7 @@ class BlockForwards:
     def weights_changed(self, specs: Sequence[LinearSpec]) -> None:
         """These linears have other weights in the block now."""
         for spec in specs:
-            self._current[spec.param] = self._block.get(spec.param).to(self._streams.products)
+            self._current[spec.param] = self._block.rounded(spec.param, self._streams.products)
 
     def hessians(self, position: int, wave: Wave) -> list[Hessian]:
         """One for each step of the wave at `position`, over all batches; waves must come in order."""
@@ -165,7 +166,7 @@ class BlockForwards:
             partial(self._block.forward, hidden), partial(forwards_in, self._streams.products, self._block.dtype)
         )
 
-    def _read(self, weights: Mapping[str, Tensor], position: int, key: tuple[int, str], hidden: Batch) -> Any:
+    def _read(self, weights: Mapping[str, Value], position: int, key: tuple[int, str], hidden: Batch) -> Any:
         """What the wave at `position` reads with `weights` in the block, by the forward of `key` (batch, stream)."""
         run, _ = self._kept.pop(key, (None, 0))
         run = run or self._paused(hidden)
@@ -184,7 +185,7 @@ class BlockForwards:
             self._advance(self._originals, self._streams.original, "original")
         self._advance(self._current, self._streams.quantized, "quantized")
 
-    def _advance(self, weights: Mapping[str, Tensor], stream: Stream, name: str) -> None:
+    def _advance(self, weights: Mapping[str, Value], stream: Stream, name: str) -> None:
         batches = count()
 
         def advanced(hidden: Batch) -> Any:

@@ -1,6 +1,7 @@
 """Linears that share an input: one task for the solver, and its solution set back into the block linear by linear."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def solve_alone(spec: LinearSpec, weight_OI: Tensor, recipe: Recipe) -> Solved:
     step = Step([spec], 0.0)
     task = LayerTask(spec.module, weight_OI, None, 0, spec.scheme)
     part = SOLVERS[spec.method](task, _options(step, recipe))
-    return Solved(spec, part.weight.cpu(), _report(spec, weight_OI, part, Inputs(None, 0), recipe.format)[1])
+    return Solved(spec, part.weight.cpu(), _report(spec, weight_OI, part, Inputs(None, 0), recipe.format))
 
 
 def _solve(block: Block, step: Step, inputs: Inputs, drift_II: Tensor | None, recipe: Recipe) -> list[Solved]:
@@ -100,15 +101,13 @@ def _options(step: Step, recipe: Recipe) -> SolveOptions:
 def _set_back(
     block: Block, spec: LinearSpec, weight_OI: Tensor, part: Solution, inputs: Inputs, format_name: str
 ) -> Solved:
-    dense_OI, report = _report(spec, weight_OI, part, inputs, format_name)
-    block.set_weight(spec, dense_OI)
-    return Solved(spec, part.weight.cpu(), report)
+    report, weight = _report(spec, weight_OI, part, inputs, format_name), part.weight.cpu()
+    block.set_weight(spec, partial(FORMATS[format_name].loaded, spec, weight))
+    return Solved(spec, weight, report)
 
 
-def _report(
-    spec: LinearSpec, weight_OI: Tensor, part: Solution, inputs: Inputs, format_name: str
-) -> tuple[Tensor, LayerReport]:
-    """The weight as a loader will see it, and how well it was quantized."""
+def _report(spec: LinearSpec, weight_OI: Tensor, part: Solution, inputs: Inputs, format_name: str) -> LayerReport:
+    """How well it was quantized, by the weight as a loader will see it."""
     dense_OI = FORMATS[format_name].loaded(spec, part.weight)
     bits = FORMATS[format_name].weight_bits(spec) / (spec.shape[0] * spec.shape[1])
-    return dense_OI, measure(spec, weight_OI, dense_OI, part, inputs, bits)
+    return measure(spec, weight_OI, dense_OI, part, inputs, bits)

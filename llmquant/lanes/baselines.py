@@ -5,6 +5,7 @@ A new baseline is one function and one line in BASELINES. Shapes: O out_features
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from llmquant.errors import RecipeError, option
 from llmquant.formats import LinearSpec
 from llmquant.model.block import Block
+from llmquant.model.weights import Value
 from llmquant.quant.grid import QuantScheme
 from llmquant.quant.solvers.rtn import round_to_nearest
 from llmquant.recipe import Recipe
@@ -66,9 +68,13 @@ BASELINES: dict[str, Baseline] = {
 }
 
 
-def dequantized(name: str, block: Block, specs: Sequence[LinearSpec]) -> dict[str, Tensor]:
+def dequantized(name: str, block: Block, specs: Sequence[LinearSpec]) -> dict[str, Value]:
     """What the baseline `name` makes of a loaded block's linears, for `Block.holding`."""
-    return {spec.param: block.laid_out(spec, BASELINES[name].apply(block.weight(spec), spec.scheme)) for spec in specs}
+    return {spec.param: block.changed(spec, partial(_apply, name, spec.scheme)) for spec in specs}
+
+
+def _apply(name: str, scheme: QuantScheme, weight_OI: Tensor) -> Tensor:
+    return BASELINES[name].apply(weight_OI, scheme)
 
 
 def default_baselines(bits: float) -> tuple[str, ...]:

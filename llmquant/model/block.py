@@ -11,9 +11,10 @@ torch.Size([1, 6, 256])
 Shapes: B batch, T time, D hidden, O out_features, I in_features.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from llmquant.model.experts import Experts
 from llmquant.model.meta import is_linear
 from llmquant.model.parked import Batch, Parked
 from llmquant.model.tape import Call, own_forward
-from llmquant.model.weights import Weights
+from llmquant.model.weights import Value, Weights
 from llmquant.quant.matmul import forwards_in
 
 
@@ -73,7 +74,7 @@ class Block:
     @cached_property
     def n_weights(self) -> int:
         """Of all its linears."""
-        return sum(self.get(f"{name}.weight").numel() for name in self.linears)
+        return sum(math.prod(self._weights.shape(f"{name}.weight")) for name in self.linears)
 
     def expert(self, linear: str) -> tuple[nn.Module, int] | None:
         """For a linear of an expert: the module that gathers what it reads, and the expert's number; else None."""
@@ -91,31 +92,50 @@ class Block:
     # -- weights -------------------------------------------------------------------------------------------
     @contextmanager
     def loaded(self) -> Iterator["Block"]:
-        """The block with its weights in memory, for the length of a `with`."""
+        """The block with its weights in memory, for the length of a `with`; some experts only while they are used."""
+        for owner, experts in self._experts:
+            if self._weights.on_demand.intersection(self.params):
+                experts.present = partial(self._present, owner)
         with self._weights.loaded(self.params):
             yield self
 
-    def holding(self, weights: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+    def _present(self, owner: str, expert: int, leaves: Sequence[str]) -> AbstractContextManager[None]:
+        names = [".".join(part for part in (f"{owner}{expert}", leaf, "weight") if part) for leaf in leaves]
+        return self._weights.present(names)
+
+    def holding(self, weights: Mapping[str, Value]) -> AbstractContextManager[None]:
         """Other `weights` (parameter name -> tensor in the module's own layout) for the length of a `with`."""
         return self._weights.holding(weights)
 
-    def get(self, param: str) -> Tensor:
-        """A parameter as it lies in the module."""
-        return self._weights.get(param)
-
     def weight(self, spec: LinearSpec) -> Tensor:
         """weight_OI of a linear, float32."""
-        weight = self.get(spec.param).detach().float()
-        return weight.T.contiguous() if spec.transposed else weight
+        return _rows_first(spec, self._weights.get(spec.param))
+
+    def rounded(self, param: str, dtype: torch.dtype) -> Value:
+        """A parameter as it lies in the module, in another dtype."""
+        value = self._weights.value(param)
+        return value.to(dtype) if isinstance(value, Tensor) else lambda: value().to(dtype)
+
+    def changed(self, spec: LinearSpec, change: Callable[[Tensor], Tensor]) -> Value:
+        """The weight of a linear after `change` (weight_OI -> weight_OI), as the module holds it."""
+        value = self._weights.value(spec.param)
+        if isinstance(value, Tensor):
+            return self.laid_out(spec, change(_rows_first(spec, value)))
+        return lambda: self.laid_out(spec, change(_rows_first(spec, value())))
 
     def laid_out(self, spec: LinearSpec, weight_OI: Tensor) -> Tensor:
         """`weight_OI` as the module holds it: its layout, the compute dtype, the device."""
-        dense = weight_OI.to(self.device, self.get(spec.param).dtype)
+        dense = weight_OI.to(self.device, self._weights.compute_dtype(spec.param))
         return dense.T.contiguous() if spec.transposed else dense
 
-    def set_weight(self, spec: LinearSpec, weight_OI: Tensor) -> None:
-        """Replace the weight of a linear until the block is freed."""
-        self._weights.put(spec.param, self.laid_out(spec, weight_OI))
+    def set_weight(self, spec: LinearSpec, weight: Value) -> None:
+        """Replace the weight of a linear by weight_OI, or by what makes it, until the block is freed."""
+        if isinstance(weight, Tensor):
+            self._weights.put(spec.param, self.laid_out(spec, weight))
+        elif spec.param in self._weights.on_demand:
+            self._weights.put(spec.param, lambda: self.laid_out(spec, weight()))
+        else:
+            self.set_weight(spec, weight())
 
     # -- forward -------------------------------------------------------------------------------------------
     def forward(self, batch: Batch, products: torch.dtype | None = None) -> Any:
@@ -129,3 +149,9 @@ class Block:
             if isinstance(batch, Parked):
                 return batch.run(self.index, own_forward(self.module))
             return self.calls[tuple(batch.shape[:2])](self.module, batch.to(self.device))
+
+
+def _rows_first(spec: LinearSpec, weight: Tensor) -> Tensor:
+    """weight_OI in float32, from the module's own layout."""
+    weight = weight.detach().float()
+    return weight.T.contiguous() if spec.transposed else weight

@@ -61,3 +61,8 @@ def pick_products(choice: str, device: torch.device, dtype: torch.dtype, bits: i
         return torch.bfloat16 if any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else torch.float32
     picked: torch.dtype = getattr(torch, choice)
     return picked
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of an accelerator's memory, where torch tells them."""
+    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None

@@ -16,6 +16,7 @@ Shapes: N tokens, k experts of a token, E experts, D hidden, F inner.
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,8 +101,11 @@ class Experts(nn.Module):
     """A fused module's stand-in: experts `0`, `1`, ... with linears, and whatever else the module holds.
 
     `ups` and `down` name the linears of an expert. Attributes and children of the fused module are kept, as its gate,
-    its activation and the modules around it read them.
+    its activation and the modules around it read them. `present` (expert, linears) is a context in which the weights of
+    these linears are there, where they are not all the time: None.
     """
+
+    present: Callable[[int, Sequence[str]], AbstractContextManager[None]] | None = None
 
     def __init__(self, fused: nn.Module, form: Form, leaves: Sequence[tuple[str, int, int]]) -> None:
         super().__init__()
@@ -116,9 +120,6 @@ class Experts(nn.Module):
             made = {name: nn.Linear(i, o, form.biased, device="meta", dtype=dtype) for name, o, i in leaves}
             self.add_module(str(index), nn.ModuleDict(made) if form.down else made[""])
         self.up_inputs, self.down_inputs = Gather(), Gather()
-
-    def experts(self) -> list[Any]:
-        return [self.get_submodule(str(index)) for index in range(self.form.experts)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the fused module computes from the same arguments."""
@@ -153,18 +154,29 @@ class Experts(nn.Module):
 
     def _split(self, hidden: Tensor, counts: Any) -> Tensor:
         parts = self.up_inputs(list(torch.split(hidden, [int(count) for count in counts])))
-        return torch.cat([expert(x) for expert, x in zip(self.experts(), parts, strict=True)])
+        return torch.cat([self._run(index, "", x) for index, x in enumerate(parts)])
 
     def _outputs(self, inputs: list[Tensor]) -> list[Tensor]:
         """Every expert's output for its tokens; all read first, then all compute."""
-        experts = self.experts()
-        inner = [self._activated(e, x) for e, x in zip(experts, self.up_inputs(inputs), strict=True)]
-        outputs = [e[self.down](x) for e, x in zip(experts, self.down_inputs(inner), strict=True)]
+        inner = [self._activated(expert, x) for expert, x in enumerate(self.up_inputs(inputs))]
+        outputs = [self._run(expert, self.down, x) for expert, x in enumerate(self.down_inputs(inner))]
         norm = getattr(self, "post_expert_norm", None) if getattr(self, "has_post_expert_norm", False) else None
         return outputs if norm is None else [norm(output) for output in outputs]
 
-    def _activated(self, expert: Any, x: Tensor) -> Tensor:
-        ups = [expert[name](x) for name in self.ups]
+    def _run(self, expert: int, leaf: str, x: Tensor) -> Tensor:
+        """One linear of one expert."""
+        linear: Any = self.get_submodule(f"{expert}.{leaf}" if leaf else f"{expert}")
+        if self.present is None:
+            result: Tensor = linear(x)
+            return result
+        if not x.numel():  # an expert that no token of this batch reaches
+            return x.new_zeros(*x.shape[:-1], linear.weight.shape[0])
+        with self.present(expert, [leaf]):
+            result = linear(x)
+        return result
+
+    def _activated(self, expert: int, x: Tensor) -> Tensor:
+        ups = [self._run(expert, name, x) for name in self.ups]
         if not self.form.gated:
             return self._activation(ups[0])
         both = torch.stack(ups, -1).flatten(-2) if self.form.interleaved else torch.cat(ups, -1)

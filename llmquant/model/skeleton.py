@@ -9,6 +9,7 @@ model's own forward. What its blocks share decides how (`model/sharing.py`).
   own forward of the model, which waits while the pipeline works.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
@@ -110,6 +111,21 @@ class Skeleton:
     def experts_of(self, module: str) -> str | None:
         """The module of experts that a linear is part of; None for all others."""
         return next((owner[:-1] for owner in self._experts if module.startswith(owner)), None)
+
+    def read_experts_on_demand(self, limit: int) -> int:
+        """Have experts read whenever a batch of text uses them, in blocks whose experts would take more than `limit`
+        bytes; the most that those of one block would take, 0 where none does.
+
+        They would be there twice in the compute dtype, original and quantized, beside a byte for each code.
+        """
+        largest = 0
+        for block in self.blocks:
+            names = [f"{name}.weight" for name in block.shares]
+            size = sum(math.prod(self.weights.shape(name)) for name in names) * (2 * self.dtype.itemsize + 1)
+            if size > limit:
+                self.weights.on_demand.update(names)
+                largest = max(largest, size)
+        return largest
 
     def unquantizable(self, module: str) -> str:
         """Why a linear of a block must stay as it is; "" where it need not."""

@@ -4,8 +4,9 @@ Where a weight lies (device) and in which dtype it is computed with are decided 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,14 +16,21 @@ from llmquant.model.meta import dtype_plan
 from llmquant.model.names import find_ties
 from llmquant.source.base import Source
 
+# What a parameter is given: a tensor in the module's own layout, or what makes it whenever it is used.
+Value = Tensor | Callable[[], Tensor]
+
 
 class Weights:
     """All parameters and persistent buffers of `model`, on the meta device except while they are loaded.
+
+    Parameters that are `on_demand` lie in the module only while it uses them (`present`): once loaded, it is known how
+    they are made. That is for experts, where all of a block would fill the memory.
 
     names      all of them, as the model calls them
     param_of   tensor name in the checkpoint -> name in the model, for those the model knows
     tied       parameters that the checkpoint holds only under another parameter's name -> that name
     borrowers  the other way round: name -> parameters that the checkpoint holds only under it
+    on_demand  parameters that are made whenever they are used
     """
 
     def __init__(
@@ -36,6 +44,8 @@ class Weights:
         self.borrowers: dict[str, list[str]] = {}
         for borrower, owner in self.tied.items():
             self.borrowers.setdefault(owner, []).append(borrower)
+        self.on_demand: set[str] = set()
+        self._makers: dict[str, Callable[[], Tensor]] = {}
         self._key_of = {param: key for key, param in self.param_of.items()}
         self._dtype_plan = dtype_plan(model, dtype)
         self._strict = dtype_plan(model, torch.bfloat16)
@@ -54,14 +64,17 @@ class Weights:
     def load(self, names: Iterable[str]) -> None:
         """Read `names` and put them in, in the compute dtype (or the dtype that the model insists on)."""
         for name in names:
-            tensor = self.read(name)
-            wanted = self._compute_dtype(name) if tensor.is_floating_point() else tensor.dtype
-            self.put(name, tensor.to(self.device, wanted))
+            self.put(name, partial(self._read_in, name) if name in self.on_demand else self._read_in(name))
+
+    def _read_in(self, name: str) -> Tensor:
+        tensor = self.read(name)
+        return tensor.to(self.device, self.compute_dtype(name) if tensor.is_floating_point() else tensor.dtype)
 
     def free(self, names: Iterable[str]) -> None:
         """Give the memory of `names` back. Computed buffers (rope tables) are not among them and stay."""
         for name in names:
-            self.put(name, torch.empty_like(self.get(name), device="meta"))
+            if self._makers.pop(name, None) is None:
+                self._set(name, torch.empty_like(self._there(name), device="meta"))
 
     @contextmanager
     def loaded(self, names: Sequence[str]) -> Iterator[None]:
@@ -73,9 +86,9 @@ class Weights:
             self.free(names)
 
     @contextmanager
-    def holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    def holding(self, weights: Mapping[str, Value]) -> Iterator[None]:
         """`weights`, by name, in place of what is there for the length of a `with`."""
-        before = {name: self.get(name) for name in weights}
+        before = {name: self.value(name) for name in weights}
         try:
             for name, weight in weights.items():
                 self.put(name, weight)
@@ -84,13 +97,46 @@ class Weights:
             for name, weight in before.items():
                 self.put(name, weight)
 
+    @contextmanager
+    def present(self, names: Sequence[str]) -> Iterator[None]:
+        """Parameters that are made on demand in their module for the length of a `with`."""
+        made = [name for name in names if name in self._makers]
+        empty = {name: self._there(name) for name in made}
+        try:
+            for name in made:
+                self._set(name, self._makers[name]())
+            yield
+        finally:
+            for name, value in empty.items():
+                self._set(name, value)
+
     def get(self, name: str) -> Tensor:
+        """A parameter or buffer, made if it must be."""
+        value = self.value(name)
+        return value if isinstance(value, Tensor) else value()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a parameter or buffer, wherever it is."""
+        return tuple(self._there(name).shape)
+
+    def value(self, name: str) -> Value:
+        """What a parameter or buffer was given."""
+        return self._makers.get(name) or self._there(name)
+
+    def put(self, name: str, value: Value) -> None:
+        """Replace one parameter or buffer by a tensor of the same shape, or by what makes one."""
+        if isinstance(value, Tensor):
+            self._makers.pop(name, None)
+            self._set(name, value)
+        else:
+            self._makers[name] = value
+
+    def _there(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
         value: Tensor = getattr(self._modules[path], leaf)
         return value
 
-    def put(self, name: str, value: Tensor) -> None:
-        """Replace one parameter or buffer by a tensor of the same shape."""
+    def _set(self, name: str, value: Tensor) -> None:
         path, _, leaf = name.rpartition(".")
         module = self._modules[path]
         if leaf in module._parameters:
@@ -102,5 +148,6 @@ class Weights:
         """Whether the model insists on float32 for a parameter, whatever the others are in."""
         return any(dtype == torch.float32 and re.search(p, name) for p, dtype in self._strict.items())
 
-    def _compute_dtype(self, name: str) -> torch.dtype:
+    def compute_dtype(self, name: str) -> torch.dtype:
+        """The compute dtype, or the one that the model insists on for this parameter."""
         return next((dtype for pattern, dtype in self._dtype_plan.items() if re.search(pattern, name)), self.dtype)

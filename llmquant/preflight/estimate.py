@@ -1,6 +1,5 @@
 """What a run would do and cost, from headers alone: the ledger by kind, sizes, memory, disk, time and problems."""
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,6 +16,8 @@ from llmquant.errors import CalibrationError, LLMQuantError, OutputError, flag, 
 from llmquant.formats.runtimes import RUNTIMES, lint, opens
 from llmquant.job import Draft, windows
 from llmquant.log import SILENT, Lines
+from llmquant.memory import physical_memory
+from llmquant.model.devices import device_memory
 from llmquant.model.skeleton import Skeleton
 from llmquant.paths import expanded
 from llmquant.plan import Row
@@ -219,13 +220,13 @@ def _memory(found: Estimate, draft: Draft, tokens: Tokens, sizes: dict[str, int]
     """The bounds, and what is wrong with them here."""
     bound = memory_bound(draft, tokens, sizes)
     found.memory, found.device_memory = bound.host, bound.device
-    total, physical = sum(found.memory.values()), _physical_memory()
+    total, physical = sum(found.memory.values()), physical_memory()
     if physical is not None and total > physical:
         remedy = "use a smaller --max-ram" + (" or --dtype bfloat16" if not found.device_memory else "")
         found.warn(
             f"memory: up to {total / 1e9:.1f} GB; expected at most the machine's {physical / 1e9:.1f} GB; {remedy}"
         )
-    total, physical = sum(found.device_memory.values()), _device_memory(draft.skeleton.device)
+    total, physical = sum(found.device_memory.values()), device_memory(draft.skeleton.device)
     if physical is not None and total > physical:
         found.warn(
             f"memory of {draft.skeleton.device}: up to {total / 1e9:.1f} GB; expected at most its {physical / 1e9:.1f} "
@@ -234,18 +235,6 @@ def _memory(found: Estimate, draft: Draft, tokens: Tokens, sizes: dict[str, int]
     widest = max(spec.shape[1] for spec in draft.plan.specs)
     if draft.calibrated and draft.recipe.samples * draft.recipe.seq_len < widest:
         found.warn(f"--samples: fewer calibration tokens than the {widest} inputs of the widest layer; use more")
-
-
-def _device_memory(device: torch.device) -> int | None:
-    """Bytes of an accelerator's memory, where torch tells them."""
-    return int(torch.cuda.get_device_properties(device).total_memory) if device.type == "cuda" else None
-
-
-def _physical_memory() -> int | None:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):  # not every system says
-        return None
 
 
 def _check_text(field: str, spec: str) -> None:

@@ -132,8 +132,8 @@ def test_an_accelerators_memory_is_counted_apart(
     monkeypatch.setattr(job, "pick_device", lambda device: torch.device("meta"))
     monkeypatch.setattr(skeleton, "find_sharing", lambda *inputs: Sharing(None, ()))  # nothing runs on it
     monkeypatch.setattr(estimate_module, "_time", lambda *arguments: None)
-    monkeypatch.setattr(estimate_module, "_physical_memory", lambda: 3)
-    monkeypatch.setattr(estimate_module, "_device_memory", lambda device: 4)
+    monkeypatch.setattr(estimate_module, "physical_memory", lambda: 3)
+    monkeypatch.setattr(estimate_module, "device_memory", lambda device: 4)
     there = estimate(tiny_model("llama"), llmquant.make_recipe("x", flags=FLAGS | {"dtype": "float32"}), options)
     on_the_way = {"largest tensor while it is read", "batches on their way"}
     assert there.memory.keys() == {"base", "streams in memory"} | on_the_way
