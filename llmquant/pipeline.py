@@ -1,9 +1,10 @@
 """The way through the program: prepare -> one block at a time -> verified output -> report."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from llmquant.memory import trim
 from llmquant.model.block import Block
 from llmquant.model.streams import Streams
 from llmquant.output.check_files import check_config
+from llmquant.quant.grid import QuantizedWeight
 from llmquant.recipe import Recipe, RunOptions, make_recipe, parse_size
 from llmquant.report.card import make_card
 from llmquant.report.data import Cost, LaneReport, Report, load_report
@@ -162,7 +164,7 @@ class _Pass:
         for spec in (row.spec for row in self.job.plan.block(None) if row.spec is not None):
             with self.watch.stage("quantize"):
                 solved = solve_alone(spec, self.job.source.read_finite(spec.key).float(), self.job.recipe)
-            if write:
+            if write and solved.weight is not None:
                 with self.watch.stage("write"):
                     self.output.quantized(self.run, spec, solved.weight)
             reports.append(solved.report)
@@ -173,14 +175,15 @@ class _Pass:
         with self.watch.stage("evaluate"):
             hidden.advance_others(block)
         with self.watch.stage("quantize"):
-            more = hidden.more_follow(block)
+            more, block.store = hidden.more_follow(block), self._store
             settled = [(spec, self._written(spec)) for spec in hidden.borrowed(block)]
             solved = quantize_block(block, specs, self.job.recipe, hidden.calibration, settled, advance=more)
         with self.watch.stage("evaluate"):
             hidden.advance_ours(block)
         with self.watch.stage("write"):
             for item in solved:
-                self.output.quantized(self.run, item.spec, item.weight)
+                if item.weight is not None:
+                    self.output.quantized(self.run, item.spec, item.weight)
         return [self._with_borrowers(item) for item in solved]
 
     def _with_borrowers(self, item: Solved) -> Solved:
@@ -196,6 +199,11 @@ class _Pass:
         others = ", ".join(str(number + 1) for number in numbers)
         note = f"runs in block {others}, too; calibrated on the inputs of its first block only"
         return replace(item, report=replace(item.report, notes=(*item.report.notes, note)))
+
+    def _store(self, spec: LinearSpec, weight: QuantizedWeight) -> Callable[[], Tensor]:
+        """Write a linear before its block is done, so that its codes need no memory."""
+        self.output.quantized(self.run, spec, weight)
+        return partial(self._written, spec)
 
     def _body(self, solved: Sequence[Solved]) -> dict[str, Any]:
         """What the journal keeps of a block: all that a resumed run cannot compute from the files."""

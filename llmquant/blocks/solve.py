@@ -21,10 +21,10 @@ from llmquant.recipe import Recipe
 
 @dataclass(frozen=True)
 class Solved:
-    """One quantized linear; its codes and scales are on the CPU, whatever device solved it."""
+    """One quantized linear; its codes and scales are on the CPU, whatever device solved it. None: they are stored."""
 
     spec: LinearSpec
-    weight: QuantizedWeight
+    weight: QuantizedWeight | None
     report: LayerReport
 
 
@@ -102,6 +102,9 @@ def _set_back(
     block: Block, spec: LinearSpec, weight_OI: Tensor, part: Solution, inputs: Inputs, format_name: str
 ) -> Solved:
     report, weight = _report(spec, weight_OI, part, inputs, format_name), part.weight.cpu()
+    if (read := block.stored(spec, weight)) is not None:
+        block.set_weight(spec, read)
+        return Solved(spec, None, report)
     block.set_weight(spec, partial(FORMATS[format_name].loaded, spec, weight))
     return Solved(spec, weight, report)
 

@@ -26,6 +26,7 @@ from llmquant.model.meta import is_linear
 from llmquant.model.parked import Batch, Parked
 from llmquant.model.tape import Call, own_forward
 from llmquant.model.weights import Value, Weights
+from llmquant.quant.grid import QuantizedWeight
 from llmquant.quant.matmul import forwards_in
 
 
@@ -41,6 +42,7 @@ class Block:
     order    its linears -> their places in the order of the forward
     unseen   linears whose inputs cannot be seen, so that they are not quantized -> why
     shares   linears of experts -> the part of all tokens that reaches them, on average
+    store    for experts that are made on demand: takes codes away and returns what reads weight_OI back; None: they stay
     """
 
     def __init__(self, index: int, name: str, module: nn.Module, params: list[str], weights: Weights) -> None:
@@ -50,6 +52,7 @@ class Block:
         self.order: dict[str, int] = {}
         self.unseen: dict[str, str] = {}
         self.shares: dict[str, float] = {}
+        self.store: Callable[[LinearSpec, QuantizedWeight], Callable[[], Tensor]] | None = None
         self._weights = weights
 
     @property
@@ -127,6 +130,10 @@ class Block:
         """`weight_OI` as the module holds it: its layout, the compute dtype, the device."""
         dense = weight_OI.to(self.device, self._weights.compute_dtype(spec.param))
         return dense.T.contiguous() if spec.transposed else dense
+
+    def stored(self, spec: LinearSpec, weight: QuantizedWeight) -> Callable[[], Tensor] | None:
+        """What reads the codes of a linear back, where `store` takes them; None where they stay in memory."""
+        return self.store(spec, weight) if self.store and spec.param in self._weights.on_demand else None
 
     def set_weight(self, spec: LinearSpec, weight: Value) -> None:
         """Replace the weight of a linear by weight_OI, or by what makes it, until the block is freed."""

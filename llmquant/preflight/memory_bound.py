@@ -31,7 +31,6 @@ class _Sizes:
     outside: int  # of all tensors outside the blocks
     widest: int  # inputs of the widest linear that wants a Hessian
     experts: int  # Hessians of experts that are summed up at once, and of all together
-    codes: int  # of experts that are read on demand, until their block is written
     activations: int  # that a forward of one batch holds
     batch: int  # hidden states of one batch
 
@@ -53,7 +52,6 @@ def memory_bound(draft: Draft, tokens: Tokens, streams: dict[str, int]) -> Memor
         "two copies of the largest block": 2 * sizes.block * width,
         "Hessian and drift of the widest input": 8 * sizes.widest**2,
         **({"Hessians of experts": 4 * sizes.experts} if sizes.experts else {}),
-        **({"codes of a block's experts": sizes.codes} if sizes.codes else {}),
         "largest embedding or head": sizes.outer * width,
         "activations of a batch": sizes.activations * width,
     }
@@ -78,10 +76,8 @@ def memory_bound(draft: Draft, tokens: Tokens, streams: dict[str, int]) -> Memor
 def _sizes(draft: Draft, tokens: Tokens) -> _Sizes:
     skeleton, plan = draft.skeleton, draft.plan
     blocks, outer, outside = Counter[int](), 0, 0
-    on_demand, codes = skeleton.weights.on_demand, Counter[int]()
     for name in skeleton.weights.names:
-        if name in on_demand:
-            codes[skeleton.block_of(name) or 0] += skeleton.weights.get(name).numel()
+        if name in skeleton.weights.on_demand:
             continue
         count = skeleton.weights.get(name).numel()
         if (block := skeleton.block_of(name)) is not None:
@@ -99,7 +95,6 @@ def _sizes(draft: Draft, tokens: Tokens) -> _Sizes:
         outside=outside,
         widest=max(spec.shape[1] for spec in plan.specs) if draft.calibrated else 0,
         experts=_experts(draft),
-        codes=max(codes.values(), default=0),
         # Residual stream, norm, attention's inputs and result; gate, up, activation and product.
         activations=batch * (8 * skeleton.hidden_size + 4 * inner),
         batch=batch * skeleton.hidden_size,
