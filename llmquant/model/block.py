@@ -42,7 +42,7 @@ class Block:
     order    its linears -> their places in the order of the forward
     unseen   linears whose inputs cannot be seen, so that they are not quantized -> why
     shares   linears of experts -> the part of all tokens that reaches them, on average
-    store    for experts that are made on demand: takes codes away and returns what reads weight_OI back; None: they stay
+    store    for experts that are made on demand: takes codes away, and returns what reads weight_OI back
     """
 
     def __init__(self, index: int, name: str, module: nn.Module, params: list[str], weights: Weights) -> None:
