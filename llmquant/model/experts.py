@@ -63,6 +63,8 @@ class Form:
 
 def form_of(module: nn.Module) -> Form | None:
     """The form of a fused experts module; None for any other module."""
+    if isinstance(module, nn.modules.conv._ConvNd):  # whose kernels are no experts
+        return None
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
     needed = [
         name

@@ -4,7 +4,7 @@ A rule renames a tensor, or converts several into one parameter (all experts of 
 parts), or one into several. Renamed tensors are read one by one. Converted ones are `Derived`: the library's own
 conversion, run when the parameter is read. Experts are taken apart instead (`experts.py`).
 
-The private interfaces of transformers that this needs are used in this file and in `classes.py` only.
+Private interfaces of transformers are used in this file, `classes.py`, `loads.py` and `meta.py` only.
 """
 
 import copy
@@ -48,7 +48,7 @@ class Group:
 class Names:
     """What the tensors of a checkpoint are in its model.
 
-    renamed     tensor -> parameter; those that the model does not know are left out
+    renamed     tensor -> parameter, or a name that the model does not know
     converted   parameter -> the tensors that a rule makes it from
     """
 

@@ -27,8 +27,8 @@ NEVER, TWICE = "its block does not run it as a layer", "its block runs it more t
 def probe(where: str, model: Any, blocks: Sequence[Block]) -> list[str]:
     """Fill in `steps`, `order`, `unseen` and `shares` of all blocks.
 
-    Returns the names of parts outside of the blocks that no text reaches.
-    SourceError where the model cannot be run on text alone.
+    Returns the names of parts outside of the blocks that no text reaches. SourceError where the model cannot be run on
+    text alone.
     """
     reads: list[dict[tuple[Any, ...], list[str]]] = [{} for _ in blocks]
     linears = [{module: name for name, module in block.linears.items()} for block in blocks]
@@ -55,8 +55,8 @@ def probe(where: str, model: Any, blocks: Sequence[Block]) -> list[str]:
             brief = f"{type(error).__name__}: {error}"[:160]
             raise SourceError(where, f"{type(model).__name__} cannot be run on text alone ({brief})") from error
     for block, seen in zip(blocks, reads, strict=True):
-        names = [name for step in seen.values() for name in step]
-        block.unseen = {name: NEVER if name not in names else TWICE for name in block.linears if names.count(name) != 1}
+        runs = Counter(name for step in seen.values() for name in step)
+        block.unseen = {name: TWICE if runs[name] else NEVER for name in block.linears if runs[name] != 1}
         steps = [[name for name in step if name not in block.unseen] for step in seen.values()]
         block.steps = [step for step in steps if step]
         block.order = {name: place for place, name in enumerate(dict.fromkeys(ran_linears[block.index]))}
