@@ -4,8 +4,8 @@
 
 Random experts all look alike to a quantizer. This trains a Qwen3-MoE of 21M parameters (6 blocks of width 256, 8
 experts of 512, 2 for each token) with the demo's tokenizer on text files, with AdamW and a cosine, one step for 8
-windows of 256 tokens, and writes it in bfloat16. It says little that makes sense, but its router is balanced (auxiliary
-loss), and its experts differ. --minutes takes what the machine has time for; --steps can be repeated.
+windows of 256 tokens, and writes it in bfloat16. It says little that makes sense, but its experts differ, and some are
+seldom chosen. --minutes takes what the machine has time for; --steps can be repeated.
 
 Prints the mean loss (an average that forgets after about 50 steps) every 50 steps.
 """
