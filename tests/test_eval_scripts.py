@@ -8,6 +8,7 @@ from operator import attrgetter
 from pathlib import Path
 
 import pytest
+import tiny
 
 import llmquant
 
@@ -54,3 +55,17 @@ def test_speed_times_functions_that_exist(monkeypatch: pytest.MonkeyPatch) -> No
     for names in runpy.run_path(str(SCRIPTS / "speed.py"))["STAGES"].values():
         for module, path in (name.split(":") for name in names):
             assert callable(attrgetter(path)(importlib.import_module(f"llmquant.{module}")))
+
+
+def test_lent_compares_what_experts_are_lent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = tiny.LLAMA | tiny.EXPERTS | {"head_dim": 16, "num_hidden_layers": 1}
+    model = tiny.build(tmp_path / "moe", ("Qwen3MoeConfig", config))
+    sizes = ["--sizes", "2x32", "--seeds", "1", "--lent", "100", "--bits", "2", "--group-size", "32"]
+    arguments = ["--model", str(model), "--texts", "builtin", "--tokens", "128", "--seq-len", "32"]
+    monkeypatch.setattr(sys, "argv", ["lent.py", *arguments, *sizes])
+    runpy.run_path(str(SCRIPTS / "lent.py"), run_name="__main__")
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert [row[0] for row in rows] == ["| 0.25", "| 100"]
+    assert len({row[1] for row in rows}) == 2, "the value has no effect"

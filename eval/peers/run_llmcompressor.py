@@ -1,6 +1,7 @@
 """llm-compressor's GPTQ, with its defaults: PYTHONPATH=. python eval/peers/run_llmcompressor.py --model demo
 
-Symmetric groups of --group-size at --bits 2 to 8; 4 and 128 are its scheme W4A16.
+Symmetric groups of --group-size at --bits 2 to 8; 4 and 128 are its scheme W4A16. In a mixture of experts it takes all
+tokens through all experts, its default; with --routed an expert is calibrated on the tokens that the router sends it.
 """
 
 import tempfile
@@ -9,6 +10,7 @@ from common import Job, main, option_parser
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
 from llmcompressor import oneshot
+from llmcompressor.modeling.moe.linearize import linearize_moe
 from llmcompressor.modifiers.quantization import GPTQModifier
 from torch import Tensor
 
@@ -24,6 +26,7 @@ def quantize(job: Job) -> dict[str, Tensor]:
     ids = job.ids.tolist()
     dataset = Dataset.from_dict({"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]})
     model = job.load()
+    linearize_moe(model)  # its `load_quantizable_moe` needs a torchvision that fits torch
     with job.timed():
         oneshot(
             model=model,
@@ -32,6 +35,7 @@ def quantize(job: Job) -> dict[str, Tensor]:
             recipe=[recipe],
             max_seq_length=job.ids.shape[1],
             num_calibration_samples=len(ids),
+            moe_calibrate_all_experts=not job.options.routed,
         )
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, save_compressed=True)
@@ -41,4 +45,6 @@ def quantize(job: Job) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    main("llmcompressor", quantize, option_parser(__doc__, "llmcompressor"))
+    parser = option_parser(__doc__, "llmcompressor")
+    parser.add_argument("--routed", action="store_true", help="experts see only the tokens that are routed to them")
+    main("llmcompressor", quantize, parser)

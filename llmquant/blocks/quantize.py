@@ -35,7 +35,8 @@ def quantize_block(
             block.set_weight(spec, weight_OI)
         return _without_text(block, specs, recipe)
     needed = any(spec.method not in DATA_FREE for spec in specs)
-    waves = _waves(block, specs, recipe, streams) if needed else []
+    width = next(streams.quantized.hidden()).shape[-1]
+    waves = _waves(block, specs, recipe, streams, width) if needed else []
     done: list[Solved] = []
     with pausing([wave.module for wave in waves]):
         forwards = BlockForwards(block, specs, streams, settled)
@@ -46,10 +47,12 @@ def quantize_block(
             of_all = forwards.hessians_of_all(waves)
         for position, wave in enumerate(waves):
             parts = [wave] if recipe.passes == "block" else wave.parts()
-            pool = forwards.pool(position, wave) if len(parts) > 1 else None
+            # Hidden states mean the same to all experts; what lies within an expert has an order of its own.
+            lending = wave.experts is not None and wave.steps[0].in_features == width
+            pool = forwards.pool(position, wave) if lending and len(parts) > 1 else None
             for part in parts:
                 hessians = of_all[position] if recipe.passes == "block" else forwards.hessians(position, part)
-                if part.experts is not None:
+                if lending:
                     _lend(hessians, pool or pooled(hessians))
                 trim(SLACK)
                 for step, hessian in zip(part.steps, hessians, strict=True):
@@ -72,10 +75,12 @@ def _lend(hessians: Sequence[Hessian], pool: Hessian) -> None:
         hessian.lend(pool, LENT * len(hessian.sum_II))
 
 
-def _waves(block: Block, specs: Sequence[LinearSpec], recipe: Recipe, streams: CalibrationStreams) -> list[Wave]:
+def _waves(
+    block: Block, specs: Sequence[LinearSpec], recipe: Recipe, streams: CalibrationStreams, width: int
+) -> list[Wave]:
     """The planned linears by shared input, in the order of the forward; those of all experts of a layer together."""
     by_module = {spec.module: spec for spec in specs}
-    width, linears = next(streams.quantized.hidden()).shape[-1], block.linears
+    linears = block.linears
 
     def strength(in_features: int) -> float:
         if streams.original is None:

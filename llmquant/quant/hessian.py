@@ -33,7 +33,7 @@ from llmquant.quant.matmul import matmul, sums_of
 
 # Few tokens per input dimension leave H noisy and need more damping: 0.01, or 0.003 from 8 tokens per dimension on.
 _DAMP_FEW, _DAMP_MANY, _MANY = 0.01, 0.003, 8
-LENT = 0.25  # tokens per input dimension that an expert is lent from all experts of its layer
+LENT = 0.25  # tokens per input dimension that an expert is lent, where it reads hidden states, from all of its layer
 _DAMP_STEP, _DAMP_TRIES = 3.0, 5  # a failed factorization is tried again with this many times the damping
 _COLUMNS = 512  # columns in a block of a symmetric product
 _AT_ONCE = 2**22  # entries that `_reverse` moves through one copy
@@ -102,7 +102,8 @@ class Hessian:
             H <- (N H + n H_pool) / (N + n)
 
         An expert that few tokens reach has a noisy H, or none. What all experts of its layer read tells more of what it
-        will read than plain rounding assumes.
+        will read than plain rounding assumes. Not so for its down projection: each expert has inner dimensions of its
+        own, in an order of their own, and the pool's H mixes them up.
         """
         if pool.n_tokens:
             self.sum_II.add_(pool.sum_II, alpha=n_tokens / pool.n_tokens)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -16,7 +17,7 @@ from llmquant.blocks import measure
 from llmquant.blocks import solve as solve_module
 from llmquant.job import prepare
 from llmquant.log import SILENT
-from llmquant.quant.hessian import default_propagation
+from llmquant.quant.hessian import Hessian, default_propagation
 from llmquant.quant.solvers import SOLVERS, LayerTask, Solution, SolveOptions
 from llmquant.recipe import RunOptions
 
@@ -187,3 +188,19 @@ def test_a_report_made_in_pieces_is_that_of_all_rows(
     for one, other in zip(whole, parts, strict=True):
         for key in ("loss", "rtn_loss", "relative_error", "weight_error"):
             assert other[key] == pytest.approx(one[key], rel=1e-5)
+
+
+def test_only_what_reads_hidden_states_is_lent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Inner dimensions are each expert's own: the Hessian of all down projections says nothing of one."""
+    lend, widths = Hessian.lend, []
+
+    def spy(self: Hessian, pool: Hessian, n_tokens: float) -> None:
+        widths.append(len(self.sum_II))
+        lend(self, pool, n_tokens)
+
+    monkeypatch.setattr(Hessian, "lend", spy)
+    config = tiny.LLAMA | tiny.EXPERTS | {"head_dim": 16, "num_hidden_layers": 1}  # 4 experts of 32, hidden 64
+    model = tiny.build(tmp_path / "moe", ("Qwen3MoeConfig", config))
+    flags = {"samples": 2, "seq_len": 32, "group_size": 32, "eval_data": "none", "calibration": "builtin"}
+    llmquant.quantize(model, llmquant.make_recipe("x", flags=flags), tmp_path / "out")
+    assert widths == [64] * 4
