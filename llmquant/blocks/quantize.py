@@ -9,6 +9,7 @@ from llmquant.blocks.solve import Solved, solve_step
 from llmquant.formats import LinearSpec
 from llmquant.memory import SLACK, trim
 from llmquant.model.block import Block
+from llmquant.model.experts import Gather
 from llmquant.model.paused import pausing
 from llmquant.quant.hessian import LENT, Hessian, default_propagation, pooled
 from llmquant.quant.solvers import DATA_FREE
@@ -48,7 +49,7 @@ def quantize_block(
         for position, wave in enumerate(waves):
             parts = [wave] if recipe.passes == "block" else wave.parts()
             # Hidden states mean the same to all experts; what lies within an expert has an order of its own.
-            lending = wave.experts is not None and wave.steps[0].in_features == width
+            lending = isinstance(wave.module, Gather) and not wave.module.down and wave.steps[0].in_features == width
             pool = forwards.pool(position, wave) if lending and len(parts) > 1 else None
             for part in parts:
                 hessians = of_all[position] if recipe.passes == "block" else forwards.hessians(position, part)

@@ -93,7 +93,14 @@ def form_of(module: nn.Module) -> Form | None:
 
 
 class Gather(nn.Module):
-    """The point where all experts of a layer read their inputs; hands them on."""
+    """The point where all experts of a layer read their inputs; hands them on.
+
+    `down`: they are those of down projections, whose dimensions mean something else in every expert.
+    """
+
+    def __init__(self, *, down: bool) -> None:
+        super().__init__()
+        self.down = down
 
     def forward(self, inputs: list[Tensor]) -> list[Tensor]:
         return inputs
@@ -121,7 +128,7 @@ class Experts(nn.Module):
         for index in range(form.experts):
             made = {name: nn.Linear(i, o, form.biased, device="meta", dtype=dtype) for name, o, i in leaves}
             self.add_module(str(index), nn.ModuleDict(made) if form.down else made[""])
-        self.up_inputs, self.down_inputs = Gather(), Gather()
+        self.up_inputs, self.down_inputs = Gather(down=False), Gather(down=True)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the fused module computes from the same arguments."""
