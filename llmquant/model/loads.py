@@ -8,6 +8,7 @@ leave random, leave out, or fail at is what it says itself.
 
 import contextlib
 import io
+import os
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ import torch
 from llmquant.formats.base import Layout
 
 CODES = ".weight_packed"
+_NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers loads tensors in threads unless this is set
 _SLACK = 32  # codes in a word of int32, at most
 _AUTO = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")  # in which order classes are looked for, as users do
 
@@ -223,6 +225,8 @@ def _on_meta(report: Callable[[Any], object]) -> Iterator[None]:
     core._materialize_copy = lambda tensor, device=None, dtype=None: tensor.to(dtype=dtype)
     utils.log_state_dict_report = lambda *args, **kwargs: report(kwargs["loading_info"])
     constants.HF_HUB_OFFLINE = True
+    threads = os.environ.get(_NO_THREADS)
+    os.environ[_NO_THREADS] = "1"  # there is nothing to wait for
     logging.set_verbosity(logging.CRITICAL)
     logger.disable("compressed_tensors")
     try:
@@ -231,5 +235,9 @@ def _on_meta(report: Callable[[Any], object]) -> Iterator[None]:
             yield
     finally:
         core.deepcopy, core._materialize_copy, utils.log_state_dict_report, verbosity, constants.HF_HUB_OFFLINE = kept
+        if threads is None:
+            del os.environ[_NO_THREADS]
+        else:
+            os.environ[_NO_THREADS] = threads
         logging.set_verbosity(verbosity)
         logger.enable("compressed_tensors")
