@@ -16,7 +16,8 @@ import torch
 
 from llmquant.blocks.snapshots import snapshot_bytes
 from llmquant.checkpoint import as_original
-from llmquant.errors import FormatError, RecipeError, option
+from llmquant.coverage import enough_batches
+from llmquant.errors import CalibrationError, FormatError, RecipeError, option
 from llmquant.formats import FORMATS
 from llmquant.formats.runtimes import refuse_runtimes
 from llmquant.lanes.baselines import pick_baselines
@@ -40,6 +41,7 @@ from llmquant.text.windows import Windows, calibration_windows, check_ids, evalu
 from llmquant.versions import versions
 
 T = TypeVar("T")
+_USUAL_SAMPLES = Recipe().most_samples
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,8 @@ def prepare(model: str | Path, recipe: Recipe, options: RunOptions, log: Progres
     stored = open_source(model, options.revision, trust_remote_code=options.trust_remote_code)
     drawn = draft(stored, recipe, options, log=log)
     calibration, evaluation = windows(drawn, log)
+    if calibration is not None and recipe.samples == "auto":
+        calibration = as_many_as_needed(drawn, calibration, log)
     if calibration is not None and (said := said_of_experts(drawn, calibration.n_tokens)):
         log.line(said)
     drawn.refuse_parked(*(0 if text is None else text.n_tokens for text in (calibration, evaluation)))
@@ -212,7 +216,7 @@ def windows(draft: Draft, log: Progress) -> tuple[Windows | None, Windows | None
         tokenizer = load_tokenizer(draft.source)
     if draft.calibrated:
         seq_len = clip_to_context(skeleton, "calibration", recipe.seq_len, log)
-        calibration = calibration_windows(tokenizer, recipe.calibration, recipe.samples, seq_len, recipe.seed)
+        calibration = _most_windows(tokenizer, recipe, seq_len)
         check_ids(calibration.ids, skeleton.vocab_size, skeleton.where)
     if draft.lanes:
         evaluation = evaluation_text(skeleton, tokenizer, recipe, log)
@@ -221,6 +225,32 @@ def windows(draft: Draft, log: Progress) -> tuple[Windows | None, Windows | None
         if share:
             log.line(f"evaluation: {share:.2%} of its tokens are in runs that the calibration text holds too")
     return calibration, evaluation
+
+
+def _most_windows(tokenizer: object, recipe: Recipe, seq_len: int) -> Windows:
+    """The windows that the recipe asks for; with `--samples auto` the most, halved while the text is too short."""
+    count = recipe.most_samples
+    while True:
+        try:
+            return calibration_windows(tokenizer, recipe.calibration, count, seq_len, recipe.seed)
+        except CalibrationError:
+            if recipe.samples != "auto" or count // 2 < _USUAL_SAMPLES:
+                raise
+            count //= 2
+
+
+def as_many_as_needed(draft: Draft, most: Windows, log: Progress) -> Windows:
+    """`--samples auto`: windows drawn anew, the usual number or as many as experts need; `most` where even they are
+    too few."""
+    usual, batches = _USUAL_SAMPLES, most.batches()
+    enough = enough_batches(draft.skeleton, batches)
+    count = len(most.ids) if enough is None else max(usual, enough * len(batches[0]))
+    said = "" if enough is not None else ", and one of ten experts or more would need still more"
+    log.line(f"--samples auto: {count} windows of {most.ids.shape[1]} tokens{said}")
+    if count >= len(most.ids):
+        return most
+    recipe, tokenizer = draft.recipe, load_tokenizer(draft.source)
+    return calibration_windows(tokenizer, recipe.calibration, count, most.ids.shape[1], recipe.seed)
 
 
 def evaluation_text(skeleton: Skeleton, tokenizer: object, recipe: Recipe, log: Progress) -> Windows:

@@ -13,6 +13,7 @@ from llmquant.paths import expanded
 from llmquant.rules import SETTINGS, Rule, make_rules
 
 # What the small built-in model changes: its context is short and its text fits in seconds.
+_MOST_SAMPLES = 512  # windows, where experts decide how many
 DEMO_DEFAULTS: dict[str, Any] = {"seq_len": 512, "eval_data": "builtin", "eval_tokens": 32768, "eval_seq_len": 512}
 
 FORMAT_NAMES = tuple(FACTS)
@@ -53,7 +54,7 @@ class Recipe:
     on_bad_layer: str = "fail"
     # calibration text
     calibration: str = "builtin"
-    samples: int = 128
+    samples: int | str = 128  # or "auto": from that number on, as many as the experts of the model need
     seq_len: int = 2048
     seed: int = 0
     # evaluation text
@@ -73,9 +74,11 @@ class Recipe:
         for name, allowed in CHOICES.items():
             if (value := getattr(self, name)) not in allowed or isinstance(value, bool):
                 raise RecipeError(option(name), f"{value!r}", expected=f"one of {', '.join(map(str, allowed))}")
-        for name in ("samples", "seq_len", "eval_seq_len"):
-            if (value := getattr(self, name)) < 1 + (name != "samples"):
-                raise RecipeError(option(name), str(value), expected="a positive number (2 or more tokens in a window)")
+        if self.samples != "auto" and (not isinstance(self.samples, int) or self.samples < 1):
+            raise RecipeError(option("samples"), f"{self.samples}", expected="auto or a positive number")
+        for name in ("seq_len", "eval_seq_len"):
+            if (value := getattr(self, name)) < 2:
+                raise RecipeError(option(name), str(value), expected="2 or more tokens in a window")
         if self.sweeps is not None and self.sweeps < 0:
             raise RecipeError(option("sweeps"), str(self.sweeps), expected="0 or more")
         if self.eval_tokens != "full" and (
@@ -120,6 +123,11 @@ class Recipe:
             "exports": list(self.exports),
         }
         return plain | {name: value for name, value in lists.items() if name in plain}
+
+    @property
+    def most_samples(self) -> int:
+        """Windows of calibration text, at most."""
+        return _MOST_SAMPLES if isinstance(self.samples, str) else self.samples
 
     @property
     def scheme_name(self) -> str:
@@ -222,9 +230,10 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "ignore": (list, tuple),
     "exports": (list, tuple),
     "rules": (list, tuple),
+    "samples": (int, str),
     "eval_tokens": (int, str),
 }
-_INTEGERS = ("bits", "group_size", "samples", "seq_len", "seed", "eval_seq_len")
+_INTEGERS = ("bits", "group_size", "seq_len", "seed", "eval_seq_len")
 
 
 def _check_type(name: str, value: Any) -> None:

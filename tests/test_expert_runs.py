@@ -11,6 +11,7 @@ from broken import TINY, Killed, files, kill, run
 
 import llmquant
 from llmquant import job
+from llmquant import recipe as recipes
 from llmquant.blocks import forwards
 from llmquant.cli.app import main
 from llmquant.log import SILENT
@@ -130,6 +131,31 @@ def test_an_expert_that_no_token_reaches_is_solved_by_what_the_others_read(model
     (said,) = [note for note in health(found.facts) if note.startswith("Experts")]
     assert "of 32 calibration tokens a linear of an expert saw" in said
     assert "saw fewer than they have inputs" in said
+
+
+def test_auto_takes_as_many_windows_as_the_rarest_experts_need(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipes, "_MOST_SAMPLES", 48)
+    monkeypatch.setattr(job, "_USUAL_SAMPLES", 4)
+    said: list[str] = []
+    found = run(model, tmp_path / "out", log=said.append, **FLAGS | {"samples": "auto", "eval_data": "none"})
+    (line,) = [line for line in said if line.startswith("--samples auto")]
+    assert found.facts.calibration is not None
+    count = found.facts.calibration.n_tokens // 32
+    assert line == f"--samples auto: {count} windows of 32 tokens"
+    assert 4 < count <= 48
+    ups = [layer.n_tokens for layer in found.facts.layers if layer.name.endswith(".up_proj")]
+    assert sorted(ups)[1] >= 48  # of about 64, as many as each has inputs: the windows were drawn anew
+    monkeypatch.setattr(recipes, "_MOST_SAMPLES", 5)
+    run(model, tmp_path / "few", log=said.append, **FLAGS | {"samples": "auto", "eval_data": "none"})
+    assert any(line.endswith("would need still more") for line in said)
+
+
+def test_auto_is_the_usual_number_without_experts(tiny_model: Any, tmp_path: Path) -> None:
+    found = run(tiny_model("llama"), tmp_path / "out", **FLAGS | {"samples": "auto", "eval_data": "none"})
+    assert found.facts.calibration is not None
+    assert found.facts.calibration.n_tokens == 128 * 32, "which is all that the text of these tests has"
 
 
 def test_what_is_lent_counts_as_that_many_tokens() -> None:

@@ -21,7 +21,7 @@ RANK = {
     "source": 5,
     **dict.fromkeys(("gguf", "text", "model", "run_dir"), 6),
     "treatments": 7,
-    **dict.fromkeys(("checkpoint", "plan", "lanes", "blocks"), 8),
+    **dict.fromkeys(("checkpoint", "plan", "lanes", "blocks", "coverage"), 8),
     "report": 9,
     "output": 10,
     "job": 11,

@@ -63,7 +63,7 @@ def run(
     calibration: Annotated[
         Optional[str], recipe_option(f"Text: {DATA}; or a mixture a:0.5,b:0.5", "calibration", _CALIB)
     ] = None,
-    samples: Annotated[Optional[int], recipe_option("Windows", "samples", _CALIB)] = None,
+    samples: Annotated[Optional[str], recipe_option("Windows, or auto: what experts need", "samples", _CALIB)] = None,
     seq_len: Annotated[
         Optional[int], recipe_option("Tokens in a window, at most the model's context", "seq_len", _CALIB)
     ] = None,
@@ -183,6 +183,8 @@ def run(
         flags["propagation"] = strength(propagation)
     if eval_tokens is not None:
         flags["eval_tokens"] = count(eval_tokens)
+    if samples is not None:
+        flags["samples"] = count(samples)
     settings = make_recipe(model, recipe, flags)
     calm_libraries()
     if push_to_hub is not None:

@@ -108,7 +108,7 @@ def suggestion(error: Exception) -> str | None:
 
 
 def count(text: str | None) -> int | str | None:
-    """A number of tokens, or the word `full`; the recipe refuses other words."""
+    """A number, or a word that the recipe accepts or refuses."""
     return int(text) if text is not None and text.isdecimal() else text
 
 

@@ -208,7 +208,9 @@ def _tokens(found: Estimate, draft: Draft) -> Tokens:
         cut = found.attempt(lambda: windows(draft, SILENT))
         calibration, evaluation = (0 if text is None else text.n_tokens for text in cut or (None, None))
         return Tokens(calibration, evaluation, *lengths)
-    n_calibration = recipe.samples * lengths[0] if draft.calibrated else 0
+    n_calibration = recipe.most_samples * lengths[0] if draft.calibrated else 0
+    if draft.calibrated and recipe.samples == "auto":
+        found.assumptions.append(f"--samples auto is taken for {recipe.most_samples} windows, the most")
     full = recipe.eval_tokens == "full"
     if evaluated and full:
         found.assumptions.append(f"--eval-tokens full is taken for {_FULL_TOKENS} tokens")
@@ -233,7 +235,7 @@ def _memory(found: Estimate, draft: Draft, tokens: Tokens, sizes: dict[str, int]
             "GB; use a smaller --max-ram (paused forwards) or --device cpu"
         )
     widest = max(spec.shape[1] for spec in draft.plan.specs)
-    if draft.calibrated and draft.recipe.samples * draft.recipe.seq_len < widest:
+    if draft.calibrated and draft.recipe.most_samples * draft.recipe.seq_len < widest:
         found.warn(f"--samples: fewer calibration tokens than the {widest} inputs of the widest layer; use more")
 
 
