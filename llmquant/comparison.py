@@ -6,8 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from llmquant.lanes.scores import (
 from llmquant.log import SILENT, BlockDone, Log, Progress, Stopwatch, progress_of
 from llmquant.memory import trim
 from llmquant.model.skeleton import Skeleton
-from llmquant.model.streams import Streams
+from llmquant.model.streams import Streams, unnamed_file
 from llmquant.recipe import Recipe, make_recipe, parse_size
 from llmquant.report.data import SCHEMA_VERSION, ComparedModel, CompareReport, Cost, Difference, Report
 from llmquant.report.parts import evaluation_report, lane_report, library_versions
@@ -114,7 +113,7 @@ def score_tokens(
     sizes = {name: stream_bytes(lane.skeleton, windows.n_tokens, seq_len) for name, lane in lanes.items()}
     parked = [name for name, lane in lanes.items() if lane.skeleton.parked]
     refuse_parked({name: sizes[name] for name in parked}, budget, ["eval_tokens"])
-    with Streams(sizes, budget, _unnamed_file, parked) as streams:
+    with Streams(sizes, budget, unnamed_file, parked) as streams:
         return windows, lanes, _stream(lanes, Lanes(tuple(lanes), windows, streams), watch, progress)
 
 
@@ -129,14 +128,9 @@ def noise_floor(source: Source, skeleton: Skeleton, windows: Windows, watch: Sto
     exact = Skeleton(source, skeleton.device, torch.float32)
     lanes = {"float32": Lane(source, exact), "compute": Lane(source, skeleton)}
     # In files, or parked, which is not much: the run's own are still open.
-    with Streams(dict.fromkeys(lanes, 1), 0, _unnamed_file, lanes if skeleton.parked else ()) as streams:
+    with Streams(dict.fromkeys(lanes, 1), 0, unnamed_file, lanes if skeleton.parked else ()) as streams:
         scores = _stream(lanes, Lanes(tuple(lanes), few, streams), watch, SILENT)
     return figures(scores["compute"], scores["float32"])
-
-
-def _unnamed_file(name: str) -> BinaryIO:
-    file: BinaryIO = TemporaryFile()  # noqa: SIM115 (its stream closes it)
-    return file
 
 
 def _open(sources: Sequence[Source], recipe: Recipe, log: Progress, *, named_reference: bool) -> dict[str, Lane]:

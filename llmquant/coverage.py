@@ -6,8 +6,7 @@ as many tokens as they have inputs. The windows themselves are drawn anew, in th
 """
 
 from collections.abc import Sequence
-from tempfile import TemporaryFile
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from llmquant.errors import RecipeError, option
 from llmquant.model.experts import Experts
 from llmquant.model.skeleton import Skeleton
-from llmquant.model.streams import Streams
+from llmquant.model.streams import Streams, unnamed_file
 
 _RARE = 0.1  # of a layer's experts may get fewer
 
@@ -36,7 +35,7 @@ def enough_batches(skeleton: Skeleton, batches: Sequence[Tensor]) -> int | None:
             remedy=f"a number of {option('samples')}",
         )
     needed = 0
-    with Streams({"text": 1}, 0, _unnamed_file) as streams:
+    with Streams({"text": 1}, 0, unnamed_file) as streams:
         stream = streams.new("text")
         skeleton.record(batches, stream.append)
         for block in skeleton.blocks:
@@ -74,8 +73,3 @@ def _enough(counts: Tensor, in_features: int) -> int | None:
     rarest = counts.cumsum(0).float().quantile(_RARE, dim=1, interpolation="lower")
     reached = (rarest >= in_features).nonzero()
     return int(reached[0]) + 1 if len(reached) else None
-
-
-def _unnamed_file(name: str) -> BinaryIO:
-    file: BinaryIO = TemporaryFile()  # noqa: SIM115 (its stream closes it)
-    return file

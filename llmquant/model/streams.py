@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 import torch
@@ -30,6 +31,12 @@ def spilled(sizes: Mapping[str, int], max_ram: int) -> dict[str, int]:
         else:
             files[name] = nbytes
     return files
+
+
+def unnamed_file(name: str) -> BinaryIO:
+    """A file for a stream of a command that leaves nothing behind, whatever ends it."""
+    file: BinaryIO = TemporaryFile()  # noqa: SIM115 (its stream closes it)
+    return file
 
 
 class Streams:

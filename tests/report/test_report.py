@@ -82,13 +82,13 @@ def test_streams_of_the_noise_floor_lie_in_files(
 ) -> None:
     """Those of the run, which may fill --max-ram, are still open then."""
     made: list[str] = []
-    real = comparison._unnamed_file
+    real = comparison.unnamed_file
 
     def unnamed_file(name: str) -> BinaryIO:
         made.append(name)
         return real(name)
 
-    monkeypatch.setattr(comparison, "_unnamed_file", unnamed_file)
+    monkeypatch.setattr(comparison, "unnamed_file", unnamed_file)
     source = open_source(tiny_model("llama"))
     windows = Windows(torch.arange(3, 3 + 9 * 32).view(9, 32), "test", None, "none")
     noise_floor(source, Skeleton(source, torch.device("cpu"), torch.bfloat16), windows, Stopwatch())

@@ -547,8 +547,10 @@ def test_the_disk_has_no_other_door() -> None:
             found[str(file.relative_to(package))] = changes
     assert found == {
         "cli/console.py": ['with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:'],
-        "comparison.py": ["file: BinaryIO = TemporaryFile()  # noqa: SIM115 (its stream closes it)"],
         "run_dir/disk.py": ["fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)"] * 2,  # for the lock, and for fsync
         "run_dir/folder.py": ['file = path.open("w+b", buffering=0)'],  # a scratch file; its name is removed at once
-        "model/streams.py": ["count = os.pwrite(self._file.fileno(), data, at)"],  # into a scratch file
+        "model/streams.py": [
+            "file: BinaryIO = TemporaryFile()  # noqa: SIM115 (its stream closes it)",
+            "count = os.pwrite(self._file.fileno(), data, at)",  # into a scratch file
+        ],
     }
