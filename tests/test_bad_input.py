@@ -258,6 +258,8 @@ def test_group_size_that_does_not_divide_names_all_kinds_of_offenders(
     ("name", "content", "said"),
     [
         pytest.param("x.txt", b"", "no text", id="empty"),
+        pytest.param("x.png", b"\x89PNG", "a png file; expected text: models are calibrated", id="a-picture"),
+        pytest.param("x.jsonl", b'{"image": "a.png"}\n', "of which image; expected text: models are", id="pictures"),
         pytest.param("x.txt", b" \n\n ", "no text", id="blank"),
         pytest.param("x.txt", b"just a few words", "tokens; expected at least 64", id="short"),
         pytest.param("x.txt", b"\xff\xfe\x00", "not UTF-8", id="not-utf8"),

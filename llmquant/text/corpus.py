@@ -10,14 +10,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from llmquant.demo import DEMO
-from llmquant.errors import CalibrationError
+from llmquant.errors import CalibrationError, option
 from llmquant.paths import expanded
 from llmquant.source.hub import dataset_commit
 
 _WIKITEXT = "Salesforce/wikitext"
+_MEDIA = frozenset(("image", "images", "audio", "video", "pixel_values"))  # columns that hold them, or names of files
+_MEDIA_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".wav", ".mp3", ".flac", ".mp4")
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ def load_text(spec: str, split: str, limit: int) -> Text:
     if spec in DATASETS:
         return DATASETS[spec](split, limit)
     path = expanded(spec, CalibrationError)
+    if path.suffix.lower() in _MEDIA_FILES:
+        _refuse_media(spec, f"a {path.suffix[1:].lower()} file")
     if is_file(spec):
         if not path.is_file():
             raise CalibrationError(spec, "no such file")
@@ -180,6 +184,15 @@ def _hub_dataset(
     return Text(name, documents, revision)
 
 
+def _refuse_media(where: str, got: str) -> NoReturn:
+    raise CalibrationError(
+        where,
+        got,
+        expected="text: models are calibrated and evaluated on text, multimodal ones too",
+        remedy=f"another {option('calibration')}, or name a column with text: HUB_ID:config:split:column",
+    )
+
+
 def _column(where: str, rows: Any, column: str | None, limit: int) -> Iterator[str]:
     """Texts of one column of `rows`, until `limit` characters are reached.
 
@@ -193,7 +206,10 @@ def _column(where: str, rows: Any, column: str | None, limit: int) -> Iterator[s
     # Real datasets have rows without text, and the first may be one of them: None counts as text here.
     fitting = {name for name, value in first.items() if isinstance(value, str | None)}
     if column is None:
+        texts = [name for name in texts if name not in _MEDIA]  # whose names of files are no text
         column = next((name for name in ("text", "content") if name in fitting), texts[0] if len(texts) == 1 else None)
+    if (column is None or column not in fitting) and (media := sorted(_MEDIA & first.keys())):
+        _refuse_media(where, f"columns {list(first)}"[:200] + f", of which {', '.join(media)}")
     if column is None or column not in fitting:
         raise CalibrationError(
             where,
