@@ -81,29 +81,32 @@ class Block:
 
     def expert(self, linear: str) -> tuple[nn.Module, int] | None:
         """For a linear of an expert: the module that gathers what it reads, and the expert's number; else None."""
-        for owner, module in self._experts:
-            if linear.startswith(owner):
-                number, _, leaf = linear[len(owner) :].partition(".")
-                return module.down_inputs if leaf and leaf == module.down else module.up_inputs, int(number)
-        return None
+        if (owner := self.experts_of(linear)) is None:
+            return None
+        experts, (number, _, leaf) = self._experts[owner], linear.removeprefix(f"{owner}.").partition(".")
+        return experts.down_inputs if leaf and leaf == experts.down else experts.up_inputs, int(number)
+
+    def experts_of(self, linear: str) -> str | None:
+        """The module of experts that a linear is part of; None for all others."""
+        return next((owner for owner in self._experts if linear.startswith(f"{owner}.")), None)
 
     @cached_property
-    def _experts(self) -> list[tuple[str, Experts]]:
+    def _experts(self) -> dict[str, Experts]:
         named = self.module.named_modules(prefix=self.name)
-        return [(f"{name}.", module) for name, module in named if isinstance(module, Experts)]
+        return {name: module for name, module in named if isinstance(module, Experts)}
 
     # -- weights -------------------------------------------------------------------------------------------
     @contextmanager
     def loaded(self) -> Iterator["Block"]:
         """The block with its weights in memory, for the length of a `with`; some experts only while they are used."""
-        for owner, experts in self._experts:
+        for owner, experts in self._experts.items():
             if self._weights.on_demand.intersection(self.params):
                 experts.present = partial(self._present, owner)
         with self._weights.loaded(self.params):
             yield self
 
     def _present(self, owner: str, expert: int, leaves: Sequence[str]) -> AbstractContextManager[None]:
-        names = [".".join(part for part in (f"{owner}{expert}", leaf, "weight") if part) for leaf in leaves]
+        names = [".".join(part for part in (f"{owner}.{expert}", leaf, "weight") if part) for leaf in leaves]
         return self._weights.present(names)
 
     def holding(self, weights: Mapping[str, Value]) -> AbstractContextManager[None]:

@@ -1,5 +1,6 @@
 """A model on the meta device, ready to be streamed: its class, its experts taken apart, its tensors by name."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,17 +15,32 @@ from llmquant.source.base import Source
 from llmquant.source.wrapped import DerivedSource
 
 
-def open_model(source: Source, dtype: torch.dtype) -> tuple[Any, Source, dict[str, str]]:
-    """The model on the meta device, the checkpoint as the model holds it, and tensor name -> parameter name.
+@dataclass(frozen=True)
+class Opened:
+    """A model and its checkpoint, which fit each other.
 
-    The checkpoint is another view of `source` where tensors hold all experts at once, or are merged when they are
-    loaded.
+    model      on the meta device
+    stack      the name of its list of decoder blocks
+    blocks     those, in order
+    source     the checkpoint as the model holds it: another view of the one given where tensors hold all experts at
+               once, or are merged when they are loaded
+    param_of   tensor name in the checkpoint -> name in the model, for those the model knows
     """
+
+    model: Any
+    stack: str
+    blocks: list[nn.Module]
+    source: Source
+    param_of: dict[str, str]
+
+
+def open_model(source: Source, dtype: torch.dtype) -> Opened:
+    """The model of a checkpoint on the meta device, its experts one by one. SourceError where they do not fit."""
     from transformers.initialization import no_init_weights
 
     model = build_model(source, dtype)
     names = names_in(model, source)
-    stack = find_blocks(model, source)[0][0].rpartition(".")[0]
+    stack, blocks = find_blocks(model, source)
     with no_init_weights():  # linears on the meta device have nothing to initialize
         derived = unfuse(model, stack, source, names)
     merged = convert(model, source, names)
@@ -32,11 +48,12 @@ def open_model(source: Source, dtype: torch.dtype) -> tuple[Any, Source, dict[st
     fast_linears(model)
     if derived or merged:
         source = DerivedSource(source, derived | merged)
-    return model, source, checked_names(model, source, names.renamed)
+    return Opened(model, stack, blocks, source, checked_names(model, source, names.renamed))
 
 
-def find_blocks(model: Any, source: Source) -> list[tuple[str, nn.Module]]:
-    """The list of modules that is as long as the text decoder has layers; of several, or of none, the largest.
+def find_blocks(model: Any, source: Source) -> tuple[str, list[nn.Module]]:
+    """(name, blocks) of the list of modules that is as long as the text decoder has layers; of several, or of none, the
+    largest.
 
     Looked for in what the model calls its decoder, and in all of it where that is no stack of layers.
     """
@@ -50,7 +67,7 @@ def find_blocks(model: Any, source: Source) -> list[tuple[str, nn.Module]]:
         ]
         if stacks:
             *_, name, stack = max(stacks, key=lambda item: item[:2])
-            return [(f"{name}.{i}", block) for i, block in enumerate(stack)]
+            return name, list(stack)
     raise SourceError(source.name, "no list of decoder blocks found", expected="a decoder-only causal LM")
 
 

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmquant.model.block import Block
-from llmquant.model.experts import Experts
-from llmquant.model.meta import find_blocks, open_model
+from llmquant.model.meta import open_model
 from llmquant.model.parked import Batch, ParkedBytes, ParkedForwards
 from llmquant.model.probe import probe
 from llmquant.model.sharing import Sharing, find_sharing
@@ -43,15 +42,18 @@ class Skeleton:
 
     def __init__(self, source: Source, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> None:
         self.where = source.name
-        self.model, self.source, param_of = open_model(source, dtype)
-        self.weights = Weights(self.model, self.source, param_of, device, dtype)
-        stack = find_blocks(self.model, source)
-        self._stack = stack[0][0].rpartition(".")[0] + "."
-        params: list[list[str]] = [[] for _ in stack]
+        opened = open_model(source, dtype)
+        self.model, self.source = opened.model, opened.source
+        self.weights = Weights(self.model, self.source, opened.param_of, device, dtype)
+        self._stack = f"{opened.stack}."
+        params: list[list[str]] = [[] for _ in opened.blocks]
         for param in self.weights.names:
             if (index := self.block_of(param)) is not None:
                 params[index].append(param)
-        self.blocks = [Block(i, name, module, params[i], self.weights) for i, (name, module) in enumerate(stack)]
+        self.blocks = [
+            Block(index, f"{self._stack}{index}", module, params[index], self.weights)
+            for index, module in enumerate(opened.blocks)
+        ]
         self._idle = tuple(f"{name}." for name in probe(self.where, self.model, self.blocks))
         for name in self.weights.names:  # a class may ask any of its parameters on which device it lies
             if name.startswith(self._idle):
@@ -61,7 +63,6 @@ class Skeleton:
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(device)
-        self._experts = [f"{name}." for name, module in self.model.named_modules() if isinstance(module, Experts)]
 
     @property
     def device(self) -> torch.device:
@@ -97,10 +98,10 @@ class Skeleton:
         length = getattr(self._config, "max_position_embeddings", None)
         return length if isinstance(length, int) else None
 
-    @cached_property
+    @property
     def modules(self) -> dict[str, Any]:
         """All modules of the model by their names, those that several share by each of them."""
-        return dict(self.model.named_modules(remove_duplicate=False))
+        return self.weights.modules
 
     def block_of(self, param: str) -> int | None:
         """Index of the block that holds the parameter, None outside the blocks."""
@@ -110,7 +111,10 @@ class Skeleton:
 
     def experts_of(self, module: str) -> str | None:
         """The module of experts that a linear is part of; None for all others."""
-        return next((owner[:-1] for owner in self._experts if module.startswith(owner)), None)
+        index = self.block_of(module)
+        if index is None or index >= len(self.blocks):  # a layer that the model's class does not know
+            return None
+        return self.blocks[index].experts_of(module)
 
     def read_experts_on_demand(self, limit: int) -> int:
         """Have experts read whenever a batch of text uses them, in blocks whose experts would take more than `limit`

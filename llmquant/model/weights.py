@@ -27,6 +27,7 @@ class Weights:
     they are made. That is for experts, where all of a block would fill the memory.
 
     names      all of them, as the model calls them
+    modules    all modules of the model by their names, those that several share by each of them
     param_of   tensor name in the checkpoint -> name in the model, for those the model knows
     tied       parameters that the checkpoint holds only under another parameter's name -> that name
     borrowers  the other way round: name -> parameters that the checkpoint holds only under it
@@ -37,7 +38,7 @@ class Weights:
         self, model: Any, source: Source, param_of: dict[str, str], device: torch.device, dtype: torch.dtype
     ) -> None:
         self.device, self.dtype, self.source = device, dtype, source
-        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self.modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
         self.names: list[str] = list(model.state_dict())
         self.param_of = param_of
         self.tied = find_ties(model, set(self.param_of.values()), source)
@@ -133,12 +134,12 @@ class Weights:
 
     def _there(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
-        value: Tensor = getattr(self._modules[path], leaf)
+        value: Tensor = getattr(self.modules[path], leaf)
         return value
 
     def _set(self, name: str, value: Tensor) -> None:
         path, _, leaf = name.rpartition(".")
-        module = self._modules[path]
+        module = self.modules[path]
         if leaf in module._parameters:
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
         else:

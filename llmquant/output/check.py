@@ -200,7 +200,7 @@ class Container:
         """The tensors of the ledger are those of the original, and each is as far from it as the report says."""
         names = {row.name for row in self.ledger} - {ROPE}
         if names - source.tensors.keys() and not trusted:  # experts one by one, or merged as the model holds them
-            source = open_model(source, torch.float32)[1].listed(names)
+            source = open_model(source, torch.float32).source.listed(names)
         if odd := sorted(names ^ source.tensors.keys()):
             raise VerifyError(
                 odd[0],
