@@ -53,8 +53,9 @@ def build(
     heads: int | None = None,
     kv_heads: int | None = None,
     vocab: int = 4096,
+    context: int = 512,
 ) -> Path:
-    """A random bf16 Llama in `folder`, made shard by shard."""
+    """A random bf16 Llama in `folder`, made shard by shard, on the accelerator where there is one."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -71,7 +72,7 @@ def build(
         num_hidden_layers=blocks,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads or heads // 2,
-        max_position_embeddings=512,
+        max_position_embeddings=context,
         tie_word_embeddings=False,
     )
     config.architectures = ["LlamaForCausalLM"]
@@ -80,13 +81,15 @@ def build(
         shutil.copy(demo / file, folder)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items()}
-    generator, weight_map = torch.Generator().manual_seed(0), {}
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    generator, weight_map = torch.Generator(device).manual_seed(0), {}
     shards: dict[str, list[str]] = {}
     for name in shapes:
         part = name.split(".")[2] if ".layers." in name else "outer"
         shards.setdefault(f"model-{part}.safetensors", []).append(name)
     for file, names in shards.items():
-        tensors = {name: torch.randn(shapes[name], generator=generator).mul_(0.02).bfloat16() for name in names}
+        made = {name: torch.randn(shapes[name], generator=generator, device=device).mul_(0.02) for name in names}
+        tensors = {name: tensor.bfloat16().cpu() for name, tensor in made.items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

@@ -1,4 +1,4 @@
-"""Where the time goes: python eval/speed.py [--make small|7b | --model DIR] [--method gptq] [--repeat 3]
+"""Where the time goes: python eval/speed.py [--make small|7b|8b | --model DIR] [--device cuda] [--repeat 3]
 
 Seconds by stage of one quantization without evaluation, peak memory, and the ratio to the floor: the products that the
 default cannot do without, timed as plain GEMM calls on the same shapes in the same process. These are the linears of
@@ -6,7 +6,10 @@ two calibration forwards (original and quantized), half a Gram product and the d
 the fastest of float32 and bfloat16; and the solver's products of all rows with the Hessian (propagation, feedback,
 sweeps, loss) at the fastest of float32. Weights are random; quality is not measured here.
 
+On an accelerator a stage ends when the device has finished it, and its own peak memory is shown as well.
+
 small: 2 blocks of 2048 x 5632, 32 query and 8 key heads.  7b: 32 blocks of 4096 x 11008 (13.5 GB on disk).
+8b: 32 blocks of 4096 x 14336, 8 key heads (16 GB). `--blocks` makes a model with fewer.
 """
 
 import argparse
@@ -31,6 +34,7 @@ from llmquant.quant.solvers.refine import default_sweeps
 SHAPES = {
     "small": {"hidden": 2048, "ffn": 5632, "blocks": 2, "heads": 32, "kv_heads": 8, "vocab": 4096},
     "7b": {"hidden": 4096, "ffn": 11008, "blocks": 32, "heads": 32, "kv_heads": 32, "vocab": 32000},
+    "8b": {"hidden": 4096, "ffn": 14336, "blocks": 32, "heads": 32, "kv_heads": 8, "vocab": 128256},
 }
 # Functions timed by name, outermost first; what one of them spends in another counts for the inner one only.
 STAGES = {
@@ -61,6 +65,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--make", choices=list(SHAPES), default="small")
     parser.add_argument("--model", help="a folder (or demo) to time instead of a made-up model")
+    parser.add_argument("--blocks", type=int, help="of a made-up model")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--method", default="gptq", choices=["gptq", "rtn"])
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
@@ -72,7 +78,8 @@ def main() -> None:
         child(arguments, *arguments.child)
         return
     with tempfile.TemporaryDirectory() as folder:
-        model = arguments.model or str(build(Path(folder) / "model", **SHAPES[arguments.make]))
+        shape = SHAPES[arguments.make] | ({"blocks": arguments.blocks} if arguments.blocks else {})
+        model = arguments.model or str(build(Path(folder) / "model", context=arguments.seq_len, **shape))
         runs = []
         for number in range(arguments.repeat):
             command = [sys.executable, __file__, *sys.argv[1:], "--child", model, str(Path(folder) / str(number))]
@@ -81,10 +88,11 @@ def main() -> None:
             print(f"run {number + 1}: {runs[-1]['total']:.1f} s, floor {runs[-1]['floor']:.1f} s", file=sys.stderr)
     median = sorted(runs, key=lambda run: run["total"])[len(runs) // 2]
     print(f"{arguments.model or arguments.make}, {arguments.method}, {arguments.samples} x {arguments.seq_len} tokens")
-    print(f"{median['machine']}, {median['threads']} threads, torch {torch.__version__}")
+    print(f"{median['device']}, {median['machine']}, {median['threads']} threads, torch {torch.__version__}")
     for stage, seconds in median["stages"].items():
         print(f"{stage:>10} {seconds:8.2f} s {100 * seconds / median['total']:5.1f}%")
-    print(f"{'in all':>10} {median['total']:8.2f} s, peak memory {median['peak_mb']:.0f} MB")
+    of_device = f", of the device {median['device_mb']:.0f} MB" if median["device_mb"] else ""
+    print(f"{'in all':>10} {median['total']:8.2f} s, peak memory {median['peak_mb']:.0f} MB{of_device}")
     if median["floor"]:
         ratio = statistics.median(run["total"] / run["floor"] for run in runs)
         print(f"{'floor':>10} {median['floor']:8.2f} s, ratio {ratio:.2f} (median of {len(runs)})")
@@ -94,30 +102,40 @@ def child(arguments: argparse.Namespace, model: str, out: str) -> None:
     """One quantization in a process of its own; prints a JSON line."""
     import llmquant
 
+    device = torch.device(arguments.device)
     seconds = dict.fromkeys([*STAGES, "other"], 0.0)
     open_stages: list[str] = []
     for stage, names in STAGES.items():
         for name in names:
-            _time(name, stage, seconds, open_stages)
+            _time(name, stage, seconds, open_stages, device)
     flags = {"method": arguments.method, "samples": arguments.samples, "seq_len": arguments.seq_len}
+    flags["device"] = arguments.device
     recipe = llmquant.make_recipe(model, flags=flags | {"eval_data": "none"})
     begin = time.perf_counter()
     report = llmquant.quantize(model, recipe, out, max_ram=arguments.max_ram)
     total = time.perf_counter() - begin
+    device_peak = 0 if device.type == "cpu" else torch.accelerator.max_memory_allocated(device)
     seconds["other"] = total - sum(seconds.values())
     shapes = [row["shape"] for row in report.data["tensors"] if row["action"] == "quantized"]
     tokens = arguments.samples * arguments.seq_len
     floor = (
-        floor_seconds(shapes, tokens, default_sweeps(recipe.bits, recipe.group_size))
+        floor_seconds(shapes, tokens, default_sweeps(recipe.bits, recipe.group_size), device)
         if arguments.method == "gptq"
         else 0.0
     )
     cost = {name: report.cost[name] for name in ("threads", "machine")}
-    peak = report.cost["peak_rss_bytes"] / 1e6
-    print(json.dumps({"stages": seconds, "total": total, "floor": floor, "peak_mb": peak, **cost}))
+    cost["peak_mb"] = report.cost["peak_rss_bytes"] / 1e6
+    cost["device"], cost["device_mb"] = arguments.device, device_peak / 1e6
+    print(json.dumps({"stages": seconds, "total": total, "floor": floor, **cost}))
 
 
-def _time(name: str, stage: str, seconds: dict[str, float], open_stages: list[str]) -> None:
+def _wait(device: torch.device) -> None:
+    """Until the device has done what it was asked for: an accelerator works behind the program."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _time(name: str, stage: str, seconds: dict[str, float], open_stages: list[str], device: torch.device) -> None:
     """Replace a function of the package by one that adds its own seconds, those of inner stages left out."""
     module_name, _, path = name.partition(":")
     owner: Any = importlib.import_module(f"llmquant.{module_name}")
@@ -127,11 +145,13 @@ def _time(name: str, stage: str, seconds: dict[str, float], open_stages: list[st
     function: Callable[..., Any] = getattr(owner, leaf)
 
     def timed(*args: Any, **kwargs: Any) -> Any:
+        _wait(device)
         begin = time.perf_counter()
         open_stages.append(stage)
         try:
             return function(*args, **kwargs)
         finally:
+            _wait(device)
             spent = time.perf_counter() - begin
             open_stages.pop()
             seconds[stage] += spent
@@ -143,7 +163,7 @@ def _time(name: str, stage: str, seconds: dict[str, float], open_stages: list[st
     setattr(owner, leaf, timed)
 
 
-def floor_seconds(shapes: list[list[int]], tokens: int, sweeps: int) -> float:
+def floor_seconds(shapes: list[list[int]], tokens: int, sweeps: int, device: torch.device) -> float:
     """Seconds of the products that a Llama's default cannot do without, each as the fastest GEMM of this machine."""
     outputs: dict[int, int] = {}
     for rows, columns in shapes:
@@ -153,7 +173,8 @@ def floor_seconds(shapes: list[list[int]], tokens: int, sweeps: int) -> float:
     chunk, total = min(tokens, 4096), 0.0
     for width, rows in outputs.items():
         drift = default_propagation(tokens, width, wide=width == wide) > 0
-        x, weight, H = torch.randn(chunk, width), torch.randn(min(rows, 8192), width), torch.randn(width, width)
+        sizes = ((chunk, width), (min(rows, 8192), width), (width, width))
+        x, weight, H = (torch.randn(size, device=device) for size in sizes)
         n_inputs = n_blocks * (1 if width == wide else 3)  # down; qkv, o and gate/up
         # The last block's output is not needed.
         needed = rows * (n_blocks - 1) / n_blocks if width == wide else rows
@@ -179,7 +200,7 @@ def fastest(products: list[Callable[[], Any]], *, bf16: bool = True) -> float:
                 times = []
                 for _ in range(4):
                     begin = time.perf_counter()
-                    product()
+                    _wait(product().device)
                     times.append(time.perf_counter() - begin)
             medians.append(statistics.median(times[1:]))
     return min(medians)
