@@ -34,10 +34,12 @@ from llmquant.recipe import Recipe, RunOptions
 from llmquant.report.ledger import mostly_dense
 from llmquant.source.base import Source
 from llmquant.source.card import read_card
+from llmquant.source.names import kinds
 from llmquant.source.resolve import open_source
 from llmquant.text.overlap import refuse_overlap
 from llmquant.text.tokenizer import load_tokenizer
 from llmquant.text.windows import Windows, calibration_windows, check_ids, evaluation_windows, windows_per_batch
+from llmquant.treatments import UNFIT, with_group_size
 from llmquant.versions import versions
 
 T = TypeVar("T")
@@ -137,7 +139,12 @@ def draft(
     """
     source = as_original(stored)
     skeleton = draft_model(source, recipe, log)
+    asked, recipe = recipe.group_size, with_group_size(recipe, skeleton)
+    if asked == "auto":
+        log.line(f"--group-size auto: {recipe.group_size}, the largest of 128, 64 and 32 that divides the inputs")
     plan = make_plan(skeleton.source, skeleton, recipe)
+    if unfit := [row.name.removesuffix(".weight") for row in plan.rows if UNFIT in row.reason]:
+        log.line(f"--unfit keep: {len(unfit)} linears stay in 16 bit: {kinds(unfit)}")
     source = skeleton.source.listed(row.name for row in plan.rows)
     output = open_output(recipe.format, source, skeleton, plan)
     plan = output.plan

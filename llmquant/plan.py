@@ -11,14 +11,22 @@ import torch
 from llmquant.errors import RecipeError, SourceError, option
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.formats.base import Layout
+from llmquant.formats.facts import FACTS
 from llmquant.formats.ignored import ignore_list
 from llmquant.model.meta import is_conv1d, is_linear
 from llmquant.model.skeleton import Skeleton
 from llmquant.quant.solvers import DATA_FREE
 from llmquant.recipe import Recipe
 from llmquant.source.base import Source
-from llmquant.source.names import natural_key, without_numbers
-from llmquant.treatments import Treatment, is_foreign, module_of, refuse_unknown_experts, treatments
+from llmquant.source.names import kinds, natural_key
+from llmquant.treatments import (
+    Treatment,
+    is_foreign,
+    module_of,
+    refuse_unknown_experts,
+    treatments,
+    with_group_size,
+)
 
 _STORABLE = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -120,6 +128,7 @@ def make_plan(source: Source, skeleton: Skeleton, recipe: Recipe) -> Plan:
     does not divide (all offenders named), where nothing is left to quantize, or a rule or pattern decides nothing;
     FormatError by the format.
     """
+    recipe = with_group_size(recipe, skeleton)
     keys = sorted(source.tensors, key=natural_key)
     chosen = treatments(keys, skeleton, recipe)
     refuse_unknown_experts(keys, skeleton, recipe)
@@ -137,7 +146,7 @@ def make_plan(source: Source, skeleton: Skeleton, recipe: Recipe) -> Plan:
             remedy=f"check {option('ignore')}" + " and the rules that keep" * kept,
             field="ignore",
         )
-    _check_groups(specs)
+    _check_groups(specs, recipe)
     _check_borrowed(specs, skeleton)
     return lay_out(rows, skeleton, recipe.format)
 
@@ -248,19 +257,19 @@ def _check_borrowed(specs: Sequence[LinearSpec], skeleton: Skeleton) -> None:
                 )
 
 
-def _check_groups(specs: list[LinearSpec]) -> None:
+def _check_groups(specs: list[LinearSpec], recipe: Recipe) -> None:
     bad = [spec for spec in specs if not spec.scheme.divides(spec.shape[1])]
     if not bad:
         return
     group_size = bad[0].scheme.group_size
     bad = [spec for spec in bad if spec.scheme.group_size == group_size]
-    kinds = Counter(f"{without_numbers(f'{spec.module}.')[:-1]} ({spec.shape[1]})" for spec in bad)
-    widths = {spec.shape[1] for spec in bad}
-    fitting = [g for g in (128, 64, 32) if all(width % g == 0 for width in widths)]
-    other = f"{option('group_size')} {fitting[0]} or " if fitting else ""
+    held = [size for size in (128, 64, 32, -1) if all(size in FACTS[name].groups for name in recipe.formats)]
+    fitting = [size for size in held if size == -1 or all(spec.shape[1] % size == 0 for spec in bad)]
+    sizes = " or ".join(str(size) for size in dict.fromkeys([*fitting[:1], *fitting[-1:]]))
     raise RecipeError(
-        ", ".join(kind if count == 1 else f"{count} x {kind}" for kind, count in kinds.items()),
+        kinds(f"{spec.module} ({spec.shape[1]})" for spec in bad),
         f"in_features not divisible by group size {group_size}",
-        remedy=f"use {other}{option('group_size')} -1, or keep them in 16 bit with {option('ignore')}",
+        remedy=(f"use {option('group_size')} {sizes}, or " if sizes else "")
+        + f"keep them in 16 bit with {option('unfit')} keep",
         field="group_size",
     )

@@ -20,7 +20,9 @@ FORMAT_NAMES = tuple(FACTS)
 EXPORTABLE = formats_that(lambda facts: facts.exportable)
 
 CHOICES: dict[str, tuple[Any, ...]] = {
-    **{name: SETTINGS[name] for name in ("method", "bits", "group_size")},
+    **{name: SETTINGS[name] for name in ("method", "bits")},
+    "group_size": ("auto", *SETTINGS["group_size"]),
+    "unfit": ("fail", "keep"),
     "format": FORMAT_NAMES,
     "grid": ("hessian", "absmax"),
     "order": ("descending", "natural"),
@@ -37,10 +39,11 @@ class Recipe:
 
     method: str = "gptq"
     bits: int = 4
-    group_size: int = 128  # -1: one group per row
+    group_size: int | str = "auto"  # -1: one group per row; auto: the largest that divides all inputs
     symmetric: bool = True
     rules: tuple[Rule, ...] = ()  # for some of the linears: the first that matches decides, see rules.py
     ignore: tuple[str, ...] = ()
+    unfit: str = "fail"  # what to do with linears that groups do not divide or a format cannot hold
     format: str = DEFAULT
     exports: tuple[str, ...] = ()  # further formats, each written into a folder of its name
     # solver
@@ -125,6 +128,11 @@ class Recipe:
         return plain | {name: value for name, value in lists.items() if name in plain}
 
     @property
+    def formats(self) -> tuple[str, ...]:
+        """All that are written, that of the checkpoint first."""
+        return (self.format, *self.exports)
+
+    @property
     def most_samples(self) -> int:
         """Windows of calibration text, at most."""
         return _MOST_SAMPLES if isinstance(self.samples, str) else self.samples
@@ -132,7 +140,7 @@ class Recipe:
     @property
     def scheme_name(self) -> str:
         """As in the names of published checkpoints: W4A16-G128, W8A16-channel; -mixed where rules set other schemes."""
-        group = "channel" if self.group_size == -1 else f"G{self.group_size}"
+        group = {-1: "channel", "auto": "auto"}.get(self.group_size, f"G{self.group_size}")
         own = {name: getattr(self, name) for name in ("bits", "group_size", "symmetric")}
         mixed = any(own != {name: rule.settings.get(name, value) for name, value in own.items()} for rule in self.rules)
         return f"W{self.bits}A16-{group}" + "-asym" * (not self.symmetric) + "-mixed" * mixed
@@ -222,6 +230,7 @@ def recipe_folder() -> Path:
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
+    "group_size": (int, str),
     "symmetric": (bool,),
     "refit": (bool,),
     "sweeps": (int, type(None)),
@@ -233,7 +242,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "samples": (int, str),
     "eval_tokens": (int, str),
 }
-_INTEGERS = ("bits", "group_size", "seq_len", "seed", "eval_seq_len")
+_INTEGERS = ("bits", "seq_len", "seed", "eval_seq_len")
 
 
 def _check_type(name: str, value: Any) -> None:

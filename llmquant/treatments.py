@@ -6,13 +6,14 @@ fields. Then sets that servers run as one (q, k and v; all experts of a layer) a
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from llmquant.errors import RecipeError, SourceError, option
 from llmquant.formats.base import in_block
-from llmquant.formats.facts import fused_sets
-from llmquant.model.meta import is_conv1d, is_linear
+from llmquant.formats.facts import FACTS, fused_sets
+from llmquant.model.meta import is_linear, shape_OI
 from llmquant.model.skeleton import Skeleton
 from llmquant.quant.grid import QuantScheme
 from llmquant.quant.solvers import DATA_FREE
@@ -20,7 +21,9 @@ from llmquant.recipe import Recipe
 from llmquant.rules import Rule, why_small
 
 NO_LINEAR = re.compile(r"embed|norm|wte|wpe", re.IGNORECASE)  # in the names of weights that no class of ours knows
+UNFIT = "(--unfit keep)"  # ends the reason of what is kept because it fits no group or format
 _SMALL = 50  # a linear with less than this part of its block's weights is not worth a refusal
+_GROUP_SIZES = (128, 64, 32)  # that `auto` chooses from
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,28 @@ class Treatment:
             return (math.inf,)
         group = math.inf if self.scheme.group_size == -1 else self.scheme.group_size
         return (self.scheme.bits, -group, not self.scheme.symmetric)
+
+
+def with_group_size(recipe: Recipe, skeleton: Skeleton) -> Recipe:
+    """`recipe` with a number in place of the group size "auto".
+
+    The largest of 128, 64 and 32 that the formats hold and that divides the inputs of all linears; where there is none,
+    of most of their weights. Linears whose size a rule sets, and small ones, do not count. One size for all, as some
+    formats and runtimes know only one.
+    """
+    if recipe.group_size != "auto":
+        return recipe
+    by_row = treatments(list(skeleton.source.tensors), skeleton, replace(recipe, group_size=-1, unfit="fail"))
+    weights = Counter[int]()  # by the inputs of their linear
+    for module, treatment in by_row.items():
+        rule = next((rule for rule in recipe.rules if rule.matches(module)), None)
+        decided = treatment.scheme is not None and (rule is None or rule.group_size is None)
+        if decided and module in skeleton.modules and not _is_small(skeleton, module):
+            rows, columns = shape_OI(skeleton.modules[module])
+            weights[columns] += rows * columns
+    held = [size for size in _GROUP_SIZES if all(size in FACTS[name].groups for name in recipe.formats)]
+    best = min(held, key=lambda size: sum(count for columns, count in weights.items() if columns % size))
+    return replace(recipe, group_size=best)
 
 
 def treatments(keys: Sequence[str], skeleton: Skeleton, recipe: Recipe) -> dict[str, Treatment]:
@@ -71,7 +96,7 @@ def treatments(keys: Sequence[str], skeleton: Skeleton, recipe: Recipe) -> dict[
         elif module in small and rule not in meant and not (rule is not None and rule.keep):
             chosen[module] = Treatment(None, "", small[module])
         else:
-            chosen[module] = _spared(_treatment(recipe, rule), module, skeleton)
+            chosen[module] = _fitted(_treatment(recipe, rule), module, skeleton, recipe)
             if rule is not None:
                 unused_rules.pop(rule, None)
     if unused_patterns:
@@ -113,10 +138,8 @@ def _foreign(recipe: Recipe, rule: Rule, key: str) -> Treatment:
 
 def _why_small(skeleton: Skeleton, module: str) -> str:
     """Why a linear is too small to be quantized, for the ledger; "" where it is not."""
-    linear = skeleton.modules[module]
-    rows, columns = linear.weight.shape[::-1] if is_conv1d(linear) else linear.weight.shape
     _, path = in_block(module) or ("", module)
-    return why_small(path, rows, columns)
+    return why_small(path, *shape_OI(skeleton.modules[module]))
 
 
 def _treatment(recipe: Recipe, rule: Rule | None) -> Treatment:
@@ -130,18 +153,26 @@ def _treatment(recipe: Recipe, rule: Rule | None) -> Treatment:
     return Treatment(QuantScheme(bits, group_size, symmetric), method, why, rule is not None)
 
 
-def _spared(treatment: Treatment, module: str, skeleton: Skeleton) -> Treatment:
-    """`treatment`, or keep a small linear whose inputs its groups do not divide; a large one is refused later."""
-    linear, scheme = skeleton.modules[module], treatment.scheme
-    in_features = linear.weight.shape[0 if is_conv1d(linear) else 1]
-    if scheme is None or scheme.divides(in_features):
+def _fitted(treatment: Treatment, module: str, skeleton: Skeleton, recipe: Recipe) -> Treatment:
+    """`treatment`, or keep a linear that its groups do not divide or a format cannot hold: by the recipe's `unfit`, or
+    because it is small. Others are refused later."""
+    if (scheme := treatment.scheme) is None:
         return treatment
+    rows, columns = shape_OI(skeleton.modules[module])
+    uneven = "" if scheme.divides(columns) else f"groups of {scheme.group_size} do not divide its {columns} inputs"
+    odd = (f"{why} in {name}" for name in recipe.formats if (why := FACTS[name].why_unfit(rows, columns)))
+    if recipe.unfit == "keep" and (why := uneven or next(odd, "")):
+        return Treatment(None, "", f"{why} {UNFIT}", by_rule=True)  # and so do those that servers join with it
+    if uneven and _is_small(skeleton, module):
+        return Treatment(None, "", f"small, and {uneven}", treatment.by_rule)
+    return treatment
+
+
+def _is_small(skeleton: Skeleton, module: str) -> bool:
+    """Whether a linear is so small a part of its block that it may stay dense without a question."""
     index = skeleton.block_of(module)
     assert index is not None
-    if _SMALL * linear.weight.numel() > skeleton.blocks[index].n_weights:
-        return treatment
-    why = f"small, and groups of {scheme.group_size} do not divide its {in_features} inputs"
-    return Treatment(None, "", why, treatment.by_rule)
+    return bool(_SMALL * skeleton.modules[module].weight.numel() <= skeleton.blocks[index].n_weights)
 
 
 def _refuse_unused(rule: Rule, skeleton: Skeleton, linears: Iterable[str]) -> None:

@@ -41,7 +41,7 @@ def test_recipes_load_by_name_and_by_path() -> None:
         assert make_recipe("x", file.stem) == make_recipe("x", file)
     assert make_recipe("x", "w8g128").bits == 8
     assert make_recipe("x", "w8g128", {"bits": 4}).bits == 4
-    assert make_recipe("x", "w4g128") == Recipe()
+    assert make_recipe("x", "w4g128") == Recipe(group_size=128)
     assert set(load_recipe("rtn-w4")) <= set(Recipe.__dataclass_fields__)
 
 

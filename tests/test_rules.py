@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import LLAMA, SMALL, build
+from tiny import ARCHITECTURES, LLAMA, SMALL, build
 
 import llmquant
 from llmquant.errors import FormatError, RecipeError
+from llmquant.job import draft
+from llmquant.log import SILENT, progress_of
 from llmquant.model.skeleton import Skeleton
 from llmquant.plan import Plan, make_plan
 from llmquant.preflight.estimate import estimate
@@ -94,10 +96,11 @@ def test_two_rules_of_one_pattern_are_refused() -> None:
 
 
 def test_names_and_plain_data() -> None:
-    assert make_recipe("x").scheme_name == "W4A16-G128"
-    assert make_recipe("x", flags={"rules": ["a: bits=8"]}).scheme_name == "W4A16-G128-mixed"
+    by_128 = {"group_size": 128}
+    assert make_recipe("x", flags=by_128).scheme_name == "W4A16-G128"
+    assert make_recipe("x", flags=by_128 | {"rules": ["a: bits=8"]}).scheme_name == "W4A16-G128-mixed"
     for rule in ("a: keep", "a: method=rtn", "a: bits=4"):
-        assert make_recipe("x", flags={"rules": [rule]}).scheme_name == "W4A16-G128"
+        assert make_recipe("x", flags=by_128 | {"rules": [rule]}).scheme_name == "W4A16-G128"
     assert "rules" not in make_recipe("x").as_dict()
     recipe = make_recipe("x", flags={"rules": MIXED})
     assert make_recipe("x", flags=recipe.as_dict()) == recipe
@@ -288,3 +291,48 @@ LINEARS = {
 )
 def test_which_linears_are_small(what: str, path: str, rows: int, columns: int) -> None:
     assert why_small(path, rows, columns).partition(":")[0] == what
+
+
+# -- group sizes that fit ------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("flags", "sizes"),
+    [
+        ({}, {32}),  # inputs of 64 and 96
+        ({"rules": ["down_proj: group_size=-1"]}, {64, -1}),  # a rule sets that of 96
+        ({"ignore": ["down_proj"]}, {64}),
+        ({"format": "compressed-tensors,mlx,gguf"}, {32}),
+    ],
+)
+def test_auto_is_the_largest_group_size_that_divides_what_it_decides(
+    flags: dict[str, Any], sizes: set[int], tiny_model: ModelOf, tmp_path: Path
+) -> None:
+    plan = plan_of(tiny_model("llama"), group_size="auto", **flags)
+    assert {spec.scheme.group_size for spec in plan.specs} == sizes
+    recipe = make_recipe("x", flags={"eval_data": "none", "seq_len": 64, "samples": 2} | flags)
+    found = estimate(tiny_model("llama"), recipe, RunOptions())
+    largest = max(sizes)
+    assert any(f"--group-size auto: {largest}," in problem.message for problem in found.problems)
+
+
+def test_the_output_is_named_by_the_size_that_auto_found(tiny_model: ModelOf) -> None:
+    stored = open_source(tiny_model("llama"))
+    drawn = draft(stored, make_recipe("x"), RunOptions(), log=progress_of(SILENT))
+    assert drawn.target.name.endswith("-W4A16-G32")
+    assert drawn.recipe.group_size == 32
+
+
+def test_what_fits_no_group_or_format_is_refused_or_kept_with_what_servers_join_with_it(tmp_path: Path) -> None:
+    one_head = build(tmp_path / "m", ARCHITECTURES["llama"], num_key_value_heads=1)
+    with pytest.raises(FormatError, match=r"k_proj: 16 outputs, 64 inputs, no multiples .*--unfit keep"):
+        plan_of(one_head, format="gptq")
+    plan = plan_of(one_head, format="gptq", unfit="keep")
+    assert {spec.module.rpartition(".")[2] for spec in plan.specs} == {"o_proj", "gate_proj", "up_proj", "down_proj"}
+    reasons = {row.name.split(".")[-2]: row.reason for row in plan.rows if "self_attn" in row.name}
+    assert reasons["k_proj"] == "16 outputs, 64 inputs, no multiples of 32 and 32 in gptq (--unfit keep)"
+    assert "(--unfit keep)" in reasons["q_proj"]
+    with pytest.raises(RecipeError, match=r"^3 x model\.layers\.\*\.mlp\.down_proj \(96\): .*32 or -1, or .* keep"):
+        plan_of(one_head, group_size=64)
+    with pytest.raises(RecipeError, match=r"use --group-size 32, or"):  # mlx holds no whole rows
+        plan_of(one_head, group_size=64, format="mlx")
+    plan = plan_of(one_head, group_size=64, unfit="keep")
+    assert {spec.module.rpartition(".")[2] for spec in plan.specs}.isdisjoint({"down_proj"})

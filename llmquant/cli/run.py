@@ -34,7 +34,12 @@ def run(
     method: Annotated[Optional[str], recipe_option("How codes are chosen", "method", _JOB)] = None,
     bits: Annotated[Optional[int], recipe_option("Bits per code", "bits", _JOB)] = None,
     group_size: Annotated[
-        Optional[int], recipe_option("Weights that share a scale; -1 is a whole row", "group_size", _JOB)
+        Optional[str],
+        recipe_option(
+            "Weights that share a scale: -1 is a whole row, auto the largest that divides all inputs",
+            "group_size",
+            _JOB,
+        ),
     ] = None,
     asymmetric: Annotated[
         bool,
@@ -56,6 +61,10 @@ def run(
             help="Keep tensors whose name matches this regular expression in 16 bit; may be repeated",
             rich_help_panel=_JOB,
         ),
+    ] = None,
+    unfit: Annotated[
+        Optional[str],
+        recipe_option("What to do with linears that groups do not divide or the format cannot hold", "unfit", _JOB),
     ] = None,
     format: Annotated[
         Optional[str], recipe_option("Output format, or several (compressed-tensors,gguf)", "format", _JOB)
@@ -183,6 +192,8 @@ def run(
         flags["propagation"] = strength(propagation)
     if eval_tokens is not None:
         flags["eval_tokens"] = count(eval_tokens)
+    if group_size is not None:
+        flags["group_size"] = count(group_size)
     if samples is not None:
         flags["samples"] = count(samples)
     settings = make_recipe(model, recipe, flags)

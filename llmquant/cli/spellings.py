@@ -109,7 +109,7 @@ def suggestion(error: Exception) -> str | None:
 
 def count(text: str | None) -> int | str | None:
     """A number, or a word that the recipe accepts or refuses."""
-    return int(text) if text is not None and text.isdecimal() else text
+    return int(text) if text is not None and text.removeprefix("-").isdecimal() else text
 
 
 def strength(text: str) -> float | str:

@@ -109,13 +109,12 @@ class Format(ABC):
                 expected=" or ".join(map(str, facts.groups)),
                 remedy=f"change {option('group_size')}",
             )
-        if columns % facts.in_multiple or rows % facts.out_multiple:
+        if why := facts.why_unfit(rows, columns):
             any_shape = next(name for name in holding if FACTS[name].in_multiple == FACTS[name].out_multiple == 1)
             raise FormatError(
                 spec.module,
-                f"{rows} outputs, {columns} inputs in {self.name}",
-                expected=f"multiples of {facts.out_multiple} and {facts.in_multiple}",
-                remedy=f"keep it in 16 bit with {option('ignore')}, or use {option('format')} {any_shape}",
+                why,
+                remedy=f"keep it in 16 bit with {option('unfit')} keep, or use {option('format')} {any_shape}",
             )
 
     @abstractmethod

@@ -59,6 +59,12 @@ class Facts:
     patterns: bool = False
     tried: str = ""
 
+    def why_unfit(self, rows: int, columns: int) -> str:
+        """Why it cannot hold a linear of this shape, whatever the scheme; "" where it can."""
+        if columns % self.in_multiple == 0 and rows % self.out_multiple == 0:
+            return ""
+        return f"{rows} outputs, {columns} inputs, no multiples of {self.out_multiple} and {self.in_multiple}"
+
 
 FACTS: dict[str, Facts] = {
     "compressed-tensors": Facts(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmquant.model.meta import is_conv1d
+from llmquant.model.meta import is_conv1d, shape_OI
 from llmquant.model.tape import forward_replaced
 
 
@@ -55,6 +55,5 @@ def made_up(model: Any, device: torch.device) -> Iterator[None]:
             tensors[name] = nn.Parameter(shown, requires_grad=False) if tensors is module._parameters else shown
         for module in model.modules():
             if type(module) is nn.Linear or is_conv1d(module):  # a subclass may answer something else (a router)
-                n_out = module.weight.shape[1 if is_conv1d(module) else 0]
-                stack.enter_context(forward_replaced(module, product(n_out)))
+                stack.enter_context(forward_replaced(module, product(shape_OI(module)[0])))
         yield

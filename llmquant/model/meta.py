@@ -81,6 +81,12 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
+def shape_OI(module: Any) -> tuple[int, int]:  # noqa: N802 (the suffix of its dimensions)
+    """(out_features, in_features) of a linear, however its weight lies."""
+    rows, columns = module.weight.shape
+    return (int(columns), int(rows)) if is_conv1d(module) else (int(rows), int(columns))
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """GPT-2's linear layer, whose weight lies as [in_features, out_features]."""
     from transformers.pytorch_utils import Conv1D

@@ -1,6 +1,8 @@
 """Names of tensors: sorted as people count, and told by kind."""
 
 import re
+from collections import Counter
+from collections.abc import Iterable
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
@@ -31,3 +33,14 @@ def without_numbers(name: str) -> str:
     'model.layers.*.mlp.experts.*.up_proj.weight'
     """
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def kinds(names: Iterable[str]) -> str:
+    """What stands for many names in one line: their kinds with counts, at most eight.
+
+    >>> kinds(["layers.0.mlp.up_proj (96)", "layers.1.mlp.up_proj (96)", "lm_head (64)"])
+    '2 x layers.*.mlp.up_proj (96), lm_head (64)'
+    """
+    counts = Counter(re.sub(r"(?<=\.)\d+(?=[. ]|$)", "*", name) for name in names)
+    said = [kind if count == 1 else f"{count} x {kind}" for kind, count in counts.most_common(8)]
+    return ", ".join([*said, *[f"and {len(counts) - 8} more kinds"] * (len(counts) > 8)])
