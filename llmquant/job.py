@@ -34,6 +34,7 @@ from llmquant.recipe import Recipe, RunOptions
 from llmquant.report.ledger import mostly_dense
 from llmquant.source.base import Source
 from llmquant.source.card import read_card
+from llmquant.source.files import said_of_left
 from llmquant.source.names import kinds
 from llmquant.source.resolve import open_source
 from llmquant.text.overlap import refuse_overlap
@@ -139,6 +140,8 @@ def draft(
     """
     source = as_original(stored)
     skeleton = draft_model(source, recipe, log)
+    if source.left_behind:
+        log.line(said_of_left(source.left_behind))
     asked, recipe = recipe.group_size, with_group_size(recipe, skeleton)
     if asked == "auto":
         log.line(f"--group-size auto: {recipe.group_size}, the largest of 128, 64 and 32 that divides the inputs")

@@ -44,6 +44,7 @@ def run_report(
             card=OriginalCard(**job.card),
             remote_code=tuple(job.source.code),
             stored_as=stored_forms(job.source) or None,
+            left_behind=job.source.left_behind or None,
         ),
         versions=library_versions(),
         recipe=cast(RecipeFacts, job.recipe.as_dict()),

@@ -154,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         folder = self.server.repos[repo]
         files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-        siblings = [{"rfilename": file} for file in files]
+        siblings = [{"rfilename": file, "size": (folder / file).stat().st_size} for file in files]
         name = repo.removeprefix("datasets/")
         info = {"id": name, "sha": commit_of(repo), "siblings": siblings, "tags": [], "private": False}
         self._send(200, {"Content-Type": "application/json"}, json.dumps(info).encode())

@@ -15,7 +15,7 @@ import llmquant
 from llmquant.export import export
 from llmquant.gguf.model import GGUFModel
 from llmquant.gguf.source import GGUFSource, open_gguf_file
-from llmquant.source.base import SINGLE
+from llmquant.source.files import SINGLE
 
 LLAMA3 = {
     "rope_type": "llama3",

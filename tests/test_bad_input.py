@@ -13,7 +13,7 @@ from tiny import ARCHITECTURES, GPT2_ARCHITECTURE, build
 
 from llmquant.cli.app import main
 from llmquant.demo import DEMO
-from llmquant.source.base import INDEX, SINGLE
+from llmquant.source.files import INDEX, SINGLE
 from llmquant.text.corpus import Text, load_text
 
 SMALL = [

@@ -15,7 +15,7 @@ import torch
 
 from llmquant.errors import SourceError
 from llmquant.model.skeleton import Skeleton
-from llmquant.source.base import INDEX
+from llmquant.source.files import INDEX
 from llmquant.source.resolve import open_source
 
 NUMBERS = (0, 1, -1, 2, 7, 255, 2**31, 2**32 + 1, 2**53, 2**62, 2**63, 10**30, -(2**63), 0.5, 1e308, 1e-9)

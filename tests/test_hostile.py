@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from llmquant.cli.app import main
 from llmquant.errors import LLMQuantError, SourceError
 from llmquant.model.skeleton import Skeleton
-from llmquant.source.base import INDEX, SINGLE
 from llmquant.source.bounds import refuse_absurd
+from llmquant.source.files import INDEX, SINGLE
 from llmquant.source.header import MAX_HEADER_BYTES, parse_header
 from llmquant.source.resolve import open_source
 from llmquant.text.tokenizer import load_tokenizer
@@ -234,6 +234,7 @@ def test_no_default_config_of_transformers_is_absurd() -> None:
 
 
 def test_a_config_or_index_that_is_too_long_is_not_read(model: Path) -> None:
+    (model / SINGLE).unlink()
     for file in ("config.json", INDEX):
         with (model / file).open("wb") as stream:
             stream.truncate(2**40)  # a hole
@@ -306,6 +307,7 @@ def test_links_of_the_hubs_cache_and_inside_the_checkpoint_are_followed(model: P
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "device", "dangling"])
 def test_what_is_no_plain_file_is_never_opened(model: Path, kind: str) -> None:
+    (model / SINGLE).unlink()
     path = model / "evil.safetensors"
     if kind == "fifo":
         os.mkfifo(path)  # to open it would wait forever

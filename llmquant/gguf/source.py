@@ -14,6 +14,7 @@ from llmquant.gguf.header import GGUFHeader, read_header
 from llmquant.gguf.vocabulary import tokenizer_of
 from llmquant.paths import expanded
 from llmquant.source.base import OnlyGGUFError, Source
+from llmquant.source.files import refuse_pointer
 from llmquant.source.header import TensorInfo
 
 _FLOATS = {name: dtype for dtype, name in FLOATS.items()}
@@ -52,6 +53,7 @@ class GGUFSource(Source):
         self.name, self.revision, self.folder = name, revision, path.parent
         self.trust_remote_code, self.code = False, ()
         self._paths = {path.name: path} | ({} if config is None else {CONFIG: config})
+        refuse_pointer(path, path.name)
         with path.open("rb") as stream:
             self.header = read_header(stream, path.name, path.stat().st_size)
         self._refuse_split(path.name)

@@ -16,17 +16,14 @@ from llmquant.output.told import check_schemes
 from llmquant.report.ledger import TensorRow
 from llmquant.run_dir.manifest import COST, MANIFEST, sha256
 from llmquant.source.base import Source
+from llmquant.source.files import is_licence
 from llmquant.source.remote_code import code_files, references
 
 # Files of an output that are neither weights nor the original's.
 _OURS = {"config.json", "model.safetensors.index.json", "README.md", "report.json", "report.html", COST, MANIFEST}
-_LICENCES = ("LICEN", "NOTICE", "USE_POLICY", "COPYING")
-_KEPT = (
-    "--ignore ",
-    "rule ",
-    "router or gate",
-    "narrow linear",
-)  # how the ledger begins to say why a linear was left dense
+# How the ledger begins to say why a linear was left dense.
+_KEPT = ("--ignore ", "rule ", "router or gate", "narrow linear", "small, and ")
+_UNFIT = "(--unfit keep)"  # or how it ends
 _NO_LINEAR = re.compile(r"embed|norm|wte|wpe", re.IGNORECASE)
 # The list of linears that stay dense, by format; without it, loaders expect all of them to be quantized.
 _DENSE_LISTS = {"compressed-tensors": "ignore", "awq": "modules_to_not_convert"}
@@ -130,8 +127,12 @@ def _stays_dense(row: TensorRow, everywhere: bool) -> bool:
     everywhere   those that may be one of another class, too
     """
     other = row.reason.startswith("not a parameter") and len(row.shape) == 2 and not _NO_LINEAR.search(row.name)
-    said = row.reason.startswith(("outside the decoder blocks (Linear)", *_KEPT))
+    said = row.reason.startswith("outside the decoder blocks (Linear)") or _is_kept(row)
     return row.name.endswith(".weight") and (said or (everywhere and other))
+
+
+def _is_kept(row: TensorRow) -> bool:
+    return row.reason.startswith(_KEPT) or row.reason.endswith(_UNFIT)
 
 
 def _check_ignored(where: str, listed: list[str], rows: Sequence[TensorRow], dense: Sequence[TensorRow]) -> None:
@@ -163,7 +164,7 @@ def _check_ignored(where: str, listed: list[str], rows: Sequence[TensorRow], den
 
 def _check_kept(where: str, listed: Any, rows: Sequence[TensorRow]) -> None:
     """The list names the linears of a block that were quantized; without one, none was left dense."""
-    dense = [row.name for row in rows if row.action == "copied" and row.reason.startswith(_KEPT)]
+    dense = [row.name for row in rows if row.action == "copied" and _is_kept(row)]
     quantized = {inner[1] for row in rows if row.action == "quantized" and (inner := in_block(row.of_module))}
     if listed is None and dense:
         raise VerifyError(where, f"is missing, and {dense[0]} is not quantized")
@@ -188,7 +189,7 @@ def check_code(root: Path, trusted: bool) -> None:
 def check_beside(root: Path, format_name: str, source: Source, exports: Sequence[str] = ()) -> None:
     """Side files and config are the original's, and there is nothing else, but for the folders of `exports`."""
     gguf = format_name == "gguf"  # which has no other files that a loader reads
-    wanted = [file for file in source.side_files() if not gguf or file.upper().startswith(_LICENCES)]
+    wanted = [file for file in source.side_files() if not gguf or is_licence(file)]
     for file in wanted:
         if not (root / file).is_file() or sha256(root / file) != sha256(source.local(file)):
             raise VerifyError(file, f"is not that of {source.name}")

@@ -30,6 +30,7 @@ from llmquant.plan import Plan, Row
 from llmquant.quant.grid import QuantizedWeight
 from llmquant.run_dir import RunDir
 from llmquant.source.base import Source
+from llmquant.source.files import is_licence
 
 _FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7}  # llama.cpp's numbers for "mostly of this type"
 
@@ -214,5 +215,5 @@ class GGUFFile:
     def finish(self, run: RunDir, folder: str = "") -> None:
         verify_gguf(run.path / folder / self.file, self.plan, self.record, self.source.config)
         for side in self.source.side_files():
-            if side.upper().startswith(("LICEN", "NOTICE", "USE_POLICY", "COPYING")):
+            if is_licence(side):
                 run.write_bytes(folder + side, self.source.local(side).read_bytes())

@@ -40,6 +40,7 @@ class Model:
 
     remote_code   files of Python code that it brings and that the output holds unchanged
     stored_as     how many of its tensors are not stored dense, by form (FP8, MXFP4)
+    left_behind   files of it that the output does not hold, and why
     """
 
     id: str
@@ -47,6 +48,7 @@ class Model:
     card: OriginalCard = OriginalCard()
     remote_code: tuple[str, ...] = ()
     stored_as: dict[str, int] | None = None
+    left_behind: dict[str, str] | None = None
 
 
 class Versions(TypedDict):

@@ -16,21 +16,14 @@ from torch import Tensor
 
 from llmquant.errors import SourceError, option
 from llmquant.log import Progress
+from llmquant.source.files import refuse_pointer, sort_out, weight_files
 from llmquant.source.header import MAX_HEADER_BYTES, TensorInfo, header_length, parse_header, parse_json
 from llmquant.source.remote_code import code_files, references
 
 NAME_THE_ORIGINAL = "name the checkpoint that it was made from; eval, compare and inspect read the file itself"
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-# Files that are copied into the output as they are: data of the tokenizer, licences; never code, no other folders.
-_SIDE_FILES = re.compile(
-    r"(tokenizer[^/]*\.(json|model[^/]*)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
-    r"|[^/]*\.(model|tiktoken)|generation_config\.json|chat_template\.(jinja|json)"
-    r"|additional_chat_templates/[^/]*\.jinja"
-    r"|((video_)?preprocessor|processor)_config\.json|(LICENSE|LICENCE|NOTICE|USE_POLICY|COPYING)[^/]*)"
-)
-# Keys of a config, at any depth, that would make a loader run foreign code or would choose kernels for the user.
+# Keys of a config, at any depth, that would make a loader run foreign code, or would choose kernels or other files.
 _UNSAFE_KEYS = re.compile(
-    r"auto_map|trust_remote_code|_?attn_implementation.*|_?experts_implementation.*|.*kernel_config|use_kernels"
+    r"auto_map|transformers_weights|trust_remote_code|_?attn_implementation.*|_?experts_implementation.*|.*kernel_config|use_kernels"
 )
 
 
@@ -81,16 +74,24 @@ class Source:
         path = self.folder / relative(file)
         if not path.is_file():
             raise SourceError(self.name, f"{file} is missing", remedy="download the checkpoint again")
-        root, target = self.folder.resolve(), path.resolve()
-        # The Hub's cache keeps all files in the folder `blobs`; a folder in `snapshots` holds links to them.
-        blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
-        if not target.is_relative_to(root) and not target.is_relative_to(blobs):
+        if self._leads_out(path):
             raise SourceError(
                 f"{self.name}: {file}",
                 "is a link that leads out of the checkpoint",
                 remedy="put the file itself there, or name the folder in which it lies",
             )
+        refuse_pointer(path, f"{self.name}: {file}")
         return path
+
+    def _leads_out(self, path: Path) -> bool:
+        root, target = self.folder.resolve(), path.resolve()
+        # The Hub's cache keeps all files in the folder `blobs`; a folder in `snapshots` holds links to them.
+        blobs = root.parents[1] / "blobs" if root.parent.name == "snapshots" else root
+        return not target.is_relative_to(root) and not target.is_relative_to(blobs)
+
+    def size_of(self, file: str) -> int | None:
+        """Bytes of a file; None where it is a link out of the checkpoint."""
+        return None if self._leads_out(self.folder / file) else (self.folder / file).stat().st_size
 
     def is_local(self, name: str) -> bool:
         """Whether the tensor can be read without a download."""
@@ -190,7 +191,16 @@ class Source:
 
     def side_files(self) -> list[str]:
         """Names of files that are copied to the output: tokenizer, chat template, generation config, licence, code."""
-        return [file for file in self.files() if _SIDE_FILES.fullmatch(file) or file in self.code]
+        return self._sorted_out()[0]
+
+    @property
+    def left_behind(self) -> dict[str, str]:
+        """Other files of the checkpoint, and why they are not copied to the output."""
+        return self._sorted_out()[1]
+
+    def _sorted_out(self) -> tuple[list[str], dict[str, str]]:
+        weights = {info.file for info in self.tensors.values()}
+        return sort_out(self.files(), weights, self.code, self.size_of)
 
     @property
     def safe_config(self) -> dict[str, Any]:
@@ -218,22 +228,12 @@ class Source:
 
     def _tensors(self) -> dict[str, TensorInfo]:
         files = set(self.files())
-        if INDEX in files:
-            weight_map = self.json(INDEX).get("weight_map")
+        shards, weight_map = weight_files(self.name, files, self.config), None
+        if isinstance(shards, str):
+            index, weight_map = shards, self.json(shards).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
-                raise SourceError(INDEX, "no weight_map", expected="tensor name -> file")
-            shards = sorted({self._shard(name, file, files) for name, file in weight_map.items()})
-        elif SINGLE in files:
-            weight_map, shards = None, [SINGLE]
-        else:
-            pickles = sorted(f for f in files if f.endswith((".bin", ".pt", ".pth", ".ckpt")))
-            got = f"only pickle weights ({pickles[0]!r})" if pickles else "no safetensors weights"
-            raise SourceError(
-                self.name,
-                got,
-                expected=f"{SINGLE} or {INDEX}",
-                remedy="use a revision with safetensors; pickles are never loaded",
-            )
+                raise SourceError(index, "no weight_map", expected="tensor name -> file")
+            shards = sorted({_shard(index, name, file, files) for name, file in weight_map.items()})
         tensors: dict[str, TensorInfo] = {}
         for shard in shards:
             for name, info in parse_header(shard, *self._header(shard)).items():
@@ -241,18 +241,17 @@ class Source:
                     raise SourceError(f"{shard}: {name}", "lies in a file that the index does not name for it")
                 tensors[name] = info
         if weight_map is not None and (missing := sorted(set(weight_map) - set(tensors))):
-            raise SourceError(INDEX, f"names {missing[0]!r}, which {weight_map[missing[0]]} does not hold")
+            raise SourceError(index, f"names {missing[0]!r}, which {weight_map[missing[0]]} does not hold")
         return tensors
 
-    def _shard(self, name: str, file: Any, files: set[str]) -> str:
-        if not isinstance(file, str) or not file.endswith(".safetensors"):
-            raise SourceError(INDEX, f"{name!r} lies in {str(file)[:80]!r}", expected="a .safetensors file")
-        relative(file)
-        if file not in files:
-            raise SourceError(
-                INDEX, f"{name!r} lies in {file!r}, which is missing", remedy="download the checkpoint again"
-            )
-        return file
+
+def _shard(index: str, name: str, file: Any, files: set[str]) -> str:
+    if not isinstance(file, str) or not file.endswith(".safetensors"):
+        raise SourceError(index, f"{name!r} lies in {str(file)[:80]!r}", expected="a .safetensors file")
+    relative(file)
+    if file not in files:
+        raise SourceError(index, f"{name!r} lies in {file!r}, which is missing", remedy="download the checkpoint again")
+    return file
 
 
 class OnlyGGUFError(SourceError):

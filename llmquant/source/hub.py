@@ -79,16 +79,19 @@ class HubSource(Source):
         self._waiting: deque[str] = deque()
         self._fetching = False
         self._lock = threading.Lock()
-        info = _hub(repo, lambda: self._api.model_info(repo, revision=revision, timeout=TIMEOUT))
+        info = _hub(repo, lambda: self._api.model_info(repo, revision=revision, timeout=TIMEOUT, files_metadata=True))
         if info.sha is None or info.siblings is None:
             raise SourceError(repo, "the Hub names no commit for it")
-        self._files = sorted(sibling.rfilename for sibling in info.siblings)
+        self._sizes = {sibling.rfilename: sibling.size for sibling in info.siblings}
         self.revision = info.sha
         super().__init__(repo, Path(), info.sha, trust_remote_code=trust_remote_code)
         self.folder = self.local("config.json").parent
 
     def files(self) -> list[str]:
-        return self._files
+        return sorted(self._sizes)
+
+    def size_of(self, file: str) -> int | None:
+        return self._sizes[file]
 
     def local(self, file: str) -> Path:
         return Path(_hub(f"{self._repo}/{file}", self._future(relative(file)).result))

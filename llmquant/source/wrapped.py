@@ -36,6 +36,9 @@ class WrappedSource(Source):
     def local(self, file: str) -> Path:
         return self.stored.local(file)
 
+    def size_of(self, file: str) -> int | None:
+        return self.stored.size_of(file)
+
     def tokenizer(self) -> Any:
         return self.stored.tokenizer()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import llmquant
 from llmquant.errors import LLMQuantError, SolveError, SourceError
 from llmquant.output.check import verify_folder
-from llmquant.source.base import SINGLE
+from llmquant.source.files import SINGLE
 from llmquant.source.resolve import open_source
 
 pytestmark = pytest.mark.usefixtures("short_runs")

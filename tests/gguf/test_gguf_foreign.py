@@ -22,7 +22,7 @@ from llmquant.export import export
 from llmquant.gguf.config import FREQS, LONG, SHORT, Described
 from llmquant.gguf.model import GGUFModel
 from llmquant.preflight.inspection import inspect_checkpoint, inspect_layer
-from llmquant.source.base import SINGLE
+from llmquant.source.files import SINGLE
 
 LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 MIXED = dict(zip([f"blk.{i}.{leaf}.weight" for i in (0, 1) for leaf in LINEARS], SCALES, strict=True))

@@ -20,7 +20,7 @@ from llmquant.gguf.model import GGUFModel
 from llmquant.gguf.tokenizer import tokenizer_metadata
 from llmquant.output.check import verify_folder
 from llmquant.preflight.inspection import inspect_layer
-from llmquant.source.base import SINGLE
+from llmquant.source.files import SINGLE
 from llmquant.source.resolve import open_source
 
 UNTIED = {"tie_word_embeddings": False, "n_inner": 96}

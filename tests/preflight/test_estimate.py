@@ -24,7 +24,7 @@ from llmquant.preflight.estimate import estimate
 from llmquant.preflight.flops import Tokens
 from llmquant.preflight.trial import Trial
 from llmquant.recipe import RunOptions
-from llmquant.source.base import INDEX
+from llmquant.source.files import INDEX
 from llmquant.source.header import build_header
 
 FLAGS = {"group_size": 32, "samples": 4, "seq_len": 32, "eval_tokens": 128, "eval_seq_len": 64, "eval_data": "builtin"}

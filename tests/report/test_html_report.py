@@ -208,7 +208,7 @@ def test_the_command_gives_the_same_recipe(
 ) -> None:
     import shlex
 
-    recipe = llmquant.make_recipe(model, flags=flags)
+    recipe = llmquant.make_recipe(model, flags={"group_size": 128} | flags)  # a report knows what "auto" found
     name = "llmquant/demo" if model == "demo" else model
     made = {"model": {"id": name, "revision": "abc"}, "recipe": recipe.as_dict()}
     command = command_of(facts_of(report | made))

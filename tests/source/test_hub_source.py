@@ -30,7 +30,8 @@ from llmquant.errors import SourceError
 from llmquant.preflight.estimate import estimate
 from llmquant.recipe import RunOptions
 from llmquant.source import hub as hub_module
-from llmquant.source.base import INDEX, SINGLE, Source
+from llmquant.source.base import Source
+from llmquant.source.files import INDEX, SINGLE
 from llmquant.source.header import build_header
 from llmquant.source.resolve import open_source
 

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tiny import ARCHITECTURES, build
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from llmquant.demo import DEMO
 from llmquant.errors import SourceError
-from llmquant.source.base import INDEX, SINGLE, safe_config
+from llmquant.source.base import safe_config
+from llmquant.source.files import INDEX, SINGLE
 from llmquant.source.names import natural_key
 from llmquant.source.resolve import open_source
 
@@ -180,6 +183,7 @@ def test_index_that_names_no_safetensors_file_is_refused(tmp_path: Path, file: A
 
 @pytest.mark.parametrize("index", ["{}", '{"weight_map": {}}', '{"weight_map": []}', "[", "[]"])
 def test_index_without_a_weight_map_is_refused(one: Path, index: str) -> None:
+    (one / SINGLE).unlink()
     (one / INDEX).write_text(index)
     assert INDEX in refusal(lambda: open_source(one))
 
@@ -261,53 +265,104 @@ def test_safe_config_strips_foreign_code_and_kernels_at_every_depth() -> None:
     assert json.dumps(config) == before
 
 
-def test_side_files_are_the_tokenizer_template_generation_config_and_licence_only(one: Path) -> None:
-    wanted = [
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "tokenizer.model",
-        "spiece.model",
-        "qwen.tiktoken",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "generation_config.json",
-        "chat_template.jinja",
-        "chat_template.json",
-        "additional_chat_templates/tool_use.jinja",
-        "preprocessor_config.json",
-        "LICENSE",
-        "LICENSE.txt",
-        "NOTICE",
-        "USE_POLICY.md",
-    ]
-    unwanted = [
-        "README.md",
-        "pytorch_model.bin",
-        "tokenizer.bin",
-        "tokenizer.py",
-        "tokenization_evil.py",
-        "modeling_evil.py",
-        "model-Q4.gguf",
-        "training_args.bin",
-        "original/tokenizer.model",
-        "original/params.json",
-        "original/consolidated.00.pth",
-        "original/LICENSE",
-        "onnx/tokenizer.json",
-        "tokenizer_old/tokenizer.json",
-        "additional_chat_templates/deep/x.jinja",
-        "some.jinja",
-        ".gitattributes",
-    ]
-    for file in wanted + unwanted:
+GOES_ALONG = [
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "qwen.tiktoken", "tekken.json"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "params.json"),
+    *("generation_config.json", "configuration.json", "modules.json", "config_sentence_transformers.json"),
+    *("chat_template.jinja", "chat_template.json", "chat_template_tools.jinja", "1_Pooling/config.json"),
+    *("additional_chat_templates/tool_use.jinja", "preprocessor_config.json", "video_preprocessor_config.json"),
+    *("LICENSE", "LICENSE.txt", "license.md", "MODEL_LICENSE", "licenses/THIRD_PARTY.md", "NOTICE", "Notice.txt"),
+    "USE_POLICY.md",
+]
+STAYS_BEHIND = {
+    "weights that are not loaded": ["pytorch_model.bin", "model-Q4.gguf", "original/consolidated.00.pth"],
+    "code": ["tokenization_evil.py", "modeling_evil.py", "run.sh", "license.py"],
+    "a record of the training": ["trainer_state.json", "eval_results.json"],
+    "of no use to a loader": ["logo.png", "original/params.json", "onnx/tokenizer.json", "original/LICENSE"],
+    "9 MB": ["word_counts.json"],
+}
+WRITTEN_ANEW = ["README.md", ".gitattributes", ".hidden/x.json", "quantize_config.json", "pytorch_model.bin.index.json"]
+
+
+def test_small_data_goes_along_and_the_rest_is_listed_with_its_reason(one: Path) -> None:
+    for file in [*GOES_ALONG, *(file for files in STAYS_BEHIND.values() for file in files), *WRITTEN_ANEW]:
         (one / file).parent.mkdir(parents=True, exist_ok=True)
         (one / file).write_text("{}")
+    (one / "word_counts.json").write_text(" " * 9_000_000)
+    (one / "linked.json").symlink_to("/etc/hostname")
     source = open_source(one)
-    assert source.side_files() == sorted(wanted)
-    assert source.side_bytes == 2**20 + 2 * len(wanted)
+    assert source.side_files() == sorted(GOES_ALONG)
+    assert source.side_bytes == 2**20 + 2 * len(GOES_ALONG)
+    reasons = {file: reason for reason, files in STAYS_BEHIND.items() for file in files}
+    assert source.left_behind == reasons | {"linked.json": "a link that leads out of the checkpoint"}
+
+
+# -- which files are the weights -----------------------------------------------------------------------
+def stock(folder: Path) -> torch.Tensor:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    return model.state_dict()["model.norm.weight"]
+
+
+def filled(folder: Path, value: float) -> dict[str, torch.Tensor]:
+    """The weights in `folder`, its last norm filled with `value`."""
+    tensors = {
+        name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }
+    return tensors | {"model.norm.weight": torch.full_like(tensors["model.norm.weight"], value)}
+
+
+def test_a_single_file_is_taken_before_an_index_as_transformers_does(tmp_path: Path) -> None:
+    model = build(tmp_path / "m", ARCHITECTURES["llama"], shard="100KB")
+    save_file(filled(model, 2.0), model / SINGLE, {"format": "pt"})
+    source = open_source(model)
+    assert torch.equal(source.read("model.norm.weight"), stock(model))
+    assert float(stock(model)[0]) == 2.0
+    assert set(source.left_behind.values()) == {"weights that are not loaded"}
+    assert len(source.left_behind) == len(list(model.glob("model-*.safetensors")))
+    (model / SINGLE).unlink()
+    source = open_source(model)
+    assert torch.equal(source.read("model.norm.weight"), stock(model))
+    assert source.left_behind == {}
+
+
+def test_the_file_that_the_config_names_is_taken_first(tmp_path: Path) -> None:
+    model = build(tmp_path / "m", ARCHITECTURES["llama"])
+    save_file(filled(model, 3.0), model / "ema.safetensors", {"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"transformers_weights": "ema.safetensors"}))
+    source = open_source(model)
+    assert torch.equal(source.read("model.norm.weight"), stock(model))
+    assert float(stock(model)[0]) == 3.0
+    assert source.left_behind == {SINGLE: "weights that are not loaded"}
+    assert "transformers_weights" not in source.safe_config  # the output has other files
+    for wrong in ("../x.safetensors", "none.safetensors", "config.json", 3):
+        (model / "config.json").write_text(json.dumps(config | {"transformers_weights": wrong}))
+        assert "transformers_weights" in refusal(lambda: open_source(model))
+
+
+def test_shards_without_an_index_are_opened_where_all_are_there(tmp_path: Path) -> None:
+    model = build(tmp_path / "m", ARCHITECTURES["llama"], shard="100KB")
+    whole = open_source(model).tensors
+    (model / INDEX).unlink()
+    assert open_source(model).tensors == whole
+    shards = sorted(model.glob("*.safetensors"))
+    shards[1].unlink()
+    message = refusal(lambda: open_source(model))
+    assert f"{len(shards) - 1} shards and no {INDEX}; expected all {len(shards)}" in message
+
+
+def test_weights_under_other_names_and_adapters_are_explained(one: Path) -> None:
+    (one / SINGLE).rename(one / "consolidated.safetensors")
+    assert "'consolidated.safetensors', where transformers does not look" in refusal(lambda: open_source(one))
+    (one / "adapter_config.json").write_text("{}")
+    assert "is an adapter" in refusal(lambda: open_source(one))
+
+
+@pytest.mark.parametrize("file", [SINGLE, "config.json", "tokenizer.json", "LICENSE"])
+def test_a_git_lfs_pointer_is_called_one(one: Path, file: str) -> None:
+    (one / file).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 1234\n")
+    message = refusal(lambda: open_source(one))
+    assert f"{file}: is a git-LFS pointer, not the file itself; fetch it: git lfs pull" in message
 
 
 def test_natural_key_sorts_layers_by_number() -> None:
