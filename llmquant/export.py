@@ -17,6 +17,7 @@ from llmquant.formats.facts import FACTS
 from llmquant.job import draft_model
 from llmquant.log import SILENT, Log, Progress, progress_of
 from llmquant.output.containers import open_output
+from llmquant.paths import shown_name
 from llmquant.plan import Plan, Row, lay_out
 from llmquant.quant.grid import QuantizedWeight, QuantScheme
 from llmquant.recipe import Recipe, parse_size
@@ -53,7 +54,7 @@ def export(
         exporter.write(run, parse_size("max_shard_size", max_shard_size), progress)
         report = exporter.report(measured, run.weight_files())
         run.write_json("report.json", plain(report))
-        run.write_bytes("README.md", make_card(run.out.name, report).encode())
+        run.write_bytes("README.md", make_card(shown_name(run.out), report).encode())
         run.commit(exporter.output.record.digests)
     return run.out
 
@@ -65,7 +66,7 @@ def export_beside(
     for name in names:
         source = open_checkpoint(run.path, trust_remote_code=trust_remote_code)
         assert isinstance(source, PackedSource)
-        source.name = run.out.name
+        source.name = shown_name(run.out)
         Export(source, name, SILENT).write(run, max_shard_bytes, log, f"{name}/")
 
 

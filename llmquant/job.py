@@ -140,8 +140,8 @@ def draft(
     """
     source = as_original(stored)
     skeleton = draft_model(source, recipe, log)
-    if source.left_behind:
-        log.line(said_of_left(source.left_behind))
+    if said := said_of_left(source.left_behind):
+        log.line(said)
     asked, recipe = recipe.group_size, with_group_size(recipe, skeleton)
     if asked == "auto":
         log.line(f"--group-size auto: {recipe.group_size}, the largest of 128, 64 and 32 that divides the inputs")

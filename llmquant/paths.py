@@ -17,3 +17,12 @@ def expanded(path: str | Path, kind: type[LLMQuantError]) -> Path:
     except RuntimeError:
         user = Path(path).parts[0]
         raise kind(str(path), f"no home folder for {user}", remedy=f"a folder of this name is ./{user}") from None
+
+
+def shown_name(path: Path) -> str:
+    """The last part of `path` as text that can be written: bytes that are no UTF-8 are escaped.
+
+    >>> shown_name(Path("models/a\udcff"))
+    'a\\\\udcff'
+    """
+    return path.name.encode("utf-8", "backslashreplace").decode()

@@ -25,6 +25,7 @@ from llmquant.memory import trim
 from llmquant.model.block import Block
 from llmquant.model.streams import Streams
 from llmquant.output.check_files import check_config
+from llmquant.paths import shown_name
 from llmquant.quant.grid import QuantizedWeight
 from llmquant.recipe import Recipe, RunOptions, make_recipe, parse_size
 from llmquant.report.card import make_card
@@ -103,8 +104,8 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
             check_config(run.path, recipe.format, facts.tensors)
         run.write_json("report.json", report.data)
         run.write_json("cost.json", report.cost)
-        run.write_bytes("README.md", make_card(run.out.name, facts).encode())
-        run.write_bytes("report.html", make_html(run.out.name, facts).encode())
+        run.write_bytes("README.md", make_card(shown_name(run.out), facts).encode())
+        run.write_bytes("report.html", make_html(shown_name(run.out), facts).encode("utf-8", "backslashreplace"))
         run.commit({row.name: output.record.digests[row.name] for row in job.plan.rows})
     return report
 

@@ -12,7 +12,7 @@ from llmquant.gguf.file import FLOATS
 from llmquant.gguf.gpt2 import is_conv1d
 from llmquant.gguf.header import GGUFHeader, read_header
 from llmquant.gguf.vocabulary import tokenizer_of
-from llmquant.paths import expanded
+from llmquant.paths import expanded, shown_name
 from llmquant.source.base import OnlyGGUFError, Source
 from llmquant.source.files import refuse_pointer
 from llmquant.source.header import TensorInfo
@@ -27,7 +27,7 @@ def open_gguf_file(model: str | Path) -> Source | None:
     if not path.is_file() or path.suffix != ".gguf":
         return None
     beside = path.parent / CONFIG
-    return GGUFSource(path.stem, path, beside if beside.is_file() else None)
+    return GGUFSource(shown_name(path.with_suffix("")), path, beside if beside.is_file() else None)
 
 
 def open_gguf_of(found: OnlyGGUFError) -> Source:

@@ -29,5 +29,7 @@ def sha256(path: Path) -> str:
 
 
 def json_bytes(value: Any) -> bytes:
-    """The bytes of a JSON file, as every one of an output is written."""
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    """The bytes of a JSON file, as every one of an output is written. Bytes of a file's name that are no UTF-8 are
+    escaped, as JSON knows it."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")

@@ -29,8 +29,8 @@ _NEEDED = re.compile(
     r"|[^/]*\.(model|tiktoken)|generation_config\.json|chat_template\.(jinja|json)"
     r"|additional_chat_templates/[^/]*\.jinja)"
 )
-# Data that some loader reads: configs of processors and of other libraries, templates, word lists.
-_USEFUL = re.compile(r"[^/]*\.(json|jinja|txt)|\d_\w+/config\.json")
+# Data that some loader reads: configs of processors and of other libraries, templates.
+_USEFUL = re.compile(r"[^/]*\.(json|jinja)|\d_\w+/config\.json")
 _MOST_BYTES = 8 * 2**20  # of a file that is only useful
 # What a run writes itself, or what speaks of weights that it does not write.
 _ANEW = re.compile(
@@ -38,9 +38,8 @@ _ANEW = re.compile(
     r"(quantize|quant|hf_quant|quantization)_config\.json|adapter_config\.json"
 )
 # Records of a training and of its evaluation.
-_TRAINING = re.compile(
-    r"(trainer_state|training_args|(all|train|eval|test|predict)_results|dataset_infos?)\.json|requirements[^/]*\.txt"
-)
+_TRAINING = re.compile(r"(trainer_state|training_args|(all|train|eval|test|predict)_results|dataset_infos?)\.json")
+_USELESS = "of no use to a loader"
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|onnx_data|h5|msgpack|tflite|npz|mlmodel)")
 _CODE = re.compile(r".*\.(py|ipynb|sh|js|so|dll|exe)")
 
@@ -141,23 +140,25 @@ def _why_behind(file: str, size: Callable[[str], int | None]) -> str:
     if is_licence(file):
         return ""
     if not _USEFUL.fullmatch(file):
-        return "of no use to a loader"
+        return _USELESS
     if (nbytes := size(file)) is None:
         return "a link that leads out of the checkpoint"
     return f"{nbytes / 1e6:.0f} MB" if nbytes > _MOST_BYTES else ""
 
 
 def said_of_left(behind: dict[str, str]) -> str:
-    """What the log says of files that stay behind.
+    """What the log says of files that stay behind and that somebody may miss; "" where there are none.
 
     >>> said_of_left({"a.bin": "weights that are not loaded", "b.py": "code"})
     'left behind: a.bin (weights that are not loaded), b.py (code)'
     """
     by_reason: dict[str, list[str]] = {}
     for file, reason in behind.items():
+        if reason == _USELESS:
+            continue
         by_reason.setdefault(reason, []).append(file)
     said = []
     for reason, files in by_reason.items():
         more = f" and {len(files) - _SAID} more" if len(files) > _SAID else ""
         said.append(f"{', '.join(files[:_SAID])}{more} ({reason})")
-    return "left behind: " + ", ".join(said)
+    return f"left behind: {', '.join(said)}" if said else ""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from llmquant.demo import DEMO
 from llmquant.errors import SourceError
-from llmquant.paths import expanded
+from llmquant.paths import expanded, shown_name
 from llmquant.source.base import NAME_THE_ORIGINAL, Source
 from llmquant.source.hub import open_hub
 
@@ -21,7 +21,7 @@ def open_source(model: str | Path, revision: str | None = None, *, trust_remote_
         return Source("llmquant/demo", DEMO)
     path = expanded(model, SourceError)
     if path.is_dir():
-        return Source(path.resolve().name, path, trust_remote_code=trust_remote_code)
+        return Source(shown_name(path.resolve()), path, trust_remote_code=trust_remote_code)
     if path.is_file() and path.suffix == ".gguf":
         raise SourceError(str(model), "is a GGUF file", expected=_CHECKPOINT, remedy=NAME_THE_ORIGINAL)
     if path.is_absolute() or str(model).startswith((".", "~")) or path.exists():

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from llmquant.demo import DEMO
 from llmquant.errors import CalibrationError, option
-from llmquant.paths import expanded
+from llmquant.paths import expanded, shown_name
 from llmquant.source.hub import dataset_commit
 
 _WIKITEXT = "Salesforce/wikitext"
@@ -118,7 +118,7 @@ def load_text(spec: str, split: str, limit: int) -> Text:
             documents = [path.read_text("utf-8")] if is_text else list(_column(spec, _jsonl(path), None, limit))
         except UnicodeDecodeError as error:
             raise CalibrationError(spec, f"not UTF-8 text ({error.reason} at byte {error.start})") from None
-        return Text(path.name, documents)
+        return Text(shown_name(path), documents)
     return _hub_dataset(spec, limit, spec, evaluated=split == "test")
 
 

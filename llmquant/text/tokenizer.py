@@ -32,6 +32,10 @@ def load_tokenizer(source: Source) -> Any:
         )
     try:
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=bool(source.code))
+    except UnicodeEncodeError:
+        raise CalibrationError(
+            source.name, "its path is not UTF-8, and tokenizers opens no other", remedy="rename the folder"
+        ) from None
     except Exception as error:  # tokenizers raise bare Exception
         brief = f"{type(error).__name__}: {error}".splitlines()[0][:160]
         if "trust_remote_code" in str(error) and not source.code:

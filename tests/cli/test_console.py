@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,9 +15,12 @@ import pytest
 from rich.console import Console
 
 import llmquant
+from llmquant.cli import app as cli
 from llmquant.cli import console
 from llmquant.cli.progress import JsonLines, Live, progress
-from llmquant.errors import OutputError
+from llmquant.demo import DEMO
+from llmquant.errors import CalibrationError, OutputError
+from llmquant.output.check import verify_folder
 from llmquant.report.data import Report
 
 SMALL = {"samples": 4, "seq_len": 32, "eval_tokens": 64, "eval_seq_len": 32, "group_size": 32, "method": "rtn"}
@@ -126,6 +130,76 @@ def test_a_run_whose_readers_have_gone_is_finished(tiny_model: Callable[[str], P
         done = subprocess.run(command, stdout=gone, stderr=gone, check=False)
     assert done.returncode == 0
     assert (tmp_path / "out" / "report.json").is_file()
+
+
+HOSTILE = "br [/b] [v2] [red]x \\[0m {0} %s"  # a folder and a file in it
+
+
+def test_markup_in_names_is_printed_as_it_is(
+    tiny_model: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model, text = f"m {HOSTILE}", f"t {HOSTILE}.txt"
+    shutil.copytree(tiny_model("llama"), model)
+    Path(text).parent.mkdir(exist_ok=True)
+    Path(text).write_text((DEMO / "heldout.txt").read_text("utf-8")[:20_000], "utf-8")
+    last = HOSTILE.rpartition("/")[2]
+    small = [
+        "--method",
+        "rtn",
+        "--group-size",
+        "32",
+        "--eval-tokens",
+        "64",
+        "--eval-seq-len",
+        "32",
+        "--eval-data",
+        text,
+    ]
+
+    def said(*words: str, code: int = 0) -> str:
+        assert cli.main(list(words)) == code
+        out, errors = capsys.readouterr()
+        return " ".join(f"{out} {errors}".split())
+
+    assert f"model {last}" in said("plan", "--model", model, *small)
+    assert f"wrote {tmp_path / 'out'} {HOSTILE} in " in said("run", "--model", model, *small, "--out", f"out {HOSTILE}")
+    scored = ["--tokens", "64", "--seq-len", "32", "--data", text, "--reference", model]
+    assert " b] [v2] " in said("eval", "--model", f"out {HOSTILE}", *scored)
+    assert " b] [v2] " in said("compare", f"out {HOSTILE}", model, *scored)
+    assert f"verified: 30 tensors re-read from disk, equal to those of {last}" in said(
+        *("export", f"out {HOSTILE}", "--format", "gguf", "--out", f"gguf {HOSTILE}")
+    )
+    assert f"out {HOSTILE}: 10 files" in said("verify", f"out {HOSTILE}", "--source", model)
+    assert f"{last}: llama, " in said("inspect", f"out {HOSTILE}")
+    assert f"--layer {HOSTILE}: not in {last}" in said("inspect", f"out {HOSTILE}", "--layer", HOSTILE, code=4)
+    assert f"'{HOSTILE}': no name of a repository" in said("push", f"out {HOSTILE}", "--repo", HOSTILE, code=10)
+    assert f"no {HOSTILE}" not in said("run", "--model", HOSTILE, code=4)
+
+
+def test_names_that_are_no_utf8_are_escaped(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    def named(name: bytes) -> str:
+        return os.fsdecode(os.fsencode(tmp_path) + b"/" + name)
+
+    text, out = named(b"t\xff.txt"), named(b"out\xff")
+    Path(text).write_text((DEMO / "heldout.txt").read_text("utf-8")[:20_000], "utf-8")
+    recipe = llmquant.make_recipe("x", flags=SMALL | {"eval_data": text})
+    report = llmquant.quantize(tiny_model("llama"), recipe, out)
+    assert json.loads((Path(out) / "report.json").read_bytes())["recipe"]["eval_data"] == text
+    assert report.data["evaluation"]["dataset"] == "t\\udcff.txt"
+    assert "<title>out\\udcff" in (Path(out) / "report.html").read_text("utf-8")
+    verify_folder(Path(out))
+    model = Path(named(b"model\xff"))
+    shutil.copytree(tiny_model("llama"), model)
+    with pytest.raises(CalibrationError, match=r"^model\\udcff: its path is not UTF-8"):
+        llmquant.quantize(model, recipe, tmp_path / "other")
+    report = llmquant.quantize(
+        model, llmquant.make_recipe("x", flags=SMALL | {"eval_data": "none"}), tmp_path / "other"
+    )
+    assert report.data["model"]["id"] == "model\\udcff"
 
 
 def test_everything_is_printed_by_the_console() -> None:

@@ -278,7 +278,13 @@ STAYS_BEHIND = {
     "weights that are not loaded": ["pytorch_model.bin", "model-Q4.gguf", "original/consolidated.00.pth"],
     "code": ["tokenization_evil.py", "modeling_evil.py", "run.sh", "license.py"],
     "a record of the training": ["trainer_state.json", "eval_results.json"],
-    "of no use to a loader": ["logo.png", "original/params.json", "onnx/tokenizer.json", "original/LICENSE"],
+    "of no use to a loader": [
+        "logo.png",
+        "notes.txt",
+        "original/params.json",
+        "onnx/tokenizer.json",
+        "original/LICENSE",
+    ],
     "9 MB": ["word_counts.json"],
 }
 WRITTEN_ANEW = ["README.md", ".gitattributes", ".hidden/x.json", "quantize_config.json", "pytorch_model.bin.index.json"]
