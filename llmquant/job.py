@@ -140,6 +140,8 @@ def draft(
     """
     source = as_original(stored)
     skeleton = draft_model(source, recipe, log)
+    if source.untied:
+        log.line("config.json ties the head to the embedding, but a head of its own is stored: that one is used")
     if said := said_of_left(source.left_behind):
         log.line(said)
     asked, recipe = recipe.group_size, with_group_size(recipe, skeleton)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from llmquant.errors import FormatError
 from llmquant.source.header import TensorInfo
 
 ALIGNMENT = 32
@@ -34,10 +35,14 @@ def build_gguf(file: str, metadata: dict[str, Any], entries: list[Entry]) -> tup
     """The bytes before the data, and the place of every tensor in `file`.
 
     Metadata values: str, bool, int (uint32), float (float32), and lists of str, int (int32) or float (float32).
+    FormatError for a value that none of these holds.
     """
     head = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(entries), len(metadata)))
     for key, value in metadata.items():
-        head += _string(key) + _value(value)
+        try:
+            head += _string(key) + _value(value)
+        except (struct.error, TypeError, UnicodeEncodeError) as error:
+            raise FormatError(f"gguf: {key}", f"{str(value)[:60]!r} ({error})", expected="what GGUF can hold") from None
     offset, starts = 0, []
     for entry in entries:
         head += _string(entry.name) + struct.pack("<I", len(entry.shape))

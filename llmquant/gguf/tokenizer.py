@@ -6,6 +6,8 @@ without a byte-level step is SentencePiece's ("llama"); its scores are minus the
 """
 
 import json
+import re
+from collections import Counter
 from typing import Any
 
 from llmquant.errors import FormatError, option
@@ -15,6 +17,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEMPLATES = "additional_chat_templates/"
 # (normalizer, pre-tokenizer steps, ignore_merges) -> pre
 BYTE_LEVEL: dict[tuple[str | None, tuple[str, ...], bool], str] = {
     (None, ("ByteLevel regex",), False): "gpt-2",
@@ -116,15 +119,23 @@ def _sentencepiece_space(table: dict[str, Any], model: dict[str, Any], steps: tu
 
 
 def _tokens(table: dict[str, Any], model: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
-    """Tokens and their types, by id. Ids below `vocab_size` without a token are marked as unused."""
-    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    """Tokens and their types, by id. Ids below `vocab_size` without a token are marked as unused.
+
+    Texts are unique, else llama.cpp ends with an abort: an added token with the text of another is that token, as in
+    transformers.
+    """
     types = [UNUSED] * vocab_size
-    added = {item["id"]: item for item in table.get("added_tokens", [])}
+    added = {model["vocab"].get(item["content"], item["id"]): item for item in table.get("added_tokens", [])}
     named = {index: text for text, index in model["vocab"].items()} | {i: item["content"] for i, item in added.items()}
     if (largest := max(named)) >= vocab_size:
         raise FormatError(
             "tokenizer.json", f"a token {largest}", expected=f"ids below the {vocab_size} rows of the embedding"
         )
+    taken = set(named.values())
+    if len(taken) < len(named):
+        twice, count = Counter(named.values()).most_common(1)[0]
+        raise FormatError("tokenizer.json", f"{count} tokens are {twice!r}", expected="one of each")
+    tokens = [_unlike(f"[PAD{i}]", taken) for i in range(vocab_size)]
     for index, text in named.items():
         tokens[index] = text
         if index in added:
@@ -136,6 +147,10 @@ def _tokens(table: dict[str, Any], model: dict[str, Any], vocab_size: int) -> tu
         if text == model.get("unk_token"):
             types[index] = UNKNOWN
     return tokens, types
+
+
+def _unlike(text: str, taken: set[str]) -> str:
+    return _unlike(f"{text}_", taken) if text in taken else text
 
 
 def _pair(merge: str | list[str]) -> tuple[str, str]:
@@ -155,20 +170,39 @@ def _special(source: Source, table: dict[str, Any], settings: dict[str, Any], to
     ids = {token: index for index, token in enumerate(tokens)}
     meta: dict[str, Any] = {}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        text = settings.get(f"{name}_token")
-        text = text.get("content") if isinstance(text, dict) else text
-        index = ids.get(text) if text is not None else source.config.get(f"{name}_token_id")
-        if isinstance(index, int):
-            meta[f"tokenizer.ggml.{key}_token_id"] = index
+        if found := _ids_of(name, source, settings, ids):
+            meta[f"tokenizer.ggml.{key}_token_id"] = found[0]
+    # llama.cpp ends a generation at these, too.
+    for key, index in zip(("eot", "eom"), _ids_of("eos", source, settings, ids)[1:], strict=False):
+        meta[f"tokenizer.ggml.{key}_token_id"] = index
     first, last = _template(table)
     # Always written, because llama.cpp switches them on by itself for some splitters.
     for flag, token, key in (("add_bos_token", first, "bos"), ("add_eos_token", last, "eos")):
         meta[f"tokenizer.ggml.{flag}"] = token is not None
         if token is not None and ids.get(token) != meta.get(f"tokenizer.ggml.{key}_token_id"):
             raise FormatError("tokenizer.json", f"adds {token!r}", expected=f"the {key} token, which llama.cpp can add")
-    if (template := _chat_template(source, settings)) is not None:
-        meta["tokenizer.chat_template"] = template
-    return meta
+    return meta | _chat_templates(source, settings)
+
+
+def _ids_of(name: str, source: Source, settings: dict[str, Any], ids: dict[str, int]) -> list[int]:
+    """The ids of a special token, first that which the tokenizer names, then those at which a model stops.
+
+    Of the files that may say it: tokenizer_config.json, special_tokens_map.json (texts), generation_config.json,
+    config.json (ids, one or several; -1 stands for none).
+    """
+    found: list[Any] = []
+    for said in (settings, _side(source, "special_tokens_map.json")):
+        text = said.get(f"{name}_token")
+        found.append(ids.get(text.get("content") if isinstance(text, dict) else text))  # type: ignore[arg-type]
+    for said in (_side(source, "generation_config.json"), source.config):
+        value = said.get(f"{name}_token_id")
+        found += value if isinstance(value, list) else [value]
+    return list(dict.fromkeys(index for index in found if type(index) is int and 0 <= index < len(ids)))
+
+
+def _side(source: Source, file: str) -> dict[str, Any]:
+    """A JSON file of the checkpoint; {} where it has none."""
+    return source.json(file) if file in source.files() else {}
 
 
 def _template(table: dict[str, Any]) -> tuple[str | None, str | None]:
@@ -187,8 +221,24 @@ def _template(table: dict[str, Any]) -> tuple[str | None, str | None]:
     return None, None
 
 
-def _chat_template(source: Source, settings: dict[str, Any]) -> str | None:
-    if "chat_template.jinja" in source.files():
-        return source.local("chat_template.jinja").read_text("utf-8")
-    template = settings.get("chat_template")
-    return template if isinstance(template, str) else None
+def _chat_templates(source: Source, settings: dict[str, Any]) -> dict[str, Any]:
+    """The default template, and others by name: from files of their own, else from tokenizer_config.json."""
+    files, found = source.files(), dict[str, Any]()
+    told = settings.get("chat_template") or _side(source, "chat_template.json").get("chat_template")
+    if isinstance(told, list):
+        found = {str(entry.get("name")): entry.get("template") for entry in told if isinstance(entry, dict)}
+    elif isinstance(told, str):
+        found = {"default": told}
+    own = {"default": "chat_template.jinja"} if "chat_template.jinja" in files else {}
+    own |= {
+        file[len(_TEMPLATES) : -len(".jinja")]: file
+        for file in files
+        if re.fullmatch(_TEMPLATES + r"[^/]+\.jinja", file)
+    }
+    found |= {name: source.local(file).read_text("utf-8") for name, file in own.items()}
+    named = {re.sub(r"\W", "_", name, flags=re.ASCII): text for name, text in found.items() if isinstance(text, str)}
+    default = named.pop("default", None)
+    meta: dict[str, Any] = {} if default is None else {"tokenizer.chat_template": default}
+    if named:
+        meta["tokenizer.chat_templates"] = sorted(named)
+    return meta | {f"tokenizer.chat_template.{name}": named[name] for name in sorted(named)}

@@ -168,6 +168,7 @@ class GGUFFile:
         self.metadata |= tokenizer_metadata(source, vocab, pre)
         # The same as of the finished file: here, not after hours.
         self.expected.check(self.metadata, self.names.values(), vocab)
+        build_gguf(self.file, self.metadata, self.entries)
 
     @property
     def file(self) -> str:

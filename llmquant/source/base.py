@@ -21,6 +21,8 @@ from llmquant.source.header import MAX_HEADER_BYTES, TensorInfo, header_length, 
 from llmquant.source.remote_code import code_files, references
 
 NAME_THE_ORIGINAL = "name the checkpoint that it was made from; eval, compare and inspect read the file itself"
+_TIE = "tie_word_embeddings"
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.")
 # Keys of a config, at any depth, that would make a loader run foreign code, or would choose kernels or other files.
 _UNSAFE_KEYS = re.compile(
     r"auto_map|transformers_weights|trust_remote_code|_?attn_implementation.*|_?experts_implementation.*|.*kernel_config|use_kernels"
@@ -36,8 +38,11 @@ def _all_finite(tensor: Tensor) -> bool:
 class Source:
     """A checked checkpoint: `config`, `tensors` by name, and `read`. Use `open_source` to make one.
 
-    `code` names the checkpoint's own Python files that may be run: none without `trust_remote_code`.
+    `code` names the checkpoint's own Python files that may be run: none without `trust_remote_code`. `untied` says that
+    config.json ties the head to the embedding, and that another head is stored: `config` no longer does.
     """
+
+    untied = False
 
     def __init__(
         self, name: str, folder: Path, revision: str | None = None, *, trust_remote_code: bool = False
@@ -51,6 +56,7 @@ class Source:
             raise OnlyGGUFError(self, ggufs)
         self.config = self._config()
         self.tensors = self._tensors()
+        self.config, self.untied = untied(self.config, self.tensors)
         if trust_remote_code:
             self.code = code_files(name, set(self.files()), self.json, self.local)
         for file in self.side_files():  # fetch and check them now: transformers reads them later by itself
@@ -285,6 +291,22 @@ def relative(file: str) -> str:
     if file.startswith(("/", "~")) or ".." in Path(file).parts or "\0" in file or "\\" in file:
         raise SourceError(repr(file)[:80], "a path that leads out of the checkpoint")
     return file
+
+
+def untied(config: dict[str, Any], tensors: Iterable[str]) -> tuple[dict[str, Any], bool]:
+    """`config` as the tensors have it, and whether it said otherwise.
+
+    Where a head is stored beside the embedding, transformers uses it, whatever the config says of a tie; vLLM, mlx-lm
+    and llama.cpp's converter believe the config.
+    """
+    names = list(tensors)
+    head = any(name.startswith(("lm_head.weight", "lm_head.qweight")) for name in names)
+    if not head or not any(_EMBEDDING.search(name) for name in names):
+        return config, False
+    inner = {key: value for key, value in config.items() if isinstance(value, dict) and value.get(_TIE)}
+    if not config.get(_TIE) and not inner:
+        return config, False
+    return config | {_TIE: False} | {key: value | {_TIE: False} for key, value in inner.items()}, True
 
 
 def safe_config(config: dict[str, Any], *, keep_code: bool = False) -> dict[str, Any]:
