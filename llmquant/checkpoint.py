@@ -9,12 +9,13 @@ from torch import Tensor
 from llmquant.errors import SourceError, option
 from llmquant.gguf.blocks import METHOD, gguf
 from llmquant.gguf.source import open_gguf_file, open_gguf_of
+from llmquant.log import Progress
 from llmquant.source.base import OnlyGGUFError, Source
 from llmquant.source.header import TensorInfo
 from llmquant.source.layouts import LAYOUTS, PackedLinear
 from llmquant.source.resolve import open_source
 from llmquant.source.small_floats import SMALL_FLOATS
-from llmquant.source.stated import unnamed
+from llmquant.source.stated import not_applied, unnamed
 from llmquant.source.wrapped import WrappedSource
 
 READERS = {**LAYOUTS, METHOD: gguf}
@@ -91,8 +92,7 @@ class PackedSource(WrappedSource):
         try:
             if self.method in SMALL_FLOATS:
                 return SMALL_FLOATS[self.method](self.stored.tensors, config, self.stored.read)
-            quantization = config.get("quantization_config") or config["quantization"]
-            return READERS[self.method](self.stored.tensors, quantization, self.stored.read)
+            return READERS[self.method](self.stored.tensors, _quantization(config), self.stored.read)
         except SourceError as error:
             raise SourceError(self.stored.name, error.message(option)) from None
 
@@ -105,6 +105,14 @@ class PackedSource(WrappedSource):
             file = self.stored.tensors[linear.parts[0]].file
             view[name] = TensorInfo(name, file, linear.dtype, linear.shape, 0, 0)
         return view
+
+    def announce(self, log: Progress) -> None:
+        super().announce(log)
+        doubtful = next((linear.said for linear in self.packed.values() if linear.said is not None), None)
+        if doubtful is not None and (said := doubtful(self.stored.read)):
+            log.line(f"{self.name}: {said}")
+        if beside := not_applied(_quantization(self.stored.config)):
+            log.line(f"{self.name}: not applied, its figures are those of the weights alone: {', '.join(beside)}")
 
     @property
     def bits_per_weight(self) -> float:
@@ -130,6 +138,11 @@ class PackedSource(WrappedSource):
         if len(self.packed[name].shape) < 3:
             return self.read(name)[index]
         return self.packed[name].dense(lambda part: self.stored.read_entry(part, index)[None])[0]
+
+
+def _quantization(config: dict[str, Any]) -> dict[str, Any]:
+    found = config.get("quantization_config") or config.get("quantization")
+    return found if isinstance(found, dict) else {}
 
 
 def stored_forms(source: Source) -> dict[str, int]:

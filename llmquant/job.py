@@ -168,7 +168,7 @@ def draft(
 
 def draft_model(source: Source, recipe: Recipe, log: Progress) -> Skeleton:
     """The model of an open checkpoint, without weights, on the recipe's device and in its compute dtype."""
-    source.announce_code(log)
+    source.announce(log)
     device = pick_device(recipe.device)
     skeleton = Skeleton(source, device, pick_dtype(recipe.dtype, device, source))
     memory = physical_memory() if device.type == "cpu" else device_memory(device)

@@ -20,6 +20,7 @@ from llmquant.checkpoint import PackedSource, open_checkpoint
 from llmquant.errors import SourceError
 from llmquant.formats import FORMATS
 from llmquant.formats.packing import pack_rows
+from llmquant.log import Lines
 
 SPEC = spec_of(4, 32, (64, 96), module="m")
 WEIGHT = weight_of(SPEC)
@@ -62,7 +63,9 @@ def test_compressed_tensors_with_zero_points_as_their_own_packer_writes_them(tmp
         "weight_zero_point": ASYMMETRIC.zeros_OG,
     }
     packed = PackedQuantizationCompressor.compress(state, scheme)
-    config = {"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    method = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+    config = {"quantization_config": method}
     source = checkpoint(tmp_path / "c", {f"m.{name}": t for name, t in packed.items()}, config)
     assert torch.equal(source.read("m.weight"), ASYMMETRIC.dequantize())
 
@@ -89,6 +92,118 @@ def test_gptq_with_zero_points_in_both_versions_and_act_order(bits: int, version
         zero = stored_GO[g_idx[i]].float() + (version == "gptq")
         expected[:, i] = (u_IO[i].float() - zero) * scales_GO[g_idx[i]].float()
     assert torch.equal(source.read("m.weight"), expected)
+
+
+def gptq_upload(
+    folder: Path, stored: int | Tensor, version: str | None = None, **keys: Any
+) -> tuple[PackedSource, Tensor]:
+    """Symmetric codes of 4 bits with `stored` zeros, and the weight that is meant."""
+    generator = torch.Generator().manual_seed(0)
+    u_OI = torch.randint(0, 16, (64, 96), generator=generator, dtype=torch.uint8)
+    scales_GO = torch.rand(3, 64, generator=generator).half()
+    zeros_GO = stored if isinstance(stored, Tensor) else torch.full((3, 64), stored, dtype=torch.uint8)
+    tensors = {"m.qweight": pack_rows(u_OI, 4).T, "m.qzeros": pack_rows(zeros_GO, 4), "m.scales": scales_GO}
+    method = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False} | keys
+    method |= {} if version is None else {"checkpoint_format": version}
+    meant = (u_OI.float() - 8) * scales_GO.T.float().repeat_interleave(32, dim=1)
+    return checkpoint(folder, tensors, {"quantization_config": method}), meant
+
+
+@pytest.mark.parametrize(
+    ("version", "stored", "said"),
+    [
+        (None, 7, ""),
+        ("gptq", 7, ""),
+        ("gptq_v2", 8, ""),
+        (None, 8, "checkpoint_format is gptq, but the zeros of its symmetric grids are those of gptq_v2"),
+        ("gptq", 8, "checkpoint_format is gptq, but the zeros of its symmetric grids are those of gptq_v2"),
+        ("gptq_v2", 7, "checkpoint_format is gptq_v2, but the zeros of its symmetric grids are those of gptq"),
+    ],
+)
+def test_symmetric_gptq_is_read_as_it_is_meant_whatever_its_label(
+    version: str | None, stored: int, said: str, tmp_path: Path
+) -> None:
+    source, meant = gptq_upload(tmp_path / "c", stored, version)
+    assert torch.equal(source.read("m.weight"), meant)
+    lines: list[str] = []
+    source.announce(Lines(lines.append))
+    assert [said] == [line[len("c: ") : len(said) + 3] for line in lines or ["c: "]]
+
+
+@pytest.mark.parametrize("stored", [0, 6, 9, torch.arange(192, dtype=torch.uint8).view(3, 64) % 2 + 7])
+def test_zeros_that_no_symmetric_grid_has_are_refused(stored: int | Tensor, tmp_path: Path) -> None:
+    source, _ = gptq_upload(tmp_path / "c", stored)
+    with pytest.raises(SourceError, match=r'^m\.qzeros: zeros from .* calls symmetric; expected 0 .* set "sym": false'):
+        source.read("m.weight")
+
+
+def test_overrides_of_single_modules_are_read(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="a packing of"):  # 4 bits, by the pattern 8
+        gptq_upload(tmp_path / "a", 7, dynamic={"+:^m": {"bits": 8}})
+    zeros = torch.arange(192, dtype=torch.uint8).view(3, 64) % 5
+    source, _ = gptq_upload(tmp_path / "b", zeros, dynamic={"m": {"sym": False}})
+    assert source.packed["m.weight"].grid is not None
+    read = source.packed["m.weight"].grid(source.stored.read)
+    assert read.zeros_OG is not None
+    assert torch.equal(read.zeros_OG.T, zeros.short() - 7)
+
+
+GROUP = {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "group_size": 32, "strategy": "group"}}
+
+
+def compressed(folder: Path, group: dict[str, Any] = GROUP, **keys: Any) -> PackedSource:
+    method = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
+    tensors = FORMATS["compressed-tensors"].tensors(SPEC, WEIGHT)
+    return checkpoint(folder, tensors, {"quantization_config": method | keys})
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"group": GROUP | {"input_activations": {"num_bits": 8, "dynamic": True}}}, "activations in 8 bits"),
+        ({"group": GROUP | {"input_activations": {"num_bits": 4}}}, "activations in 4 bits"),
+        ({"group": GROUP | {"output_activations": {"num_bits": 8}}}, "outputs in 8 bits"),
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "keys and values in 8 bits"),
+        ({}, ""),
+    ],
+)
+def test_what_servers_do_beside_the_weights_is_said(keys: dict[str, Any], said: str, tmp_path: Path) -> None:
+    source = compressed(tmp_path / "c", **keys)
+    assert torch.equal(source.read("m.weight"), WEIGHT.dequantize())
+    lines: list[str] = []
+    source.announce(Lines(lines.append))
+    assert lines == ([f"c: not applied, its figures are those of the weights alone: {said}"] if said else [])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}}, "transform_config, which is not read"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config, which is not read"),
+        ({"group": GROUP | {"weights": {"num_bits": 4, "type": "float"}}}, "4 bits of type float"),
+        ({"group": GROUP | {"weights": {"group_size": 32}}}, "None bits of type None by config_groups"),
+        ({"group": GROUP | {"targets": ["re:x"]}}, "None bits of type None by config_groups"),
+    ],
+)
+def test_weights_that_the_config_does_not_explain_are_refused(
+    keys: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(SourceError, match=message):
+        compressed(tmp_path / "c", **keys)
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_bits_of_narrow_linears_are_those_of_the_config(bits: int, tmp_path: Path) -> None:
+    """A row of 20 weights takes two words, by 3 bits as by 2."""
+    narrow = {"hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = tiny.build(tmp_path / "m", tiny.ARCHITECTURES["llama"], head_dim=12, **narrow)
+    flags = {"bits": bits, "group_size": -1, "method": "rtn", "eval_tokens": 128, "eval_seq_len": 64}
+    recipe = llmquant.make_recipe("x", flags=flags | {"eval_data": "builtin"})
+    measured = llmquant.quantize(model, recipe, tmp_path / "q").lanes["llmquant"]["kl_mean"]
+    source = open_checkpoint(tmp_path / "q")
+    assert isinstance(source, PackedSource)
+    assert {linear.bits for linear in source.packed.values()} == {bits}
+    assert llmquant.evaluate(tmp_path / "q", reference=model, recipe=recipe).lanes["q"]["kl_mean"] == measured
 
 
 def test_mlx_weights_that_mlx_quantized(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from tiny import ARCHITECTURES, build
 from transformers import AutoModelForCausalLM
 
 import llmquant
+from llmquant.source.base import Source
 from llmquant.source.files import SINGLE
 from llmquant.source.resolve import open_source
 
@@ -42,6 +43,11 @@ def test_the_config_follows_the_tensors(untied: Path, tmp_path: Path) -> None:
     tied = build(tmp_path / "tied", ARCHITECTURES["llama"], tie_word_embeddings=True)
     assert not open_source(tied).untied
     assert open_source(tied).config["tie_word_embeddings"] is True
+    tensors = load_file(tied / SINGLE)
+    twice = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    save_file(twice, tied / SINGLE, {"format": "pt"})  # as old converters left it
+    assert open_source(tied).config["tie_word_embeddings"] is True
+    assert Source("owner/name", tied, "a commit").config["tie_word_embeddings"] is False
 
 
 @pytest.mark.parametrize("format_name", ["compressed-tensors", "mlx", "gptq", "gguf"])

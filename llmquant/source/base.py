@@ -56,7 +56,8 @@ class Source:
             raise OnlyGGUFError(self, ggufs)
         self.config = self._config()
         self.tensors = self._tensors()
-        self.config, self.untied = untied(self.config, self.tensors)
+        if self._has_own_head():
+            self.config, self.untied = without_tie(self.config), True
         if trust_remote_code:
             self.code = code_files(name, set(self.files()), self.json, self.local)
         for file in self.side_files():  # fetch and check them now: transformers reads them later by itself
@@ -213,8 +214,8 @@ class Source:
         """`config` as transformers and the output may see it. auto_map stays only if its code may be run."""
         return safe_config(self.config, keep_code=bool(self.code))
 
-    def announce_code(self, log: Progress) -> None:
-        """Say which Python code of the checkpoint is run, before it is."""
+    def announce(self, log: Progress) -> None:
+        """Say which Python code of the checkpoint is run, before it is, and what is read otherwise than it says."""
         if self.code:
             at = f"@{self.revision[:12]}" if self.revision else ""
             log.line(f"--trust-remote-code: code of {self.name}{at} is run: {', '.join(self.code)}")
@@ -231,6 +232,23 @@ class Source:
         if "config.json" not in self.files():
             raise SourceError(self.name, "no config.json", expected="a Hugging Face checkpoint")
         return self.json("config.json")
+
+    def _has_own_head(self) -> bool:
+        """Whether a head other than the embedding is stored, and config.json ties it to the embedding all the same.
+
+        transformers uses such a head; vLLM, mlx-lm and llama.cpp's converter believe the config. Two equal tensors are
+        a tie; those of the Hub are not compared, as they would have to be downloaded first.
+        """
+        tied = [self.config, *(value for value in self.config.values() if isinstance(value, dict))]
+        if not any(value.get(_TIE) for value in tied):
+            return False
+        heads = [name for name in self.tensors if name.startswith(("lm_head.weight", "lm_head.qweight"))]
+        embeddings = [name for name in self.tensors if _EMBEDDING.search(name)]
+        if not heads or not embeddings:
+            return False
+        if self.revision is not None or len(heads) != len(embeddings):
+            return True
+        return not torch.equal(self.read(heads[0]), self.read(embeddings[0]))
 
     def _tensors(self) -> dict[str, TensorInfo]:
         files = set(self.files())
@@ -293,20 +311,10 @@ def relative(file: str) -> str:
     return file
 
 
-def untied(config: dict[str, Any], tensors: Iterable[str]) -> tuple[dict[str, Any], bool]:
-    """`config` as the tensors have it, and whether it said otherwise.
-
-    Where a head is stored beside the embedding, transformers uses it, whatever the config says of a tie; vLLM, mlx-lm
-    and llama.cpp's converter believe the config.
-    """
-    names = list(tensors)
-    head = any(name.startswith(("lm_head.weight", "lm_head.qweight")) for name in names)
-    if not head or not any(_EMBEDDING.search(name) for name in names):
-        return config, False
-    inner = {key: value for key, value in config.items() if isinstance(value, dict) and value.get(_TIE)}
-    if not config.get(_TIE) and not inner:
-        return config, False
-    return config | {_TIE: False} | {key: value | {_TIE: False} for key, value in inner.items()}, True
+def without_tie(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` that ties no head to the embedding, at no level."""
+    inner = {key: value | {_TIE: False} for key, value in config.items() if isinstance(value, dict) and value.get(_TIE)}
+    return config | {_TIE: False} | inner
 
 
 def safe_config(config: dict[str, Any], *, keep_code: bool = False) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from llmquant.formats.awq import unpack_awq
 from llmquant.formats.packing import unpack_rows
 from llmquant.source.header import TensorInfo
 from llmquant.source.quant_state import MARK, QuantState, read_state
-from llmquant.source.stated import ConfigGroups, Dynamic, own_entries, stated_bits
+from llmquant.source.stated import ConfigGroups, Dynamic, own_entries, refuse_transforms, stated_bits
 
 Read = Callable[[str], Tensor]
 Tensors = dict[str, TensorInfo]
@@ -77,6 +77,7 @@ class PackedLinear:
     dense: Callable[[Read], Tensor]
     form: str = ""
     group_size: int = 0  # as the config says: -1 for a whole row; 0 where it does not, n_groups then decides
+    said: Callable[[Read], str] | None = None  # reads what must be said of how it is read; "" for nothing
 
 
 def _linear(
@@ -90,13 +91,16 @@ def _linear(
     *,
     symmetric: bool,
     group_size: Any = None,
+    said: Callable[[Read], str] | None = None,
 ) -> PackedLinear:
     """`group_size` as the config says it, whatever that is: what does not fit the scales is not believed."""
     names = tuple(f"{prefix}.{part}" for part in parts)
     fits = type(group_size) is int and (group_size == shape[1] / max(1, n_groups) or (group_size, n_groups) == (-1, 1))
     stated = group_size if fits else 0
     dense = partial(_dense, grid)
-    return PackedLinear(prefix, shape, scales.dtype, bits, n_groups, symmetric, names, grid, dense, group_size=stated)
+    return PackedLinear(
+        *(prefix, shape, scales.dtype, bits, n_groups, symmetric, names, grid, dense), group_size=stated, said=said
+    )
 
 
 def _dense(grid: Callable[[Read], Grid], read: Read) -> Tensor:
@@ -126,9 +130,11 @@ def _signed(codes: Tensor, bits: int) -> Tensor:
 
 
 def compressed_tensors(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, PackedLinear]:
-    """compressed-tensors, pack-quantized, with any number of config groups. Bits and group size are those of the group
-    that names a linear. Where none does, they follow from the shapes: bits = 32 words / I, group = I / scales of a row.
+    """compressed-tensors, pack-quantized, with any number of config groups. Bits are those of the group that names a
+    linear: words of a row do not tell them, as 20 weights of 3 bits and of 4 take as many. The group size follows from
+    the shapes where no group states it.
     """
+    refuse_transforms(config)
     if config.get("format") != "pack-quantized":
         raise SourceError(
             "quantization_config",
@@ -140,8 +146,11 @@ def compressed_tensors(tensors: Tensors, config: dict[str, Any], read: Read) -> 
         shape = _stored_shape(read(shape_info.name), prefix)
         rows, columns = shape
         stated = groups.find(prefix)
-        bits = stated_bits(stated.get("num_bits"), prefix) or 32 * packed.shape[-1] // columns
-        fits = 2 <= bits <= 8 and packed.shape == (rows, -(-columns * bits // 32))
+        if stated.get("type", "int") != "int" or stated.get("num_bits") is None:
+            got = f"{stated.get('num_bits')} bits of type {stated.get('type')} by config_groups"
+            raise SourceError(prefix, got, expected="a number of bits of type int")
+        bits = stated_bits(stated["num_bits"], prefix)
+        fits = packed.shape == (rows, -(-columns * bits // 32))
         fits = fits and len(scale.shape) == 2 and scale.shape[0] == rows and columns % max(1, scale.shape[1]) == 0
         _require(fits, prefix, shape, packed, scale)
         zero, order = (tensors.get(f"{prefix}.weight_{part}") for part in ("zero_point", "g_idx"))
@@ -183,7 +192,12 @@ def _compressed_grid(
 
 def gptq(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, PackedLinear]:
     """GPTQ, v1 and v2. In v1 the stored zeros are one too small. g_idx names each input's group; `dynamic` overrides
-    bits and group size of modules by patterns."""
+    bits and group size of modules by patterns.
+
+    Many symmetric uploads have the zeros of the other version than their label says. Zeros of a symmetric grid are
+    known: those that are right by the other version are read so, and it is said.
+    """
+    refuse_transforms(config)
     version = config.get("checkpoint_format", "gptq")
     if config.get("bits") not in (2, 3, 4, 8) or version not in ("gptq", "gptq_v2"):
         raise SourceError(
@@ -203,7 +217,8 @@ def gptq(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, Pack
         fits = fits and qzeros.shape == (scales.shape[0], -(-rows * bits // 32))
         fits = fits and (order is not None or columns % max(1, scales.shape[0]) == 0)
         _require(fits, prefix, (rows, columns), qweight, qzeros, scales)
-        grid = _gptq_grid(prefix, (rows, columns), bits, version == "gptq", order)
+        symmetric, old = stated.get("sym") is True, version == "gptq"
+        grid = _gptq_grid(prefix, (rows, columns), bits, old, order, symmetric=symmetric)
         parts = ("qweight", "qzeros", "scales") + (("g_idx",) if order is not None else ())
         found[f"{prefix}.weight"] = _linear(
             prefix,
@@ -215,16 +230,40 @@ def gptq(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, Pack
             grid,
             symmetric=bool(stated.get("sym", True)),
             group_size=stated.get("group_size"),
+            said=partial(_said_of_zeros, prefix, bits, rows, old) if symmetric else None,
         )
     return found
 
 
+def _gptq_zeros(read: Read, prefix: str, bits: int, rows: int, old: bool) -> Tensor:
+    """Signed zeros as the label says: one more than is stored in the old version."""
+    zeros: Tensor = _signed(unpack_rows(read(f"{prefix}.qzeros"), bits, rows), bits) + int(old)
+    return zeros
+
+
+def _said_of_zeros(prefix: str, bits: int, rows: int, old: bool, read: Read) -> str:
+    if not _gptq_zeros(read, prefix, bits, rows, old).any():
+        return ""
+    label, other = ("gptq", "gptq_v2") if old else ("gptq_v2", "gptq")
+    return f"checkpoint_format is {label}, but the zeros of its symmetric grids are those of {other}: read as {other}"
+
+
 def _gptq_grid(
-    prefix: str, shape: tuple[int, int], bits: int, minus_one: bool, order: TensorInfo | None
+    prefix: str, shape: tuple[int, int], bits: int, old: bool, order: TensorInfo | None, *, symmetric: bool
 ) -> Callable[[Read], Grid]:
     def grid(read: Read) -> Grid:
         codes = _signed(unpack_rows(read(f"{prefix}.qweight").T, bits, shape[1]), bits)
-        zeros = _signed(unpack_rows(read(f"{prefix}.qzeros"), bits, shape[0]), bits) + minus_one
+        zeros = _gptq_zeros(read, prefix, bits, shape[0], old)
+        if symmetric and zeros.any():
+            low, high, other = int(zeros.min()), int(zeros.max()), 1 if old else -1
+            if (low, high) != (other, other):
+                raise SourceError(
+                    f"{prefix}.qzeros",
+                    f"zeros from {low} to {high} in grids that the config calls symmetric",
+                    expected="0 everywhere",
+                    remedy='where they are meant, set "sym": false in its quantization_config',
+                )
+            zeros = torch.zeros_like(zeros)
         group_I = None if order is None else read(order.name).long()
         if group_I is not None and bool(((group_I < 0) | (group_I >= zeros.shape[0])).any()):
             raise SourceError(f"{prefix}.g_idx", "a group that does not exist", expected=f"0 to {zeros.shape[0] - 1}")
@@ -271,12 +310,13 @@ def mlx(tensors: Tensors, config: dict[str, Any], read: Read) -> dict[str, Packe
         if stated.get("mode", "affine") != "affine":
             raise SourceError(prefix, f"mlx mode {stated['mode']!r}", expected="affine")
         group, bits = stated.get("group_size"), stated_bits(stated.get("bits"), prefix)
-        if not isinstance(group, int):
-            raise SourceError(prefix, f"group_size {group!r} in the config", expected="a number")
+        if not isinstance(group, int) or not bits:
+            raise SourceError(
+                prefix, f"group_size {group!r}, bits {stated.get('bits')!r} in the config", expected="numbers"
+            )
         _require(len(weight.shape) == len(scales.shape) == 2, prefix, "a matrix", weight, scales)
         shape = (scales.shape[0], scales.shape[1] * group)
-        bits = bits or 32 * weight.shape[1] // max(1, shape[1])
-        fits = 2 <= bits <= 8 and weight.shape == (shape[0], shape[1] * bits // 32) and biases.shape == scales.shape
+        fits = weight.shape == (shape[0], shape[1] * bits // 32) and biases.shape == scales.shape
         _require(fits, prefix, shape, weight, scales, biases)
 
         def dense(read: Read, prefix: str = prefix, shape: tuple[int, int] = shape, bits: int = bits) -> Tensor:

@@ -90,6 +90,42 @@ def stated_bits(bits: Any, prefix: str) -> int:
     return bits
 
 
+def refuse_transforms(config: Entry) -> None:
+    """SourceError where the weights are not those of the model: turned by a transform, or sparse in a packed form."""
+    sparsity = config.get("sparsity_config")
+    sparse = isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense"
+    rotated = [key for key in ("transform_config", "rotation") if config.get(key)]
+    for key in [*rotated, *["sparsity_config"] * sparse]:
+        raise SourceError("quantization_config", f"{key}, which is not read", expected="weights of the model itself")
+
+
+def not_applied(config: Entry) -> list[str]:
+    """What a checkpoint's servers do beside dequantizing its weights, and llmquant does not: its figures are those of
+    the weights alone.
+
+    >>> not_applied({"config_groups": {"g": {"input_activations": {"num_bits": 8}}}, "activation_scheme": "static"})
+    ['activations in 8 bits', 'activations in FP8 (static)']
+    """
+    groups = config.get("config_groups")
+    said = [
+        f"{what} in {_bits_of(group[key])}"
+        for group in (groups.values() if isinstance(groups, dict) else ())
+        for key, what in (("input_activations", "activations"), ("output_activations", "outputs"))
+        if isinstance(group, dict) and group.get(key)
+    ]
+    if config.get("activation_scheme"):
+        said.append(f"activations in FP8 ({config['activation_scheme']})")
+    if config.get("kv_cache_scheme"):
+        said.append(f"keys and values in {_bits_of(config['kv_cache_scheme'])}")
+    if config.get("adapter"):
+        said.append("an adapter beside the codes")
+    return list(dict.fromkeys(str(text)[:80] for text in said))
+
+
+def _bits_of(scheme: Any) -> str:
+    return f"{scheme.get('num_bits')} bits" if isinstance(scheme, dict) else str(scheme)
+
+
 def unnamed(config: Entry) -> str | None:
     """The layout of a config that names no method: mlx-lm writes only bits and group size."""
     return "mlx" if {"group_size", "bits"} <= config.keys() else None

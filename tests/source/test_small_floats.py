@@ -286,7 +286,9 @@ def test_plan_inspect_and_eval_say_what_the_source_is(
     recipe = llmquant.make_recipe("x", flags=FLAGS | {"method": "rtn"})
     found = estimate(packed_model("fp8"), recipe, RunOptions(tmp_path / "out"))
     assert found.stored_as == {f"fp8 ({form})": 21}
-    assert found.problems == []
+    (problem,) = found.problems
+    assert problem.message.endswith("those of the weights alone: activations in FP8 (dynamic)")
+    assert not problem.blocking
     assert {kind.dtype for kind in found.kinds} == {"bfloat16"}
     assert found.source_bytes < found.output_bytes * 3
     assert main(["plan", "--model", str(packed_model("fp8")), "--group-size", "32"]) == 0
