@@ -10,7 +10,7 @@ from typing import Any
 from llmquant.errors import RecipeError, did_you_mean, option
 from llmquant.formats.facts import DEFAULT, FACTS, formats_that
 from llmquant.paths import expanded
-from llmquant.rules import SETTINGS, Rule, make_rules
+from llmquant.rules import SETTINGS, Ignored, Rule, make_rules, split_patterns
 
 # What the small built-in model changes: its context is short and its text fits in seconds.
 _MOST_SAMPLES = 512  # windows, where experts decide how many
@@ -103,10 +103,7 @@ class Recipe:
         if not re.fullmatch(r"[a-z]\w*(:\d+)?", self.device):  # whether torch has it is seen when it is picked
             raise RecipeError(option("device"), repr(self.device), expected="auto, cpu, cuda, cuda:N, mps, xpu, ...")
         for pattern in self.ignore:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise RecipeError(option("ignore"), f"{pattern!r} ({error})", expected="a regular expression") from None
+            Ignored(pattern)
         parse_size("max_shard_size", self.max_shard_size)
 
     def _check_formats(self) -> None:
@@ -201,6 +198,8 @@ def from_mapping(values: Mapping[str, Any]) -> Recipe:
             raise RecipeError(f"recipe: {name}", "unknown key", remedy=did_you_mean(name, known))
         _check_type(name, value)
     values = {name: tuple(value) if name in ("rules", "ignore", "exports") else value for name, value in values.items()}
+    if "ignore" in values:
+        values["ignore"] = split_patterns(values["ignore"])
     if "," in (names := values.get("format", "")):  # several at once: the first is the checkpoint
         first, *others = (name.strip() for name in names.split(","))
         values |= {"format": first, "exports": tuple(dict.fromkeys(others))}

@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
-from llmquant.errors import RecipeError, did_you_mean
+from llmquant.errors import RecipeError, did_you_mean, option
 from llmquant.formats.facts import FUSED, GROUPS, WIDTHS
 
 METHODS = ("gptq", "rtn")
@@ -32,7 +32,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
     "symmetric": (True, False),
     "method": METHODS,
 }
-_GLOB = "glob:"
+_GLOB, _RE = "glob:", "re:"
 _ROUTER = re.compile(r"(^|\.)(\w+_)?router(_\w+)?(\.|$)")
 _GATE = re.compile(r"(^|\.)(\w+_)?gate(\.|$)")
 _JOINED = {name for members in FUSED.values() for name in members}  # q, k and v of one kind, gate and up
@@ -176,6 +176,68 @@ def _make_rule(value: Rule | str | Mapping[str, Any]) -> Rule:
                 field="rules",
             )
     return Rule(**{"match": "", **value})
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """A pattern of --ignore, in any of the ways that quantizers write them.
+
+    a regular expression   searched for in a tensor's and in its module's name: `down_proj`, `layers\\.0\\.`
+    re:EXPRESSION          from the start of a module's or a tensor's name on, as compressed-tensors has it
+    glob:PATTERN, *.proj   all of a module's or a tensor's name; glob: may be left out where it is no expression
+    """
+
+    pattern: str
+
+    def __post_init__(self) -> None:
+        if self._glob is None:
+            try:
+                re.compile(self.pattern.removeprefix(_RE))
+            except re.error as error:
+                raise RecipeError(
+                    option("ignore"),
+                    f"{self.pattern!r} ({error})",
+                    expected="a regular expression, or a pattern with *",
+                ) from None
+
+    @property
+    def _glob(self) -> str | None:
+        if self.pattern.startswith(_GLOB):
+            return self.pattern.removeprefix(_GLOB)
+        return self.pattern if self.pattern.startswith("*") else None
+
+    def matches(self, key: str, module: str) -> bool:
+        """Whether it keeps the tensor `key` of `module`.
+
+        >>> [Ignored(p).matches("a.down_proj.weight", "a.down_proj") for p in ("down", "re:.*down_proj", "*.down_proj")]
+        [True, True, True]
+        >>> [Ignored(p).matches("a.down_proj.weight", "a.down_proj") for p in ("re:down", "*.down", "glob:down_proj")]
+        [False, False, False]
+        """
+        if (glob := self._glob) is not None:
+            return fnmatchcase(module, glob) or fnmatchcase(key, glob)
+        if self.pattern.startswith(_RE):
+            expression = self.pattern.removeprefix(_RE)
+            return bool(re.match(expression, module) or re.match(expression, key))
+        return bool(re.search(self.pattern, key) or re.search(self.pattern, module))
+
+
+def split_patterns(patterns: Iterable[str]) -> tuple[str, ...]:
+    """One pattern each: commas that stand in no bracket part them.
+
+    >>> split_patterns(["lm_head,re:.*gate$", "x{1,2}", "(a,b)"])
+    ('lm_head', 're:.*gate$', 'x{1,2}', '(a,b)')
+    """
+    found: list[str] = []
+    for text in patterns:
+        depth, start = 0, 0
+        for at, char in enumerate(text):
+            depth += (char in "([{") - (char in ")]}")
+            if char == "," and depth <= 0:
+                found.append(text[start:at])
+                start = at + 1
+        found.append(text[start:])
+    return tuple(dict.fromkeys(part for text in found if (part := text.strip())))
 
 
 def why_small(path: str, rows: int, columns: int) -> str:

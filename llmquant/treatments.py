@@ -4,6 +4,7 @@ The first that matches decides: what the user ignores, what cannot or need not b
 fields. Then sets that servers run as one (q, k and v; all experts of a layer) are made alike.
 """
 
+import difflib
 import math
 import re
 from collections import Counter
@@ -18,7 +19,8 @@ from llmquant.model.skeleton import Skeleton
 from llmquant.quant.grid import QuantScheme
 from llmquant.quant.solvers import DATA_FREE
 from llmquant.recipe import Recipe
-from llmquant.rules import Rule, why_small
+from llmquant.rules import Ignored, Rule, why_small
+from llmquant.source.names import kinds
 
 NO_LINEAR = re.compile(r"embed|norm|wte|wpe", re.IGNORECASE)  # in the names of weights that no class of ours knows
 UNFIT = "(--unfit keep)"  # ends the reason of what is kept because it fits no group or format
@@ -69,18 +71,19 @@ def with_group_size(recipe: Recipe, skeleton: Skeleton) -> Recipe:
 def treatments(keys: Sequence[str], skeleton: Skeleton, recipe: Recipe) -> dict[str, Treatment]:
     """The treatment of every linear of the decoder blocks whose weight is among `keys`, by the name of its module.
 
-    The first that matches decides: an --ignore pattern (in the tensor's name, or all of the module's), a rule, the
-    recipe's own fields. What is too small to be worth its error (`rules.SMALL`) stays dense, unless a rule matches
-    nothing but such linears, and so means them. RecipeError where a pattern or a rule decides nothing.
+    The first that matches decides: an --ignore pattern, a rule, the recipe's own fields. What is too small to be worth
+    its error (`rules.SMALL`) stays dense, unless a rule matches nothing but such linears, and so means them.
+    RecipeError where a pattern or a rule decides nothing.
     """
     chosen: dict[str, Treatment] = {}
     linears = [module_of(skeleton, key) for key in keys if _is_candidate(skeleton, key)]
     small = {module: why for module in linears if (why := _why_small(skeleton, module))}
     meant = [rule for rule in recipe.rules if not any(rule.matches(m) for m in linears if m not in small)]
-    unused_patterns, unused_rules = dict.fromkeys(recipe.ignore), dict.fromkeys(recipe.rules)
+    patterns = {pattern: Ignored(pattern) for pattern in recipe.ignore}
+    unused_patterns, unused_rules = dict(patterns), dict.fromkeys(recipe.rules)
     for key in keys:
         module = module_of(skeleton, key)
-        ignored = [p for p in recipe.ignore if re.search(p, key) or re.fullmatch(p, module)]
+        ignored = [name for name, pattern in patterns.items() if pattern.matches(key, module)]
         for pattern in ignored:
             unused_patterns.pop(pattern, None)
         rule = next((rule for rule in recipe.rules if rule.matches(module)), None)
@@ -99,9 +102,8 @@ def treatments(keys: Sequence[str], skeleton: Skeleton, recipe: Recipe) -> dict[
             chosen[module] = _fitted(_treatment(recipe, rule), module, skeleton, recipe)
             if rule is not None:
                 unused_rules.pop(rule, None)
-    if unused_patterns:
-        first = sorted(unused_patterns)[0]
-        raise RecipeError(option("ignore"), f"{first!r} matches no tensor", expected="a regular expression that does")
+    for idle in unused_patterns.values():
+        _refuse_idle(idle, skeleton)
     for rule in unused_rules:
         _refuse_unused(rule, skeleton, chosen)
     return _widened(chosen, skeleton)
@@ -173,6 +175,27 @@ def _is_small(skeleton: Skeleton, module: str) -> bool:
     index = skeleton.block_of(module)
     assert index is not None
     return bool(_SMALL * skeleton.modules[module].weight.numel() <= skeleton.blocks[index].n_weights)
+
+
+def _refuse_idle(ignored: Ignored, skeleton: Skeleton) -> None:
+    """RecipeError for a pattern that names nothing. What it names may be without weights of its own, as a tied head."""
+    names = [name for name in skeleton.modules if name]
+    if any(ignored.matches(f"{name}.weight", name) for name in names):
+        return
+    text, said = ignored.pattern.removeprefix("re:").strip(".*^$"), f"{ignored.pattern!r} matches no tensor"
+    of_class = [name for name in names if type(skeleton.modules[name]).__name__ == text]
+    if of_class:
+        raise RecipeError(
+            option("ignore"), f"{said}: it is the class of {kinds(of_class)}", remedy="name modules, not classes"
+        )
+    leaves = {name.rpartition(".")[2] for name in names} - {""}
+    near = difflib.get_close_matches(text, sorted(leaf for leaf in leaves if not leaf.isdecimal()), n=3, cutoff=0.4)
+    raise RecipeError(
+        option("ignore"),
+        said,
+        expected="a regular expression that does, or a pattern such as *.down_proj",
+        remedy=f"there are {', '.join(near)}" if near else "`llmquant plan` lists all names",
+    )
 
 
 def _refuse_unused(rule: Rule, skeleton: Skeleton, linears: Iterable[str]) -> None:
@@ -249,7 +272,7 @@ def refuse_unknown_experts(keys: Iterable[str], skeleton: Skeleton, recipe: Reci
             continue
         module = skeleton.modules[param.rpartition(".")[0]]
         known = is_linear(module) or "expert" not in type(module).__name__.lower()
-        if not known and not any(re.search(pattern, key) for pattern in recipe.ignore):
+        if not known and not any(Ignored(p).matches(key, param.rpartition(".")[0]) for p in recipe.ignore):
             raise SourceError(
                 f"{skeleton.where}: {key}",
                 f"experts of an unknown form ({type(module).__name__})",

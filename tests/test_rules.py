@@ -293,6 +293,41 @@ def test_which_linears_are_small(what: str, path: str, rows: int, columns: int) 
     assert why_small(path, rows, columns).partition(":")[0] == what
 
 
+# -- what is ignored, as everybody writes it -----------------------------------------------------------
+@pytest.mark.parametrize(
+    "pattern",
+    ["down_proj", r"\.down_proj$", "re:.*down_proj", "*.down_proj", "glob:*.mlp.down_*", "model.layers.*.mlp.down_proj"]
+    + ["lm_head,down_proj", "lm_head, re:.*down_proj$", "re:.*lm_head,*.down_proj"],
+)
+def test_ignored_in_every_spelling(pattern: str, tiny_model: ModelOf) -> None:
+    plan = plan_of(tiny_model("llama"), ignore=[pattern])
+    left = {spec.module.rpartition(".")[2] for spec in plan.specs}
+    assert left == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"}
+
+
+@pytest.mark.parametrize("pattern", ["lm_head", "re:.*lm_head", "*lm_head", "norm", "embed_tokens", "re:^lm_head$"])
+def test_what_stays_dense_anyway_may_be_ignored(pattern: str, tmp_path: Path) -> None:
+    for tied in (True, False):
+        model = build(tmp_path / f"m{tied}", ARCHITECTURES["llama"], tie_word_embeddings=tied)
+        assert len(plan_of(model, ignore=[pattern]).specs) == 21
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("down_prj", "'down_prj' matches no tensor; .*there are down_proj"),
+        ("re:down_proj", "'re:down_proj' matches no tensor; .*there are down_proj"),
+        ("*.attention", "matches no tensor; .*self_attn"),
+        ("LlamaMLP", r"is the class of 3 x model\.layers\.\*\.mlp; name modules, not classes"),
+        ("Linear", r"is the class of 3 x model\.layers\.\*\.self_attn\.q_proj, .*; name modules, not classes"),
+        ("xyzzy", "matches no tensor; .*`llmquant plan` lists all names"),
+    ],
+)
+def test_an_idle_pattern_gets_the_nearest_names(pattern: str, said: str, tiny_model: ModelOf) -> None:
+    with pytest.raises(RecipeError, match=said):
+        plan_of(tiny_model("llama"), ignore=[pattern])
+
+
 # -- group sizes that fit ------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("flags", "sizes"),

@@ -58,7 +58,8 @@ def run(
     ignore: Annotated[
         Optional[list[str]],
         typer.Option(
-            help="Keep tensors whose name matches this regular expression in 16 bit; may be repeated",
+            help="Keep what matches in 16 bit: a regular expression (re: from the start of a name on) or *.down_proj; "
+            "several with commas, or repeated",
             rich_help_panel=_JOB,
         ),
     ] = None,
