@@ -296,8 +296,10 @@ def test_which_linears_are_small(what: str, path: str, rows: int, columns: int) 
 # -- what is ignored, as everybody writes it -----------------------------------------------------------
 @pytest.mark.parametrize(
     "pattern",
-    ["down_proj", r"\.down_proj$", "re:.*down_proj", "*.down_proj", "glob:*.mlp.down_*", "model.layers.*.mlp.down_proj"]
-    + ["lm_head,down_proj", "lm_head, re:.*down_proj$", "re:.*lm_head,*.down_proj"],
+    [
+        *("down_proj", r"\.down_proj$", "re:.*down_proj", "*.down_proj", "glob:*.mlp.down_*"),
+        *("model.layers.*.mlp.down_proj", "lm_head,down_proj", "lm_head, re:.*down_proj$", "re:.*lm_head,*.down_proj"),
+    ],
 )
 def test_ignored_in_every_spelling(pattern: str, tiny_model: ModelOf) -> None:
     plan = plan_of(tiny_model("llama"), ignore=[pattern])

@@ -5,8 +5,8 @@ A new dataset is one function and one line in DATASETS.
 
 import json
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -14,12 +14,23 @@ from typing import Any, NoReturn
 
 from llmquant.demo import DEMO
 from llmquant.errors import CalibrationError, option
-from llmquant.paths import expanded, shown_name
+from llmquant.paths import shown_name
 from llmquant.source.hub import dataset_commit
+from llmquant.text.chats import chat_columns, read_chat
+from llmquant.text.files import FILES, find_file, read_rows
 
 _WIKITEXT = "Salesforce/wikitext"
 _MEDIA = frozenset(("image", "images", "audio", "video", "pixel_values"))  # columns that hold them, or names of files
 _MEDIA_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".wav", ".mp3", ".flac", ".mp4")
+# Names without an owner that people know from other tools -> what they mean here.
+_SHORT = {
+    "wikitext": "wikitext2",
+    "wiki": "wikitext2",
+    "ultrachat": "ultrachat",
+    "pile": "NeelNanda/pile-10k",
+    "alpaca": "tatsu-lab/alpaca",
+    "openwebtext": "Skylion007/openwebtext",
+}
 
 
 @dataclass(frozen=True)
@@ -54,8 +65,7 @@ def _c4(split: str, limit: int) -> Text:
 def _ultrachat(split: str, limit: int) -> Text:
     """Conversations with an assistant; the model's own chat template makes text of them."""
     spec = "HuggingFaceH4/ultrachat_200k:default:" + ("train_sft" if split == "train" else "test_sft") + ":messages"
-    text = _hub_dataset(spec, limit, "ultrachat", _chats)
-    return Text(text.name, text.documents, text.revision, chats=True)
+    return _hub_dataset(spec, limit, "ultrachat")
 
 
 def _auto(split: str, limit: int) -> Text:
@@ -94,11 +104,11 @@ DATASETS: dict[str, Callable[[str, int], Text]] = {
 
 def is_file(spec: str) -> bool:
     """Whether `spec` names a file, here or missing, and not a dataset."""
-    return spec not in DATASETS and spec.endswith((".txt", ".jsonl"))
+    return spec not in DATASETS and find_file(spec) is not None
 
 
 def load_text(spec: str, split: str, limit: int) -> Text:
-    """Text of `spec`: a name in DATASETS, FILE.txt, FILE.jsonl, or HUB_ID[:config[:split[:column]]].
+    """Text of `spec`: a name in DATASETS, FILE[:column] (`text/files.py`), or HUB_ID[:config[:split[:column]]].
 
     `split` is "train" or "test", `limit` the number of characters that are enough. A Hub id may name its split itself;
     where it names none, "test" is the dataset's test, else its validation, else its train split, and the name of the
@@ -107,59 +117,26 @@ def load_text(spec: str, split: str, limit: int) -> Text:
     """
     if spec in DATASETS:
         return DATASETS[spec](split, limit)
-    path = expanded(spec, CalibrationError)
-    if path.suffix.lower() in _MEDIA_FILES:
-        _refuse_media(spec, f"a {path.suffix[1:].lower()} file")
-    if is_file(spec):
-        if not path.is_file():
-            raise CalibrationError(spec, "no such file")
-        try:
-            is_text = path.suffix == ".txt"
-            documents = [path.read_text("utf-8")] if is_text else list(_column(spec, _jsonl(path), None, limit))
-        except UnicodeDecodeError as error:
-            raise CalibrationError(spec, f"not UTF-8 text ({error.reason} at byte {error.start})") from None
-        return Text(shown_name(path), documents)
+    if (suffix := Path(spec).suffix.lower()) in _MEDIA_FILES:
+        _refuse_media(spec, f"a {suffix[1:]} file")
+    if (file := find_file(spec)) is not None:
+        path, column = file
+        with closing(read_rows(path)) as rows:
+            documents, are_chats = _documents(str(path), rows, column, limit)
+        return Text(shown_name(path), documents, chats=are_chats)
     return _hub_dataset(spec, limit, spec, evaluated=split == "test")
 
 
-def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line) if line.strip() else {}
-            except (ValueError, RecursionError):
-                row = None
-            if not isinstance(row, dict):
-                raise CalibrationError(
-                    f"{path}: line {number}", "not a JSON object", expected="one with a text per line"
-                )
-            if row:
-                yield row
-
-
-def _hub_dataset(
-    spec: str,
-    limit: int,
-    name: str,
-    pick: Callable[[str, Any, str | None, int], Iterator[str]] | None = None,
-    *,
-    evaluated: bool = False,
-) -> Text:
-    """A dataset of the Hub, streamed: fetches only as many rows as `pick` asks for (default: `_column`).
+def _hub_dataset(spec: str, limit: int, name: str, *, evaluated: bool = False) -> Text:
+    """A dataset of the Hub, streamed: fetches only as many rows as `limit` characters need.
 
     `evaluated`: where `spec` names no split, one that is not for training is looked for.
     """
     from datasets import get_dataset_split_names, load_dataset
 
     repo, config, split, column = (spec.split(":") + [""] * 3)[:4]
-    # `datasets` would read this folder in place of the Hub's dataset.
-    if repo and expanded(repo, CalibrationError).is_dir():
-        raise CalibrationError(
-            spec,
-            f"{repo} is a local folder",
-            expected="FILE.txt, FILE.jsonl or HUB_ID",
-            remedy="name a file in it, or run from a folder without it",
-        )
+    if repo:
+        find_file(repo)  # `datasets` would read a folder of that name in place of the Hub's dataset
     try:
         revision = dataset_commit(repo)
         if evaluated and not split:
@@ -167,7 +144,7 @@ def _hub_dataset(
             split = next((one for one in ("test", "validation") if one in known), "train")
             name = f"{repo}:{config}:{split}:{column}".rstrip(":")
         rows = load_dataset(repo, config or None, split=split or "train", streaming=True, revision=revision)
-        documents = list((pick or _column)(spec, rows, column or None, limit))
+        documents, are_chats = _documents(spec, rows, column or None, limit)
     except CalibrationError:
         raise
     except StopIteration:  # `datasets` lets it escape for a JSON file without rows
@@ -178,10 +155,16 @@ def _hub_dataset(
         raise CalibrationError(
             spec,
             f"cannot be loaded ({brief})",
-            expected="builtin, wikitext2, c4, ultrachat, FILE.txt, FILE.jsonl or HUB_ID[:config[:split[:column]]]",
-            remedy="check the name and the network, or use builtin",
+            expected=f"builtin, wikitext2, c4, ultrachat, {FILES} or HUB_ID[:config[:split[:column]]]",
+            remedy=f"{_suggestion(repo)}check the name and the network, or use builtin",
         ) from error
-    return Text(name, documents, revision)
+    return Text(name, documents, revision, chats=are_chats)
+
+
+def _suggestion(repo: str) -> str:
+    """For a short name that is no id of the Hub: what is meant."""
+    known = {short: full for short, full in _SHORT.items() if repo.lower().startswith(short)}
+    return f"did you mean {known[max(known, key=len)]}? else " if known and "/" not in repo else ""
 
 
 def _refuse_media(where: str, got: str) -> NoReturn:
@@ -193,32 +176,45 @@ def _refuse_media(where: str, got: str) -> NoReturn:
     )
 
 
-def _column(where: str, rows: Any, column: str | None, limit: int) -> Iterator[str]:
-    """Texts of one column of `rows`, until `limit` characters are reached.
+def _documents(where: str, rows: Iterable[Any], column: str | None, limit: int) -> tuple[list[str], bool]:
+    """Documents of `rows` until `limit` characters are reached, and whether they are conversations (see `Text`).
 
-    Without a name the column is `text` or `content`, or else the only one that holds text.
+    Without a name the column is `text` or `content`, else that of conversations, else the only one that holds text.
     """
     iterator = iter(rows)
     first = next(iterator, None)
     if first is None:
-        return
-    texts = [name for name, value in first.items() if isinstance(value, str)]
+        return [], False
+    rows, column = chain([first], iterator), column or _text_column(first)
+    if column is None and (columns := chat_columns(first)):
+        return list(_chats(where, rows, columns, limit)), True
+    if column is not None and isinstance(first.get(column), list):
+        return list(_chats(where, rows, (column,), limit)), True
+    return list(_texts(where, rows, first, column, limit)), False
+
+
+def _text_column(first: dict[str, Any]) -> str | None:
     # Real datasets have rows without text, and the first may be one of them: None counts as text here.
-    fitting = {name for name, value in first.items() if isinstance(value, str | None)}
+    return next((name for name in ("text", "content") if name in first and isinstance(first[name], str | None)), None)
+
+
+def _texts(where: str, rows: Iterable[Any], first: dict[str, Any], column: str | None, limit: int) -> Iterator[str]:
     if column is None:
-        texts = [name for name in texts if name not in _MEDIA]  # whose names of files are no text
-        column = next((name for name in ("text", "content") if name in fitting), texts[0] if len(texts) == 1 else None)
-    if (column is None or column not in fitting) and (media := sorted(_MEDIA & first.keys())):
+        # Names of pictures and sounds are no text.
+        texts = [name for name, value in first.items() if isinstance(value, str) and name not in _MEDIA]
+        column = texts[0] if len(texts) == 1 else None
+    fits = column is not None and column in first and isinstance(first[column], str | None)
+    if not fits and (media := sorted(_MEDIA & first.keys())):
         _refuse_media(where, f"columns {list(first)}"[:200] + f", of which {', '.join(media)}")
-    if column is None or column not in fitting:
+    if column is None or not fits:
         raise CalibrationError(
             where,
             f"columns {list(first)}"[:200],
-            expected="a text column",
-            remedy="call it `text`, or name it: HUB_ID:config:split:column",
+            expected="a text column, or messages",
+            remedy="call it `text`, or name it: FILE:column, HUB_ID:config:split:column",
         )
     seen = 0
-    for row in chain([first], iterator):
+    for row in rows:
         if seen >= limit:
             return
         if isinstance(document := row.get(column), str):
@@ -226,19 +222,15 @@ def _column(where: str, rows: Any, column: str | None, limit: int) -> Iterator[s
             yield document.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates, which tokenizers refuse
 
 
-def _chats(where: str, rows: Any, column: str | None, limit: int) -> Iterator[str]:
+def _chats(where: str, rows: Iterable[Any], columns: tuple[str, ...], limit: int) -> Iterator[str]:
     """The messages of each row as JSON, until their contents reach `limit` characters."""
     seen = 0
     for row in rows:
         if seen >= limit:
             return
-        messages = row.get(column or "messages")
-        if not isinstance(messages, list) or not all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
-        ):
+        if (chat := read_chat(row, columns)) is None:
             raise CalibrationError(
-                where, f"columns {list(row)}"[:200], expected=f"a list of messages in {column or 'messages'}"
+                where, f"columns {list(row)}"[:200], expected=f"a list of messages of text in {', '.join(columns)}"
             )
-        seen += sum(len(message["content"]) for message in messages)
-        yield json.dumps([{"role": m["role"], "content": m["content"]} for m in messages], ensure_ascii=False)
+        seen += sum(len(message["content"]) for message in chat)
+        yield json.dumps(chat, ensure_ascii=False).encode("utf-8", "replace").decode()

@@ -176,7 +176,7 @@ def test_markup_in_names_is_printed_as_it_is(
     assert f"out {HOSTILE}: 9 files" in said("verify", f"out {HOSTILE}", "--source", model)
     assert f"{last}: llama, " in said("inspect", f"out {HOSTILE}")
     assert f"--layer {HOSTILE}: not in {last}" in said("inspect", f"out {HOSTILE}", "--layer", HOSTILE, code=4)
-    assert f"'{HOSTILE}': no name of a repository" in said("push", f"out {HOSTILE}", "--repo", HOSTILE, code=2)
+    assert f"{HOSTILE!r}: no name of a repository" in said("push", f"out {HOSTILE}", "--repo", HOSTILE, code=2)
     assert f"no {HOSTILE}" not in said("run", "--model", HOSTILE, code=4)
 
 

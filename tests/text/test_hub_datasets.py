@@ -394,7 +394,7 @@ def test_every_refusal_has_its_own_message(online: dict[str, Any]) -> None:
 
 
 def test_folder_of_the_same_name_is_refused_without_a_request(online: dict[str, Any], hub: FakeHub) -> None:
-    assert online["refused"]["user/here"].startswith("user/here: user/here is a local folder; expected FILE.txt")
+    assert online["refused"]["user/here"].startswith("user/here: user/here is a local folder; expected FILE (.txt")
     assert hub.requests("datasets/user/here") == []
 
 
