@@ -54,7 +54,10 @@ RUN_EXAMPLES = """[bold]On the built-in model[/]
   llmquant run --model ./checkpoint --ignore down_proj
 """
 TRUST = "Run Python code that the checkpoint brings (auto_map), with all your rights: read it first"
-DATA = "builtin, wikitext2, c4, ultrachat, FILE\\[:column] (text, JSON, CSV, Parquet) or HUB_ID\\[:config\\[:split\\[:column]]]"
+DATA = (
+    "builtin, wikitext2, c4, ultrachat, FILE\\[:column] (text, JSON, CSV, Parquet) "
+    "or HUB_ID\\[:config\\[:split\\[:column]]]"
+)
 DEVICE = (
     "cpu, or an accelerator by torch's name for it: cuda\\[:n], mps, xpu, ...; auto: the accelerator if there is one"
 )
