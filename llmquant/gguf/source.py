@@ -24,7 +24,10 @@ CONFIG = "config.json"
 def open_gguf_file(model: str | Path) -> Source | None:
     """The checkpoint in the file at this path, with the config.json of its folder; None if it is no GGUF file."""
     path = expanded(model, SourceError)
-    if not path.is_file() or path.suffix != ".gguf":
+    try:
+        if path.suffix.lower() != ".gguf" or not path.is_file():
+            return None
+    except OSError:  # a name that no file can have
         return None
     beside = path.parent / CONFIG
     return GGUFSource(shown_name(path.with_suffix("")), path, beside if beside.is_file() else None)

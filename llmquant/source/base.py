@@ -300,7 +300,9 @@ def gguf_files(files: Iterable[str]) -> list[str]:
     """The GGUF files at the root of a checkpoint; none if there are safetensors weights as well."""
     names = list(files)
     return (
-        [] if any(f.endswith(".safetensors") for f in names) else [f for f in names if re.fullmatch(r"[^/]+\.gguf", f)]
+        []
+        if any(f.endswith(".safetensors") for f in names)
+        else [f for f in names if re.fullmatch(r"[^/]+\.gguf", f, re.IGNORECASE)]
     )
 
 

@@ -1,6 +1,7 @@
 """The checkpoint's own tokenizer: documents -> one text -> token ids."""
 
 import json
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -13,13 +14,17 @@ from llmquant.text.corpus import Text
 _WITHOUT = "`llmquant run --method rtn --eval-data none` needs none"
 
 
+_TEKKEN = "tekken.json"  # Mistral's own form, which the package mistral-common reads
+
+
 def has_tokenizer(source: Source) -> bool:
-    return any(file.startswith(("tokenizer", "vocab", "spiece", "sentencepiece")) for file in source.side_files())
+    beginnings = ("tokenizer", "vocab", "spiece", "sentencepiece", _TEKKEN)
+    return any(file.startswith(beginnings) for file in source.side_files())
 
 
 def load_tokenizer(source: Source) -> Any:
     """The checkpoint's own tokenizer. CalibrationError where it has none that can be loaded."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, MistralCommonBackend
 
     if (own := source.tokenizer()) is not None:
         return own
@@ -30,7 +35,17 @@ def load_tokenizer(source: Source) -> Any:
             expected="tokenizer files beside the weights",
             remedy=f"add them; {_WITHOUT}",
         )
+    only_tekken = _TEKKEN in source.files() and "tokenizer.json" not in source.files()
+    if only_tekken and find_spec("mistral_common") is None:
+        raise CalibrationError(
+            source.name,
+            f"its tokenizer is {_TEKKEN}",
+            expected="tokenizer.json, or the package that reads it",
+            remedy="pip install mistral-common",
+        )
     try:
+        if only_tekken:
+            return MistralCommonBackend.from_pretrained(source.folder)
         return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=bool(source.code))
     except UnicodeEncodeError:
         raise CalibrationError(

@@ -202,6 +202,13 @@ def test_names_that_are_no_utf8_are_escaped(tiny_model: Callable[[str], Path], t
     assert report.data["model"]["id"] == "model\\udcff"
 
 
+@pytest.mark.parametrize("name", ["random", "secrets", "types", "torch", "typer"])
+def test_modules_in_the_working_folder_are_not_ours(name: str, tmp_path: Path) -> None:
+    (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')")
+    done = subprocess.run([sys.executable, "-m", "llmquant", "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_everything_is_printed_by_the_console() -> None:
     for file in Path(console.__file__).parent.glob("*.py"):
         names = {

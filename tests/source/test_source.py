@@ -126,8 +126,40 @@ def test_missing_folder_is_refused(model: str) -> None:
     assert "no such folder" in refusal(lambda: open_source(model))
 
 
-def test_file_in_place_of_a_folder_is_refused(one: Path) -> None:
-    assert "no such folder" in refusal(lambda: open_source(one / SINGLE))
+@pytest.mark.parametrize("file", [SINGLE, "config.json"])
+def test_a_file_of_a_checkpoint_stands_for_it(file: str, one: Path) -> None:
+    assert open_source(one / file).folder == one
+    assert open_source(one / file).name == "one"
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(one: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "notes.txt"):
+        (one / name).write_text("{}")
+        assert f"{name}: is a file; expected a checkpoint folder" in refusal(lambda name=name: open_source(one / name))
+    (tmp_path / "x.GGUF").write_text("x")
+    assert "is a GGUF file" in refusal(lambda: open_source(tmp_path / "x.GGUF"))
+    shutil.copy(one / SINGLE, tmp_path / SINGLE)
+    assert "has no config.json beside it" in refusal(lambda: open_source(tmp_path / SINGLE))
+    for missing in ("gone.GGUF", "gone/config.json", "gone.safetensors"):
+        assert "no such folder or file" in refusal(lambda missing=missing: open_source(missing))
+    assert "cannot be read (File name too long)" in refusal(lambda: open_source("x" * 300))
+
+
+def test_a_folder_of_the_hubs_cache_stands_for_its_repository(tmp_path: Path, one: Path) -> None:
+    cache, commit = tmp_path / "hub", "1234" * 10
+    repo = cache / "models--user--m"
+    shutil.copytree(one, repo / "snapshots" / commit)
+    source = open_source(repo)
+    assert (source.name, source.revision, source.folder) == ("user/m", commit, repo / "snapshots" / commit)
+    shutil.copytree(one, repo / "snapshots" / ("5678" * 10))
+    assert "no config.json" in refusal(lambda: open_source(repo))  # which of the two?
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    assert open_source(repo).revision == commit
+    assert "is a cache of the Hub; expected a checkpoint folder or a Hub id; in it: user/m" in refusal(
+        lambda: open_source(cache)
+    )
+    assert f"in it: {tmp_path}/one" in refusal(lambda: open_source(tmp_path))
 
 
 def test_missing_config_is_refused(one: Path) -> None:

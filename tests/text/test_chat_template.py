@@ -2,9 +2,11 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tiny import ARCHITECTURES, build
 
 from llmquant.errors import CalibrationError
 from llmquant.source.resolve import open_source
@@ -69,3 +71,24 @@ def test_a_hostile_or_broken_template_is_stopped(
 def test_a_tokenizer_without_a_template_is_refused() -> None:
     with pytest.raises(CalibrationError, match=r"no chat template.*wikitext2"):
         as_text(tokenizer_with(None), TEXT)
+
+
+# -- tekken.json ---------------------------------------------------------------------------------------
+def test_a_tekken_alone_is_called_by_name_or_read_by_mistral_common(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = build(tmp_path / "m", ARCHITECTURES["llama"])
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    (folder / "tekken.json").write_text("{}")
+    source = open_source(folder)
+    assert source.side_files() == ["generation_config.json", "tekken.json"]
+    monkeypatch.setattr("llmquant.text.tokenizer.find_spec", lambda name: None)
+    with pytest.raises(CalibrationError, match=r"its tokenizer is tekken\.json; .*; pip install mistral-common"):
+        load_tokenizer(source)
+    monkeypatch.setattr("llmquant.text.tokenizer.find_spec", lambda name: True)
+    import transformers
+
+    stand_in = SimpleNamespace(from_pretrained=lambda folder: f"of {folder}")  # the package is not installed here
+    monkeypatch.setattr(transformers, "MistralCommonBackend", stand_in, raising=False)
+    assert load_tokenizer(source) == f"of {folder}"
