@@ -65,16 +65,17 @@ def _compute_buffers(model: Any) -> None:
 
 def _refusal(source: Source, model_type: Any, config: dict[str, Any]) -> SourceError | None:
     """Why transformers has no class for this config that predicts the next token; None where it has one."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     where, architectures = f"{source.name}: config.json", str(config.get("architectures") or "no architecture")[:80]
     if config.get("is_encoder_decoder"):
         return SourceError(where, f"{architectures} is an encoder-decoder", expected="a decoder-only model")
     if any(isinstance(model_type, str) and model_type in mapping for mapping in _mappings()):
         return None
-    return SourceError(
-        where,
-        f"model_type {model_type!r} ({architectures}) is no causal LM of the installed transformers",
-        remedy=source.code_remedy() or "a newer transformers may know it",
-    )
+    got = f"model_type {model_type!r} ({architectures}) is no causal LM of the installed transformers"
+    if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
+        return SourceError(where, got, expected="a model that predicts the next token")
+    return SourceError(where, got, remedy=source.code_remedy() or "a newer transformers may know it")
 
 
 def _mappings() -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from llmquant.source.header import MAX_HEADER_BYTES, TensorInfo, header_length, 
 from llmquant.source.remote_code import code_files, references
 
 NAME_THE_ORIGINAL = "name the checkpoint that it was made from; eval, compare and inspect read the file itself"
-_TIE = "tie_word_embeddings"
+_TIE, _LIMIT = "tie_word_embeddings", "time_step_limit"
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.")
 # Keys of a config, at any depth, that would make a loader run foreign code, or would choose kernels or other files.
 _UNSAFE_KEYS = re.compile(
@@ -231,7 +231,7 @@ class Source:
     def _config(self) -> dict[str, Any]:
         if "config.json" not in self.files():
             raise SourceError(self.name, "no config.json", expected="a Hugging Face checkpoint")
-        return self.json("config.json")
+        return _tagged(self.json("config.json"))
 
     def _has_own_head(self) -> bool:
         """Whether a head other than the embedding is stored, and config.json ties it to the embedding all the same.
@@ -311,6 +311,16 @@ def relative(file: str) -> str:
     if file.startswith(("/", "~")) or ".." in Path(file).parts or "\0" in file or "\\" in file:
         raise SourceError(repr(file)[:80], "a path that leads out of the checkpoint")
     return file
+
+
+def _tagged(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with infinite limits as transformers 5 writes them, {"__float__": "Infinity"}: Python's own `Infinity`,
+    which transformers 4 wrote (Mamba 2 and hybrids with it), is no JSON."""
+    config = dict(config)
+    if isinstance(limits := config.get(_LIMIT), list):
+        config[_LIMIT] = [{"__float__": "Infinity"} if limit == math.inf else limit for limit in limits]
+    inner = {key: value for key, value in config.items() if isinstance(value, dict) and _LIMIT in value}
+    return config | {key: _tagged(value) for key, value in inner.items()}
 
 
 def without_tie(config: dict[str, Any]) -> dict[str, Any]:
