@@ -212,6 +212,10 @@ def verify_command(
     answer(f"{checkpoint}: {found.files} files, {tensors} are right{exports}{beside}")
     for reason, count in found.not_compared.items():
         answer(f"{count} not compared: {reason}")
+    if found.card_changed:
+        answer("README.md is not as the run wrote it")
+    if found.added:
+        answer(f"added later, and read by no loader: {', '.join(found.added)}")
 
 
 def doctor(json: Json = False) -> None:

@@ -29,6 +29,9 @@ def push(
     base_model: Annotated[
         Optional[str], typer.Option(help="The original on the Hub, for the card, where a local folder was quantized")
     ] = None,
+    keep_card: Annotated[
+        bool, typer.Option("--keep-card", help="Publish README.md as it is in the folder, with what you wrote into it")
+    ] = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -36,7 +39,17 @@ def push(
     from llmquant.hub.push import push as publish
 
     log = _log(quiet)
-    answer(publish(checkpoint, repo, private=private, create_pr=create_pr, tag=tag, base_model=base_model, log=log))
+    answer(
+        publish(
+            *(checkpoint, repo),
+            private=private,
+            create_pr=create_pr,
+            tag=tag,
+            base_model=base_model,
+            keep_card=keep_card,
+            log=log,
+        )
+    )
 
 
 def check_login(repo: str) -> None:

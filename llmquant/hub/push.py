@@ -19,7 +19,7 @@ from llmquant.hub.errors import AGAIN, clean, told
 from llmquant.hub.target import check_target
 from llmquant.log import SILENT, Log, Progress, progress_of
 from llmquant.output.check import verify_folder
-from llmquant.output.check_files import read_json
+from llmquant.output.check_files import CARD, read_json
 from llmquant.paths import expanded
 from llmquant.report.card import make_card
 from llmquant.report.data import RunReport
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.hf_api import RepoFile
 
-_CARD = "README.md"
 _THEIRS = (".gitattributes",)  # what the Hub itself puts into a new repository
 
 
@@ -62,13 +61,15 @@ def push(
     create_pr: bool = False,
     tag: str | None = None,
     base_model: str | None = None,
+    keep_card: bool = False,
     log: Log = SILENT,
 ) -> str:
     """Publish what `llmquant` wrote to `folder` as the model `repo`, and return its address.
 
     The folder is verified first, and compared with the repository afterwards. The card is made for the repository's
-    name from report.json; the other files are sent as they are. `base_model` names the original on the Hub where the
-    folder was made from a local one. `private`: see `check_target`.
+    name from report.json; the other files of the manifest are sent as they are. `keep_card` sends README.md as it is
+    in the folder. `base_model` names the original on the Hub where the folder was made from a local one. `private`: see
+    `check_target`.
     Raises VerifyError, RecipeError or HubError; after a HubError nothing is visible, and the same call continues.
     """
     from huggingface_hub import HfApi
@@ -77,9 +78,18 @@ def push(
     root = expanded(folder, VerifyError)
     report = _finished_report(root)
     target = check_target(repo, private=private, create_pr=create_pr, tag=tag)
-    n_files = verify_folder(root).files
-    progress.line(f"{root}: {n_files} files are right")
-    items = _items(root, make_card(repo, report, base_model))
+    found = verify_folder(root)
+    if found.card_changed and not keep_card:
+        raise VerifyError(
+            str(root / CARD),
+            "is not as the run wrote it, and would be replaced",
+            remedy=f"{option('keep_card')} publishes it as it is",
+        )
+    progress.line(f"{root}: {found.files} files are right")
+    if found.added:
+        progress.line(f"not of the run, and not published: {', '.join(found.added)}")
+    card = (root / CARD).read_text("utf-8") if keep_card else make_card(repo, report, base_model)
+    items = _items(root, card)
     api = HfApi()
     with told(repo):
         if not target.exists:
@@ -117,8 +127,8 @@ def _items(root: Path, repository_card: str) -> dict[str, Item]:
         path = root / name
         items[name] = Item(path, path.stat().st_size, sha256(path) if name == COST else entry["sha256"])
     card = _of_bytes(repository_card.encode())
-    manifest["files"][_CARD] = {"bytes": card.bytes, "sha256": card.sha256}
-    return items | {_CARD: card, MANIFEST: _of_bytes(json_bytes(manifest))}
+    manifest["files"][CARD] = {"bytes": card.bytes, "sha256": card.sha256}
+    return items | {CARD: card, MANIFEST: _of_bytes(json_bytes(manifest))}
 
 
 def _of_bytes(data: bytes) -> Item:
@@ -181,7 +191,7 @@ def _upload(api: "HfApi", repo: str, change: Change, create_pr: bool, log: Progr
     if not change.items and not change.stale:
         log.line(f"{repo}: all files are there already")
         return address, change.head or "main"
-    if isinstance(card := getattr(change.items.get(_CARD), "data", None), bytes):
+    if isinstance(card := getattr(change.items.get(CARD), "data", None), bytes):
         _check_card(ModelCard(card.decode()), repo)
     new = {name: _operation(name, item) for name, item in change.items.items()}
     weights = [name for name in new if name.endswith((".safetensors", ".gguf"))]
@@ -218,7 +228,7 @@ def _check_card(card: Any, repo: str) -> None:
     try:
         card.validate()
     except ValueError as error:
-        raise HubError(f"{repo}: {_CARD}", f"the Hub does not accept its head ({clean(str(error))})") from None
+        raise HubError(f"{repo}: {CARD}", f"the Hub does not accept its head ({clean(str(error))})") from None
 
 
 def _refuse_differences(there: Mapping[str, "RepoFile"], items: Mapping[str, Item], repo: str) -> None:

@@ -21,7 +21,15 @@ from llmquant.formats import FORMATS, LinearSpec
 from llmquant.formats.facts import FACTS
 from llmquant.log import SILENT, Log, progress_of
 from llmquant.model.meta import open_model
-from llmquant.output.check_files import check_beside, check_code, check_config, read_json, verify_files
+from llmquant.output.check_files import (
+    added_files,
+    card_changed,
+    check_beside,
+    check_code,
+    check_config,
+    read_json,
+    verify_files,
+)
 from llmquant.output.gguf_spec import ROPE, Expected, Order
 from llmquant.output.verify import DECODERS, Decoded, Place, digest, read_places
 from llmquant.output.verify_gguf import check_header, in_checkpoint, read_gguf
@@ -41,6 +49,8 @@ class Checked:
     against        the original that tensors were compared with
     not_compared   rows of the ledger that were not compared with anything: how many, by reason
     exports        folders of other formats in it, whose tensors were compared with its own
+    added          files that the run did not write and no loader reads
+    card_changed   somebody wrote into README.md
     """
 
     files: int
@@ -49,6 +59,8 @@ class Checked:
     against: str | None
     not_compared: dict[str, int]
     exports: tuple[str, ...]
+    added: tuple[str, ...] = ()
+    card_changed: bool = False
 
 
 def verify_folder(folder: str | Path, original: str | Path | None = None, log: Log = SILENT) -> Checked:
@@ -76,7 +88,11 @@ def verify_folder(folder: str | Path, original: str | Path | None = None, log: L
         progress_of(log).line(f"{name}/ holds the same weights")
     quantized = sum(row.action == "quantized" for row in main.rows)
     against = None if source is None else source.name
-    return Checked(n_files, quantized, len(main.rows) - quantized, against, dict(main.not_compared), exports)
+    return Checked(
+        *(n_files, quantized, len(main.rows) - quantized, against, dict(main.not_compared), exports),
+        added=tuple(added_files(root)),
+        card_changed=card_changed(root),
+    )
 
 
 @dataclass

@@ -19,8 +19,16 @@ from llmquant.source.base import Source
 from llmquant.source.files import is_licence
 from llmquant.source.remote_code import code_files, references
 
+CARD = "README.md"
+_AGAIN = "fetch or make it again"
+# What desktops and editors leave, and what people put beside a model; without _WORDS, which tokenizers read.
+_HARMLESS = re.compile(
+    r"(.*/)?(\.[^/]*(/.*)?|Thumbs\.db|desktop\.ini|[^/]*(~|\.(md|txt|log|pdf|html|csv|bak|orig|swp|png|jpe?g|gif|svg|webp)))",
+    re.IGNORECASE,
+)
+_WORDS = re.compile(r"(.*/)?(vocab|merges)[^/]*")
 # Files of an output that are neither weights nor the original's.
-_OURS = {"config.json", "model.safetensors.index.json", "README.md", "report.json", "report.html", COST, MANIFEST}
+_OURS = {"config.json", "model.safetensors.index.json", CARD, "report.json", "report.html", COST, MANIFEST}
 # How the ledger begins to say why a linear was left dense.
 _KEPT = ("--ignore ", "rule ", "router or gate", "narrow linear", "small, and ")
 _UNFIT = "(--unfit keep)"  # or how it ends
@@ -51,23 +59,46 @@ def read_manifest(root: Path) -> dict[str, Any]:
     return found
 
 
+def is_harmless(file: str) -> bool:
+    """Whether no loader reads a file that somebody put beside a checkpoint: notes, pictures, what desktops leave.
+
+    >>> [is_harmless(f) for f in (".DS_Store", "Thumbs.db", "notes.md", "extra.safetensors", "vocab.txt", "x.py")]
+    [True, True, True, False, False, False]
+    """
+    return file not in _OURS and bool(_HARMLESS.fullmatch(file)) and not _WORDS.fullmatch(file)
+
+
+def added_files(root: Path) -> list[str]:
+    """Files in a finished folder that the run did not write and no loader reads."""
+    table = read_manifest(root)["files"]
+    return sorted(name for name in _files_in(root) if name not in table and is_harmless(name))
+
+
+def card_changed(root: Path) -> bool:
+    """Whether somebody wrote into the card: that is everybody's right, and no part of the model."""
+    entry = read_manifest(root)["files"].get(CARD, {})
+    return (root / CARD).is_file() and sha256(root / CARD) != entry.get("sha256")
+
+
 def verify_files(root: Path) -> dict[str, Any]:
     """VerifyError unless the files in `root` are those of its manifest, byte for byte; the manifest.
 
-    Of cost.json, which differs from run to run, the manifest has no hash: it must be there.
+    Of cost.json, which differs from run to run, the manifest has no hash: it must be there, and so must the card. What
+    no loader reads may lie beside them.
     """
     manifest = read_manifest(root)
     table: dict[str, dict[str, Any]] = manifest["files"]
     present = set(_files_in(root)) - {MANIFEST}
-    if odd := sorted(present ^ table.keys()):
-        raise VerifyError(odd[0], "is not in the manifest" if odd[0] in present else "is missing")
+    if odd := sorted(name for name in present ^ table.keys() if name in table or not is_harmless(name)):
+        got, remedy = ("is missing", _AGAIN) if odd[0] in table else ("is not in the manifest", "move it elsewhere")
+        raise VerifyError(odd[0], got, remedy=remedy)
     for name, entry in table.items():
-        if name == COST:
+        if name in (COST, CARD):
             continue
         if (size := (root / name).stat().st_size) != entry.get("bytes"):
-            raise VerifyError(name, f"{size} bytes", expected=str(entry.get("bytes")))
+            raise VerifyError(name, f"{size} bytes", expected=str(entry.get("bytes")), remedy=_AGAIN)
         if sha256(root / name) != entry.get("sha256"):
-            raise VerifyError(name, "its bytes have changed", remedy="fetch or make it again")
+            raise VerifyError(name, "its bytes have changed", remedy=_AGAIN)
     return manifest
 
 
@@ -195,8 +226,9 @@ def check_beside(root: Path, format_name: str, source: Source, exports: Sequence
             raise VerifyError(file, f"is not that of {source.name}")
     files = [name for name in _files_in(root) if name.partition("/")[0] not in exports]
     weights = ".gguf" if gguf else ".safetensors"
-    if odd := sorted(name for name in files if name not in wanted and name not in _OURS and not name.endswith(weights)):
-        raise VerifyError(odd[0], f"is not in {source.name}")
+    known = {*wanted, *_OURS}
+    if odd := sorted(n for n in files if n not in known and not n.endswith(weights) and not is_harmless(n)):
+        raise VerifyError(odd[0], f"is not in {source.name}", remedy="move it elsewhere")
     if not gguf:
         _check_same(read_json(root, "config.json"), source, flat=format_name == "mlx")
 

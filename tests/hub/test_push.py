@@ -196,6 +196,31 @@ def test_a_push_is_private_whole_and_seen_all_at_once(hub: Hub, made: Path, tmp_
     assert hub.lfs.keys() == {sha256(file) for file in [*shards, *(made / "gguf").glob("*.gguf")]}
 
 
+def test_what_was_added_stays_here_and_a_card_of_ones_own_is_kept_on_request(
+    hub: Hub, made: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(made / "gguf", tmp_path / "mine")
+    for name in (".DS_Store", "Thumbs.db", "notes.txt"):
+        (tmp_path / "mine" / name).write_text("x")
+    card = tmp_path / "mine" / "README.md"
+    (plain,) = run(hub, tmp_path, [push(tmp_path, "mine", "me/plain")])
+    assert plain.code == 0, plain.err
+    assert "not of the run, and not published: .DS_Store, Thumbs.db, notes.txt" in plain.err
+    assert_holds(hub.models["me/plain"].main, made / "gguf", "me/plain")
+    card.write_text(card.read_text("utf-8") + "\nMy own words, größer.\n", "utf-8")
+    refused, kept = run(
+        hub, tmp_path, [push(tmp_path, "mine", "me/kept"), push(tmp_path, "mine", "me/kept", "--keep-card")]
+    )
+    assert refused.code == 8
+    assert "README.md: is not as the run wrote it, and would be replaced; --keep-card publishes it" in refused.err
+    assert kept.code == 0, kept.err
+    files = hub.models["me/kept"].main
+    assert files["README.md"] == card.read_bytes()
+    manifest = json.loads(files["manifest.json"])
+    assert manifest["files"]["README.md"]["sha256"] == sha256(card)
+    assert not {".DS_Store", "Thumbs.db", "notes.txt"} & files.keys()
+
+
 def test_a_new_checkpoint_replaces_the_old_and_a_pinned_revision_keeps_it(hub: Hub, made: Path, tmp_path: Path) -> None:
     steps = [push(made, "old", "me/m", "--tag", "v1"), push(made, "new", "me/m", "--tag", "v1")]
     steps += [push(made, "new", "me/m", "--tag", "v2")] * 2

@@ -205,7 +205,10 @@ def test_changed_missing_and_added_files_are_named(finished: Path, tmp_path: Pat
     for name, change in {
         "tokenizer.json": lambda path: path.write_bytes(path.read_bytes()[:-1] + b" "),
         "config.json": lambda path: path.unlink(),
-        "notes.txt": lambda path: path.write_text("x"),
+        "notes.json": lambda path: path.write_text("{}"),
+        "vocab.txt": lambda path: path.write_text("x"),
+        "extra.safetensors": lambda path: path.write_text("x"),
+        "modeling.py": lambda path: path.write_text("x"),
     }.items():
         folder = shutil.copytree(finished, tmp_path / name)
         change(folder / name)
@@ -214,6 +217,25 @@ def test_changed_missing_and_added_files_are_named(finished: Path, tmp_path: Pat
     (tmp_path / "empty").mkdir()
     with pytest.raises(VerifyError, match=r"manifest\.json: cannot be read"):
         verify_folder(tmp_path / "empty")
+
+
+def test_what_no_loader_reads_may_lie_beside_and_the_card_is_the_users(
+    finished: Path, tiny_model: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "out")
+    added = [".DS_Store", ".ipynb_checkpoints/a.py", "Thumbs.db", "notes.txt", "plot.png"]
+    for name in added:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x")
+    found = verify_folder(folder, tiny_model("llama"))
+    assert found.added == tuple(added)
+    assert not found.card_changed
+    (folder / "README.md").write_text("my own words")
+    assert verify_folder(folder).card_changed
+    assert cli.main(["verify", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "README.md is not as the run wrote it\n" in out
+    assert f"added later, and read by no loader: {', '.join(added)}\n" in out
 
 
 def test_another_original_is_noticed(finished: Path, tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
