@@ -10,7 +10,7 @@ from llmquant.errors import SourceError, option
 from llmquant.gguf.blocks import METHOD, gguf
 from llmquant.gguf.source import open_gguf_file, open_gguf_of
 from llmquant.log import Progress
-from llmquant.source.base import OnlyGGUFError, Source
+from llmquant.source.base import QUANTIZATION, OnlyGGUFError, Source, told_quantization
 from llmquant.source.header import TensorInfo
 from llmquant.source.layouts import LAYOUTS, PackedLinear
 from llmquant.source.resolve import open_source
@@ -65,11 +65,8 @@ def as_original(source: Source) -> Source:
 
 def method_of(source: Source) -> str | None:
     """How `source` is quantized by its config: a key of READERS or SMALL_FLOATS, or an unknown name; None: not."""
-    config = source.config.get("quantization_config") or source.config.get("quantization")
-    if not config:
+    if not (config := told_quantization(source.config)):
         return None
-    if not isinstance(config, dict):
-        return "unknown method"
     method = config.get("quant_method")
     if method is None:
         method = unnamed(config)
@@ -83,8 +80,7 @@ class PackedSource(WrappedSource):
     def __init__(self, stored: Source, method: str) -> None:
         super().__init__(stored)
         self.method = method
-        left_out = ("quantization_config", "quantization")
-        self.config = {key: value for key, value in stored.config.items() if key not in left_out}
+        self.config = {key: value for key, value in stored.config.items() if key not in QUANTIZATION}
         self.packed: dict[str, PackedLinear] = self._packed(stored.config)
         self.tensors = self._dense_view()
 
@@ -92,7 +88,7 @@ class PackedSource(WrappedSource):
         try:
             if self.method in SMALL_FLOATS:
                 return SMALL_FLOATS[self.method](self.stored.tensors, config, self.stored.read)
-            return READERS[self.method](self.stored.tensors, _quantization(config), self.stored.read)
+            return READERS[self.method](self.stored.tensors, told_quantization(config), self.stored.read)
         except SourceError as error:
             raise SourceError(self.stored.name, error.message(option)) from None
 
@@ -111,7 +107,7 @@ class PackedSource(WrappedSource):
         doubtful = next((linear.said for linear in self.packed.values() if linear.said is not None), None)
         if doubtful is not None and (said := doubtful(self.stored.read)):
             log.line(f"{self.name}: {said}")
-        if beside := not_applied(_quantization(self.stored.config)):
+        if beside := not_applied(told_quantization(self.stored.config)):
             log.line(f"{self.name}: not applied, its figures are those of the weights alone: {', '.join(beside)}")
 
     @property
@@ -138,11 +134,6 @@ class PackedSource(WrappedSource):
         if len(self.packed[name].shape) < 3:
             return self.read(name)[index]
         return self.packed[name].dense(lambda part: self.stored.read_entry(part, index)[None])[0]
-
-
-def _quantization(config: dict[str, Any]) -> dict[str, Any]:
-    found = config.get("quantization_config") or config.get("quantization")
-    return found if isinstance(found, dict) else {}
 
 
 def stored_forms(source: Source) -> dict[str, int]:

@@ -1,6 +1,8 @@
 """Bad input through the command line: one line on stderr, the exit code of its kind, and nothing written."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,8 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, GPT2_ARCHITECTURE, build
 
+import llmquant
 from llmquant.cli.app import main
 from llmquant.demo import DEMO
+from llmquant.output.check import verify_folder
 from llmquant.source.files import INDEX, SINGLE
 from llmquant.text.corpus import Text, load_text
 
@@ -93,6 +97,10 @@ def remove(*files: str) -> Spoil:
     return lambda folder: [(folder / file).unlink() for file in files]
 
 
+def both(*spoils: Spoil) -> Spoil:
+    return lambda folder: [spoil(folder) for spoil in spoils]
+
+
 def first_as(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda tensor: torch.cat((torch.tensor([value], dtype=tensor.dtype), tensor.flatten()[1:])).view(
         tensor.shape
@@ -129,7 +137,10 @@ def first_as(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
         pytest.param(edit_json("config.json", model_type=None), SOURCE, ["no causal LM"], id="no-model-type"),
         pytest.param(edit_json("config.json", model_type=["llama"]), SOURCE, ["config.json"], id="list-model-type"),
         pytest.param(
-            edit_json("config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+            both(
+                edit_json("config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+                edit_tensor("model.layers.0.mlp.up_proj.weight", lambda t: t.to(torch.int32)),
+            ),
             SOURCE,
             ["quantized already (gptq)", "16-bit"],
             id="quantized",
@@ -343,6 +354,76 @@ def test_output_that_is_a_file_stays_as_it_is(model: Path, tmp_path: Path, refus
 def test_output_below_a_file_is_refused(model: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "file").write_text("a file")
     refused(OUTPUT, model, out="file/out")
+
+
+def test_an_output_of_an_impossible_name_is_refused(model: Path, refused: Callable[..., str]) -> None:
+    assert "File name too long; choose another --out" in refused(OUTPUT, model, out="y" * 300)
+
+
+def test_a_folder_for_figures_must_be_there_before_the_work(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "--model", str(model), "--json", str(tmp_path / "gone" / "x.json")]) == OUTPUT
+    assert "x.json: no such folder; make it, or choose another --json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", [SINGLE, "config.json", "tokenizer.json"])
+def test_a_file_without_permission_is_one_line(
+    model: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    allowed = os.access  # nothing is forbidden to root, who may run the tests
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != file and allowed(path, mode))
+    assert f"model: {file}: cannot be read (Permission denied); check its owner" in refused(SOURCE, model)
+
+
+def test_an_error_of_the_system_is_one_line(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: object, **options: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", "/mnt/models/a")
+
+    monkeypatch.setattr("llmquant.pipeline.quantize_with", fails)
+    assert main(["run", "--model", str(model)]) == 1
+    assert capsys.readouterr().err == "llmquant: /mnt/models/a: Stale file handle\n"
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "fp8", "hqq"])
+def test_a_quantization_that_was_left_in_the_config_of_dense_weights_is_said(
+    model: Path, tmp_path: Path, method: str
+) -> None:
+    """As merged QLoRA checkpoints have it."""
+    edit_json("config.json", quantization_config={"quant_method": method, "bits": 4})(model)
+    said = f"model: config.json tells of a quantization ({method}), but its weights are dense"
+    lines: list[str] = []
+    flags = {"method": "rtn", "format": "fake", "eval_data": "builtin", "eval_tokens": 64, "eval_seq_len": 32}
+    recipe = llmquant.make_recipe("x", flags=flags)
+    llmquant.quantize(model, recipe, tmp_path / "out", log=lines.append)
+    assert lines.count(said) == 1
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    verify_folder(tmp_path / "out", model)
+    lines.clear()
+    report = llmquant.evaluate(model, recipe=recipe, log=lines.append)
+    assert said in lines
+    assert report.lanes["model"]["bits_per_weight"] == 16
+
+
+def test_a_config_that_asks_for_tuples_is_no_hindrance(model: Path, tmp_path: Path) -> None:
+    edit_json("config.json", return_dict=False)(model)
+    recipe = llmquant.make_recipe("x", flags={"method": "rtn", "eval_tokens": 64, "eval_seq_len": 32})
+    assert llmquant.quantize(model, recipe, tmp_path / "out").lanes["llmquant"]["kl_mean"] > 0
+
+
+def test_an_error_in_a_models_forward_names_the_module(
+    model: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    def fails(self: object, x: object) -> None:
+        raise ValueError("gates must be open")
+
+    monkeypatch.setattr(LlamaMLP, "forward", fails)
+    message = refused(SOURCE, model)
+    assert "cannot be run on text alone, in model.layers.0.mlp (ValueError: gates must be open)" in message
 
 
 def test_a_strange_partial_folder_stays_as_it_is(model: Path, tmp_path: Path, refused: Callable[..., str]) -> None:

@@ -46,7 +46,7 @@ look.register(app, run)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit code. Every error of ours is one line on stderr."""
+    """Run the command line and return its exit code. Every error of ours and of the system is one line on stderr."""
     arguments = normalise(sys.argv[1:] if arguments is None else arguments, look.options_of(app))
     try:
         return int(app(args=arguments, prog_name="llmquant", standalone_mode=False) or 0)
@@ -59,6 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
     except LLMQuantError as error:
         command = next((word for word in arguments if not word.startswith("-")), "")
         message, code = error.message(naming(command, look.names_of_fields(app))), error.exit_code
+        if "--debug" in arguments:
+            traceback.print_exc()
+    except OSError as error:  # the disk, a network file system, a permission: nothing of ours is wrong
+        message, code = f"{error.filename or 'the system'}: {error.strerror or error}", 1
         if "--debug" in arguments:
             traceback.print_exc()
     message = " ".join(message.split())

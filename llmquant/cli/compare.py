@@ -9,7 +9,7 @@ from llmquant.cli.console import show_report
 from llmquant.cli.options import DATA, DEVICE, TRUST, Debug, Quiet
 from llmquant.cli.progress import progress
 from llmquant.cli.spellings import count
-from llmquant.errors import OutputError
+from llmquant.errors import OutputError, option
 from llmquant.log import calm_libraries
 from llmquant.paths import expanded
 from llmquant.recipe import Recipe, make_recipe
@@ -73,6 +73,8 @@ def compare(
     given = {name: value for name, value in flags.items() if value is not None}
     settings = make_recipe(reference or models[0], None, given)
     file = None if json is None else expanded(json, OutputError)
+    if file is not None and not file.parent.is_dir():
+        raise OutputError(str(file), "no such folder", remedy=f"make it, or choose another {option('json')}")
     from llmquant.comparison import compare as score
     from llmquant.run_dir import write_json_file
 

@@ -27,6 +27,7 @@ def build_model(source: Source, dtype: torch.dtype) -> Any:
     refuse_absurd(source, source.config)
     config = source.safe_config
     config.pop("quantization_config", None)
+    config.pop("return_dict", None)  # we read outputs by their names
     auto_map = config.get("auto_map")  # is there only where the user trusts it
     own = isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map
     if not own and (refusal := _refusal(source, config.get("model_type"), config)):

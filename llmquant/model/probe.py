@@ -36,10 +36,11 @@ def probe(where: str, model: Any, blocks: Sequence[Block]) -> list[str]:
     alive: list[Tensor] = []  # inputs stay referenced, or another one could be born at the same address
     rows, ran_linears = Counter[str](), [list[str]() for _ in blocks]
     ran: set[nn.Module] = set()
-    current = -1
+    current, last = -1, model
 
     def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        nonlocal current
+        nonlocal current, last
+        last = module
         ran.add(module)
         current = index_of.get(module, current)
         if current >= 0 and module in linears[current]:
@@ -53,7 +54,8 @@ def probe(where: str, model: Any, blocks: Sequence[Block]) -> list[str]:
             model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long), use_cache=False)
         except Exception as error:  # what a model raises that wants more than text depends on its class
             brief = f"{type(error).__name__}: {error}"[:160]
-            raise SourceError(where, f"{type(model).__name__} cannot be run on text alone ({brief})") from error
+            at = next((f", in {name}" for name, module in model.named_modules() if module is last and name), "")
+            raise SourceError(where, f"{type(model).__name__} cannot be run on text alone{at} ({brief})") from error
     for block, seen in zip(blocks, reads, strict=True):
         runs = Counter(name for step in seen.values() for name in step)
         block.unseen = {name: TWICE if runs[name] else NEVER for name in block.linears if runs[name] != 1}

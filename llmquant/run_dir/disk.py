@@ -129,4 +129,4 @@ def write_json_file(path: Path, value: Any) -> None:
     try:
         replace_file(Disk(), path, json_bytes(value))
     except OSError as error:
-        raise disk_error(path, error) from None
+        raise OutputError(str(path), error.strerror or str(error), remedy="choose another file") from None

@@ -67,12 +67,17 @@ class RunDir:
         self._weights: dict[str, dict[str, Any]] = {}  # sizes and hashes that `weight_files` has taken
         self._lock: int | None = None
         self._journal: Journal | None = None
-        if not (self.partial / _JOB).is_file():
-            self._check_remains()
-            self._check_target()
-        needed = needed_bytes - allocated(self.path)
-        free = check_space(self.out, needed)
-        self.room_for_streams = free >= needed + streams_bytes - allocated(self.partial, f"{PREFIX}*")
+        try:
+            if not (self.partial / _JOB).is_file():
+                self._check_remains()
+                self._check_target()
+            needed = needed_bytes - allocated(self.path)
+            free = check_space(self.out, needed)
+            self.room_for_streams = free >= needed + streams_bytes - allocated(self.partial, f"{PREFIX}*")
+        except OSError as error:  # a name that is too long, a folder that may not be entered
+            raise OutputError(
+                str(self.out), error.strerror or str(error), remedy=f"choose another {option('out')}"
+            ) from None
 
     def _check_target(self) -> None:
         check_target(self.out, overwrite=self._overwrite)

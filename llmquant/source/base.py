@@ -4,7 +4,9 @@ Headers are read and checked first. Weights are read tensor by tensor, with plai
 safetensors files are read; pickles never.
 """
 
+import errno
 import math
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -21,6 +23,7 @@ from llmquant.source.header import MAX_HEADER_BYTES, TensorInfo, header_length, 
 from llmquant.source.remote_code import code_files, references
 
 NAME_THE_ORIGINAL = "name the checkpoint that it was made from; eval, compare and inspect read the file itself"
+QUANTIZATION = ("quantization_config", "quantization")  # keys of a config
 _TIE, _LIMIT = "tie_word_embeddings", "time_step_limit"
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.")
 # Keys of a config, at any depth, that would make a loader run foreign code, or would choose kernels or other files.
@@ -43,6 +46,7 @@ class Source:
     """
 
     untied = False
+    left_over = ""  # the method of a quantization that config.json names, where no tensor is quantized
 
     def __init__(
         self, name: str, folder: Path, revision: str | None = None, *, trust_remote_code: bool = False
@@ -56,6 +60,9 @@ class Source:
             raise OnlyGGUFError(self, ggufs)
         self.config = self._config()
         self.tensors = self._tensors()
+        if (told := told_quantization(self.config)) and not any(map(_is_packed, self.tensors.values())):
+            self.left_over = str(told.get("quant_method", "no method"))
+            self.config = {key: value for key, value in self.config.items() if key not in QUANTIZATION}
         if self._has_own_head():
             self.config, self.untied = without_tie(self.config), True
         if trust_remote_code:
@@ -79,8 +86,15 @@ class Source:
     def local(self, file: str) -> Path:
         """A path where `file` can be read now. SourceError if it is missing or a link out of the checkpoint."""
         path = self.folder / relative(file)
-        if not path.is_file():
-            raise SourceError(self.name, f"{file} is missing", remedy="download the checkpoint again")
+        try:
+            if not path.is_file():
+                raise SourceError(self.name, f"{file} is missing", remedy="download the checkpoint again")
+            if not os.access(path, os.R_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise SourceError(
+                f"{self.name}: {file}", f"cannot be read ({error.strerror})", remedy="check its owner and its mode"
+            ) from None
         if self._leads_out(path):
             raise SourceError(
                 f"{self.name}: {file}",
@@ -216,6 +230,8 @@ class Source:
 
     def announce(self, log: Progress) -> None:
         """Say which Python code of the checkpoint is run, before it is, and what is read otherwise than it says."""
+        if self.left_over:
+            log.line(f"{self.name}: config.json tells of a quantization ({self.left_over}), but its weights are dense")
         if self.code:
             at = f"@{self.revision[:12]}" if self.revision else ""
             log.line(f"--trust-remote-code: code of {self.name}{at} is run: {', '.join(self.code)}")
@@ -321,6 +337,17 @@ def _tagged(config: dict[str, Any]) -> dict[str, Any]:
         config[_LIMIT] = [{"__float__": "Infinity"} if limit == math.inf else limit for limit in limits]
     inner = {key: value for key, value in config.items() if isinstance(value, dict) and _LIMIT in value}
     return config | {key: _tagged(value) for key, value in inner.items()}
+
+
+def told_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """What a config says of a quantization; {} where it says nothing."""
+    found: Any = next((config[key] for key in QUANTIZATION if config.get(key)), {})
+    return found if isinstance(found, dict) else {"quant_method": "unknown method"}
+
+
+def _is_packed(info: TensorInfo) -> bool:
+    """Whether a tensor holds codes: a matrix of anything but 16 and 32 bit floats."""
+    return len(info.shape) > 1 and info.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def without_tie(config: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ class WrappedSource(Source):
         self.stored = stored
         self.name, self.revision, self.folder = stored.name, stored.revision, stored.folder
         self.trust_remote_code, self.code, self.config = stored.trust_remote_code, stored.code, stored.config
-        self.untied = stored.untied
+        self.untied, self.left_over = stored.untied, stored.left_over
 
     @abstractmethod
     def parts(self, name: str) -> list[TensorInfo]:
