@@ -147,7 +147,7 @@ def _open(sources: Sequence[Source], recipe: Recipe, log: Progress, *, named_ref
             if mine != theirs:
                 raise SourceError(lane.source.name, f"{what} {mine}", expected=f"{theirs}, as the reference has")
         # A GGUF file's context ends where llama.cpp, which knows no window, would compute otherwise.
-        length = min(recipe.eval_seq_len, first.context or recipe.eval_seq_len)
+        length = min(recipe.eval_window, first.context or recipe.eval_window)
         if lane.skeleton.context is not None and lane.skeleton.context < length:
             raise SourceError(
                 lane.source.name,

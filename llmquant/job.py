@@ -89,7 +89,7 @@ class Draft:
             if self.recipe.propagation != 0:
                 sizes["calibration (original)"] = sizes["calibration"]
         if self.lanes:
-            lane = stream_bytes(self.skeleton, evaluation_tokens, self.recipe.eval_seq_len)
+            lane = stream_bytes(self.skeleton, evaluation_tokens, self.recipe.eval_window)
             sizes |= dict.fromkeys(self.lanes, lane)
         return sizes
 
@@ -268,6 +268,9 @@ def as_many_as_needed(draft: Draft, most: Windows, log: Progress) -> Windows:
 def evaluation_text(skeleton: Skeleton, tokenizer: object, recipe: Recipe, log: Progress) -> Windows:
     """Evaluation windows, within the model's context and vocabulary."""
     seq_len = clip_to_context(skeleton, "evaluation", recipe.eval_seq_len, log)
+    if recipe.eval_window < seq_len:
+        seq_len = recipe.eval_window
+        log.line(f"evaluation: one window of the {seq_len} tokens that are asked for")
     tokens = None if recipe.eval_tokens == "full" else int(recipe.eval_tokens)
     found = evaluation_windows(tokenizer, recipe.eval_data, tokens, seq_len)
     check_ids(found.ids, skeleton.vocab_size, skeleton.where)

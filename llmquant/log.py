@@ -81,8 +81,8 @@ def scores_line(kl: Mapping[str, float]) -> str:
 
 
 def calm_libraries() -> None:
-    """Libraries' notes about optional kernels and dataset cards are not about this job."""
-    for library in ("bitsandbytes", "huggingface_hub", "datasets"):
+    """Libraries' notes about optional kernels, dataset cards and caches of fonts are not about this job."""
+    for library in ("bitsandbytes", "huggingface_hub", "datasets", "matplotlib"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
 

@@ -84,14 +84,8 @@ class Recipe:
                 raise RecipeError(option(name), str(value), expected="2 or more tokens in a window")
         if self.sweeps is not None and self.sweeps < 0:
             raise RecipeError(option("sweeps"), str(self.sweeps), expected="0 or more")
-        if self.eval_tokens != "full" and (
-            not isinstance(self.eval_tokens, int) or self.eval_tokens < self.eval_seq_len
-        ):
-            raise RecipeError(
-                option("eval_tokens"),
-                f"{self.eval_tokens}",
-                expected=f"'full' or at least one window of {self.eval_seq_len}",
-            )
+        if self.eval_tokens != "full" and (not isinstance(self.eval_tokens, int) or self.eval_tokens < 2):
+            raise RecipeError(option("eval_tokens"), f"{self.eval_tokens}", expected="full, or 2 or more tokens")
         if self.damp is not None and not 0 < self.damp < 1:
             raise RecipeError(option("damp"), f"{self.damp}", expected="a share between 0 and 1")
         if self.propagation != "auto" and not (
@@ -128,6 +122,11 @@ class Recipe:
     def formats(self) -> tuple[str, ...]:
         """All that are written, that of the checkpoint first."""
         return (self.format, *self.exports)
+
+    @property
+    def eval_window(self) -> int:
+        """Tokens in a window of evaluation text: `eval_seq_len`, or all where `eval_tokens` are fewer."""
+        return self.eval_seq_len if self.eval_tokens == "full" else min(self.eval_seq_len, int(self.eval_tokens))
 
     @property
     def most_samples(self) -> int:

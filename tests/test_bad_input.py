@@ -224,7 +224,7 @@ def test_conv1d_is_refused_by_name_where_the_format_cannot_hold_it(tmp_path: Pat
         pytest.param("--damp 2", RECIPE, ["--damp"], id="damp"),
         pytest.param("--samples 0", RECIPE, ["--samples"], id="samples"),
         pytest.param("--seq-len 1", RECIPE, ["--seq-len"], id="seq-len"),
-        pytest.param("--eval-tokens 16", RECIPE, ["--eval-tokens"], id="eval-tokens"),
+        pytest.param("--eval-tokens 1", RECIPE, ["--eval-tokens"], id="eval-tokens"),
         pytest.param("--eval-tokens many", RECIPE, ["--eval-tokens: many"], id="eval-tokens-as-text"),
         pytest.param("--baselines gguf", RECIPE, ["--baselines: 'gguf'"], id="baselines"),
         pytest.param("--device tpu", RECIPE, ["--device: 'tpu'"], id="device"),

@@ -163,6 +163,23 @@ def test_untied_and_tied_heads_stay_what_they_were(tmp_path: Path) -> None:
         assert ("lm_head.weight" in tensors(tmp_path / f"{tied}-out")) is not tied
 
 
+@pytest.mark.parametrize(("tokens", "window", "count"), [(300, 128, 2), (96, 96, 1), (31, 31, 1)])
+def test_fewer_tokens_than_a_window_are_one_window(
+    tokens: int, window: int, count: int, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Of 2,048 tokens by default; the context of the model is 128."""
+    lines: list[str] = []
+    recipe = llmquant.make_recipe("x", flags={"method": "rtn", "eval_data": "builtin", "eval_tokens": tokens})
+    for report in (
+        llmquant.quantize(tiny_model("llama"), recipe, tmp_path / "out", log=lines.append),
+        llmquant.evaluate(tiny_model("llama"), recipe=recipe),
+    ):
+        evaluation = report.data["evaluation"]
+        assert (evaluation["seq_len"], evaluation["n_tokens"]) == (window, count * window)
+    said = f"evaluation: one window of the {tokens} tokens that are asked for"
+    assert (said in lines) == (tokens < 128)
+
+
 def test_side_files_are_carried_and_the_manifest_lists_everything(
     tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:

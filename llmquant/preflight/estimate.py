@@ -187,11 +187,11 @@ def _tokens(found: Estimate, draft: Draft) -> Tokens:
     context = draft.skeleton.context or max(recipe.seq_len, recipe.eval_seq_len)
     for name, length, wanted in (
         ("seq_len", recipe.seq_len, draft.calibrated),
-        ("eval_seq_len", recipe.eval_seq_len, evaluated),
+        ("eval_seq_len", recipe.eval_window, evaluated),
     ):
         if wanted and length > context:
             found.warn(f"{flag(name)}: {length} is shortened to the model's context of {context}")
-    lengths = min(recipe.seq_len, context), min(recipe.eval_seq_len, context)
+    lengths = min(recipe.seq_len, context), min(recipe.eval_window, context)
     parts = (found.attempt(lambda: parse_mixture(recipe.calibration)) or []) if draft.calibrated else []
     texts = [("calibration", part) for part, _ in parts] + ([("eval_data", recipe.eval_data)] if evaluated else [])
     for name, spec in texts:

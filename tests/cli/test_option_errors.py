@@ -63,7 +63,7 @@ def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--tokens", "10"], "--tokens: 10"),
+        (["--tokens", "1"], "--tokens: 1"),
         (["--tokens", "many"], "--tokens: many"),
         (["--seq-len", "1"], "--seq-len: 1"),
         (["--device", "tpu"], "--device: 'tpu'"),
@@ -79,7 +79,7 @@ def test_eval_and_compare(command: list[str], options: list[str], expected: str,
     ("options", "expected"),
     [
         (["--bits", "5"], "--bits: 5"),
-        (["--eval-tokens", "10"], "--eval-tokens: 10"),
+        (["--eval-tokens", "1"], "--eval-tokens: 1"),
         (["--max-ram", "much"], "--max-ram: 'much'"),
         (["--recipe", "gone"], "--recipe: no recipe 'gone'"),
         (["--push-to-hub", "no-owner"], "'no-owner': no name of a repository"),
