@@ -23,6 +23,7 @@ from llmquant.job import Job, fingerprint, prepare, refuse_damaged_weights
 from llmquant.log import SILENT, BlockDone, Log, Progress, Stopwatch, progress_of
 from llmquant.memory import trim
 from llmquant.model.block import Block
+from llmquant.model.stock import compare_with_stock
 from llmquant.model.streams import Streams
 from llmquant.output.check_files import check_config
 from llmquant.paths import shown_name
@@ -34,6 +35,8 @@ from llmquant.report.html import make_html
 from llmquant.report.tables import compared
 from llmquant.result import lane_reports, run_report
 from llmquant.run_dir import RunDir
+
+_SPARE = 100_000_000  # bytes that every run has room for
 
 
 def quantize(
@@ -88,6 +91,9 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
         if run.records:
             log.line(f"going on after block {len(run.records)} of {len(job.skeleton.blocks)}")
             torch.set_num_threads(run.threads)
+        elif (text := job.calibration or job.evaluation) is not None:
+            with watch.stage("compare"):
+                compare_with_stock(job.skeleton, text.ids[0], streams.in_memory + _SPARE, log.line)
         output.open(run, parse_size("max_shard_size", recipe.max_shard_size))
         layers, lanes = _Pass(job, run, streams, watch, log).go()
         run.tensors.finish()

@@ -82,7 +82,7 @@ def test_an_error_has_its_parts() -> None:
     ("values", "field"),
     [
         ({"bits": 5}, "bits"),
-        ({"eval_tokens": 7}, "eval_tokens"),
+        ({"eval_tokens": 1}, "eval_tokens"),
         ({"seed": "x"}, "seed"),
         ({"ignore": ["("]}, "ignore"),
         ({"trust_remote_code": True}, "trust_remote_code"),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from llmquant.errors import SourceError
-from llmquant.model.loads import openers
+from llmquant.model.loads import Opener, openers
 from llmquant.source.base import Source
 from llmquant.source.bounds import refuse_absurd, refuse_buffers
 
@@ -25,16 +25,11 @@ def build_model(source: Source, dtype: torch.dtype) -> Any:
     from transformers.initialization import no_init_weights
 
     refuse_absurd(source, source.config)
-    config = source.safe_config
-    config.pop("quantization_config", None)
-    config.pop("return_dict", None)  # we read outputs by their names
-    auto_map = config.get("auto_map")  # is there only where the user trusts it
-    own = isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map
+    config, own = _config_of(source)
     if not own and (refusal := _refusal(source, config.get("model_type"), config)):
         raise refusal
     try:
-        found = openers(config, partial(own_class, source) if own else None)
-        opener = next(opener for opener in found if own or opener.name in _generators())
+        opener = _opener(source, config, own=own)
         make = partial(opener.cls._from_config, opener.settings)
         with torch.device("meta"), no_init_weights():  # nothing is allocated, and buffers can be counted
             built = make(dtype=dtype)
@@ -50,6 +45,26 @@ def build_model(source: Source, dtype: torch.dtype) -> Any:
         brief = f"{type(error).__name__}: {error}"[:200]
         raise SourceError(f"{source.name}: config.json", f"transformers cannot build the model ({brief})") from error
     return built.eval()
+
+
+def _config_of(source: Source) -> tuple[dict[str, Any], bool]:
+    """The config that the model is built by, and whether its class is code of the checkpoint that the user trusts."""
+    config = source.safe_config
+    config.pop("quantization_config", None)
+    config.pop("return_dict", None)  # we read outputs by their names
+    auto_map = config.get("auto_map")  # is there only where the user trusts it
+    return config, isinstance(auto_map, dict) and "AutoModelForCausalLM" in auto_map
+
+
+def _opener(source: Source, config: dict[str, Any], *, own: bool) -> Opener:
+    found = openers(config, partial(own_class, source) if own else None)
+    return next(opener for opener in found if own or opener.name in _generators())
+
+
+def opener_of(source: Source) -> Opener:
+    """The class that `build_model` builds, with new settings for it."""
+    config, own = _config_of(source)
+    return _opener(source, config, own=own)
 
 
 def _compute_buffers(model: Any) -> None:

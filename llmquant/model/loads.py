@@ -22,7 +22,7 @@ import torch
 from llmquant.formats.base import Layout
 
 CODES = ".weight_packed"
-_NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers loads tensors in threads unless this is set
+_NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers loads tensors in threads unless this is set: slower for few
 _SLACK = 32  # codes in a word of int32, at most
 _AUTO = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")  # in which order classes are looked for, as users do
 
@@ -202,10 +202,6 @@ def _on_meta(report: Callable[[Any], object]) -> Iterator[None]:
     """No tensor leaves the meta device, where a few rules want it on the CPU, and nobody asks the Hub. What would be
     printed of the load goes to `report`; progress bars and warnings of a trial go nowhere."""
     import transformers.core_model_loading as core
-    import transformers.modeling_utils as utils
-    from huggingface_hub import constants
-    from loguru import logger
-    from transformers.utils import logging
 
     def copied(rule: Any) -> Any:
         """One for each parameter, as in the load itself, which collects that one's tensors. All else is the rule's own:
@@ -214,19 +210,30 @@ def _on_meta(report: Callable[[Any], object]) -> Iterator[None]:
         new.collected_tensors, new.layer_targets = defaultdict(list), defaultdict(set)
         return new
 
-    kept = (
-        core.deepcopy,
-        core._materialize_copy,
-        utils.log_state_dict_report,
-        logging.get_verbosity(),
-        constants.HF_HUB_OFFLINE,
-    )
+    kept = core.deepcopy, core._materialize_copy
     core.deepcopy = copied
     core._materialize_copy = lambda tensor, device=None, dtype=None: tensor.to(dtype=dtype)
+    try:
+        with quiet(report):
+            yield
+    finally:
+        core.deepcopy, core._materialize_copy = kept
+
+
+@contextmanager
+def quiet(report: Callable[[Any], object] = lambda info: None) -> Iterator[None]:
+    """A load by transformers of which nothing is printed, in this thread, without a question to the Hub. What it would
+    print of the tensors goes to `report`."""
+    import transformers.modeling_utils as utils
+    from huggingface_hub import constants
+    from loguru import logger
+    from transformers.utils import logging
+
+    kept = utils.log_state_dict_report, logging.get_verbosity(), constants.HF_HUB_OFFLINE
     utils.log_state_dict_report = lambda *args, **kwargs: report(kwargs["loading_info"])
     constants.HF_HUB_OFFLINE = True
     threads = os.environ.get(_NO_THREADS)
-    os.environ[_NO_THREADS] = "1"  # there is nothing to wait for
+    os.environ[_NO_THREADS] = "1"
     logging.set_verbosity(logging.CRITICAL)
     logger.disable("compressed_tensors")
     try:
@@ -234,7 +241,7 @@ def _on_meta(report: Callable[[Any], object]) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        core.deepcopy, core._materialize_copy, utils.log_state_dict_report, verbosity, constants.HF_HUB_OFFLINE = kept
+        utils.log_state_dict_report, verbosity, constants.HF_HUB_OFFLINE = kept
         if threads is None:
             del os.environ[_NO_THREADS]
         else:

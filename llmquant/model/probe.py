@@ -10,6 +10,7 @@ It runs on made-up weights (`made_up.py`), on the CPU, over a few tokens. It tel
 
 from collections import Counter
 from collections.abc import Sequence
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -36,11 +37,10 @@ def probe(where: str, model: Any, blocks: Sequence[Block]) -> list[str]:
     alive: list[Tensor] = []  # inputs stay referenced, or another one could be born at the same address
     rows, ran_linears = Counter[str](), [list[str]() for _ in blocks]
     ran: set[nn.Module] = set()
-    current, last = -1, model
+    current = -1
 
     def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        nonlocal current, last
-        last = module
+        nonlocal current
         ran.add(module)
         current = index_of.get(module, current)
         if current >= 0 and module in linears[current]:
@@ -54,7 +54,7 @@ def probe(where: str, model: Any, blocks: Sequence[Block]) -> list[str]:
             model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long), use_cache=False)
         except Exception as error:  # what a model raises that wants more than text depends on its class
             brief = f"{type(error).__name__}: {error}"[:160]
-            at = next((f", in {name}" for name, module in model.named_modules() if module is last and name), "")
+            at = f", in {name}" if (name := _module_of(error, model)) else ""
             raise SourceError(where, f"{type(model).__name__} cannot be run on text alone{at} ({brief})") from error
     for block, seen in zip(blocks, reads, strict=True):
         runs = Counter(name for step in seen.values() for name in step)
@@ -100,6 +100,15 @@ def _state(x: Tensor) -> int:
     if not x.is_inference():
         return x._version
     return hash(x.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def _module_of(error: BaseException, model: Any) -> str:
+    """The module in whose forward an error was raised; "" for the model's own."""
+    names, found = {module: name for name, module in model.named_modules()}, ""
+    for frame, _ in walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        found = names.get(owner, found) if isinstance(owner, nn.Module) else found
+    return found
 
 
 def _idle(model: Any, ran: set[nn.Module]) -> list[str]:

@@ -38,6 +38,8 @@ class Skeleton:
     source    the checkpoint as the model holds it: experts one by one
     weights   its parameters, in and out of memory
     blocks    its decoder blocks, in order
+    stack     the path of the module that holds them
+    idle      how the names of parts begin that no text reaches
     """
 
     def __init__(self, source: Source, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> None:
@@ -45,6 +47,7 @@ class Skeleton:
         opened = open_model(source, dtype)
         self.model, self.source = opened.model, opened.source
         self.weights = Weights(self.model, self.source, opened.param_of, device, dtype)
+        self.stack = opened.stack
         self._stack = f"{opened.stack}."
         params: list[list[str]] = [[] for _ in opened.blocks]
         for param in self.weights.names:
@@ -54,9 +57,9 @@ class Skeleton:
             Block(index, f"{self._stack}{index}", module, params[index], self.weights)
             for index, module in enumerate(opened.blocks)
         ]
-        self._idle = tuple(f"{name}." for name in probe(self.where, self.model, self.blocks))
+        self.idle = tuple(f"{name}." for name in probe(self.where, self.model, self.blocks))
         for name in self.weights.names:  # a class may ask any of its parameters on which device it lies
-            if name.startswith(self._idle):
+            if name.startswith(self.idle):
                 unread = self.weights.get(name)
                 self.weights.put(name, torch.zeros((), dtype=unread.dtype, device=device).expand(unread.shape))
         for module in self.model.modules():  # computed buffers (rope tables) are real and stay on the device
@@ -175,7 +178,7 @@ class Skeleton:
         """Parameters outside the blocks that a text needs, except those of some modules."""
         skip = {name for name, module in self.model.named_modules() if any(module is other for other in without)}
         outside = [name for name in self.weights.names if self.block_of(name) is None]
-        return [n for n in outside if n.rpartition(".")[0] not in skip and not n.startswith(self._idle)]
+        return [n for n in outside if n.rpartition(".")[0] not in skip and not n.startswith(self.idle)]
 
     @cached_property
     def _inner(self) -> list[str]:

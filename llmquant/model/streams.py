@@ -53,7 +53,8 @@ class Streams:
         parked: Collection[str] = (),
     ) -> None:
         self.spilled = spilled({name: size for name, size in sizes.items() if name not in parked}, max_ram)
-        self.spare_bytes = max_ram - sum(nbytes for name, nbytes in sizes.items() if name not in self.spilled)
+        self.in_memory = sum(nbytes for name, nbytes in sizes.items() if name not in self.spilled)
+        self.spare_bytes = max_ram - self.in_memory
         self._scratch, self._parked = scratch, parked
         self._made: list[Stream] = []
 

@@ -130,6 +130,10 @@ class Source:
         """The stored tensors that `name` is read from."""
         return [self.tensors[name]]
 
+    def made_of(self, name: str) -> tuple[str, ...]:
+        """The tensors of `as_stored` that `name` is made of."""
+        return (name,)
+
     def origin(self, name: str) -> str:
         """What the tensor was made of; "" if it is stored as such."""
         return ""

@@ -7,7 +7,7 @@ from llmquant.demo import DEMO
 from llmquant.errors import SourceError
 from llmquant.paths import expanded, shown_name
 from llmquant.source.base import NAME_THE_ORIGINAL, Source
-from llmquant.source.files import INDEX
+from llmquant.source.files import INDEX, SINGLE
 from llmquant.source.hub import open_hub
 
 _CHECKPOINT = "a checkpoint folder or a Hub id"
@@ -42,8 +42,8 @@ def _folder_of(file: Path) -> Path:
     """The checkpoint that a file belongs to."""
     if file.suffix.lower() == ".gguf":
         raise SourceError(str(file), "is a GGUF file", expected=_CHECKPOINT, remedy=NAME_THE_ORIGINAL)
-    if file.name not in ("config.json", INDEX) and file.suffix != ".safetensors":
-        raise SourceError(str(file), "is a file", expected=_CHECKPOINT)
+    if file.name not in ("config.json", INDEX, SINGLE):
+        raise SourceError(str(file), "is a file", expected=_CHECKPOINT, remedy="name the folder in which it lies")
     if not (file.parent / "config.json").is_file():
         raise SourceError(str(file), "has no config.json beside it", expected=_CHECKPOINT)
     return file.parent

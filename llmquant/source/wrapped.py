@@ -102,8 +102,10 @@ class DerivedSource(WrappedSource):
         return {part: names for part, names in found.items() if len(names) > 1}
 
     def parts(self, name: str) -> list[TensorInfo]:
-        stored = self._derived[name].parts if name in self._derived else (name,)
-        return [info for part in stored for info in self.stored.parts(part)]
+        return [info for part in self.made_of(name) for info in self.stored.parts(part)]
+
+    def made_of(self, name: str) -> tuple[str, ...]:
+        return self._derived[name].parts if name in self._derived else (name,)
 
     def stored_as(self, name: str) -> str | None:
         return self.stored.stored_as(self._derived[name].parts[0] if name in self._derived else name)
