@@ -1,5 +1,6 @@
 """Linears that share an input: one task for the solver, and its solution set back into the block linear by linear."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -33,7 +34,7 @@ def solve_step(block: Block, step: Step, hessian: Hessian | None, recipe: Recipe
 
     All share the Hessian; those of one scheme and solver are one task. SolveError where the policy is to fail.
     """
-    inputs = _inputs(" + ".join(spec.module for spec in step.specs), hessian, recipe)
+    inputs = _inputs(_together(step.specs), hessian, recipe)
     drift_II = None if hessian is None else hessian.take_drift()
     alike: dict[tuple[QuantScheme, str], list[LinearSpec]] = {}
     for spec in step.specs:
@@ -53,7 +54,7 @@ def solve_alone(spec: LinearSpec, weight_OI: Tensor, recipe: Recipe) -> Solved:
 def _solve(block: Block, step: Step, inputs: Inputs, drift_II: Tensor | None, recipe: Recipe) -> list[Solved]:
     """Linears of one input, scheme and solver as one task of stacked rows: every row is a problem of its own."""
     specs, weights = step.specs, [block.weight(spec) for spec in step.specs]
-    name = " + ".join(spec.module for spec in specs)
+    name = _together(specs)
     # All rows stacked are a copy: the solver's, freed before the parts are reported.
     weight_OI = torch.cat(weights) if len(weights) > 1 else weights[0]
     drift_OI = None
@@ -68,6 +69,12 @@ def _solve(block: Block, step: Step, inputs: Inputs, drift_II: Tensor | None, re
         start += len(weight_OI)
         done.append(_set_back(block, spec, weight_OI, part, inputs, recipe.format))
     return done
+
+
+def _together(specs: Sequence[LinearSpec]) -> str:
+    """The linears of one input, for an error: the first three, as every expert of a layer may be among them."""
+    more = f" + {len(specs) - 3} more" if len(specs) > 3 else ""
+    return " + ".join(spec.module for spec in specs[:3]) + more
 
 
 def _inputs(name: str, hessian: Hessian | None, recipe: Recipe) -> Inputs:

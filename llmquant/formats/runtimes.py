@@ -61,6 +61,10 @@ class Finding:
         return f"{self.runtime} {self.version} {self.severity}: {self.got}{where}; {self.remedy}"
 
 
+# Linears that servers split by their inputs: the second of a pair, whose sum all devices add up.
+_BY_INPUTS = frozenset(("o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "fc2", "fc_out", "w2", "c_proj"))
+
+
 def _any(spec: LinearSpec) -> bool:
     return True
 
@@ -87,6 +91,13 @@ def _odd_expert(spec: LinearSpec) -> bool:
     return _is_expert(spec) and bool(min(spec.shape) % max(64, group))
 
 
+def _cuts_groups(spec: LinearSpec) -> bool:
+    """A linear of which tensor parallelism gives each device a part of the inputs, where half of them would end within
+    a group."""
+    by_inputs = spec.module.rpartition(".")[2] in _BY_INPUTS
+    return by_inputs and spec.scheme.group_size > 0 and bool(spec.shape[1] % (2 * spec.scheme.group_size))
+
+
 def _marlin(runtime: str, formats: tuple[str, ...] = _PACKED) -> tuple[Rule, ...]:
     """Both servers run these formats with the same kernels."""
     return (
@@ -107,6 +118,15 @@ def _marlin(runtime: str, formats: tuple[str, ...] = _PACKED) -> tuple[Rule, ...
             "outputs not a multiple of 64 or inputs not of 128: off the fast kernels, or refused by older versions",
             "keep them in 16 bit with --ignore",
             _MARLIN,
+        ),
+        Rule(
+            runtime,
+            formats,
+            "warns",
+            _cuts_groups,
+            "half of its inputs is no multiple of the group: not over several devices (tensor parallelism)",
+            "use a smaller --group-size, or -1, where several devices share it",
+            "its row-parallel linears: input_size_per_partition % group_size; read, not run",
         ),
         Rule(
             runtime,

@@ -50,6 +50,18 @@ def test_kernels_of_the_servers() -> None:
     assert of("vllm", [spec_of(8, 128, (256, 512))], "compressed-tensors") == ["warns"]
 
 
+def test_groups_that_tensor_parallelism_would_cut() -> None:
+    for runtime in ("vllm", "sglang"):
+        cut = spec_of(4, 128, (256, 384), module="model.layers.0.mlp.down_proj")
+        assert of(runtime, [cut], "compressed-tensors") == ["warns"]
+        for fine in (
+            spec_of(4, 64, (256, 384), module="model.layers.0.mlp.down_proj"),
+            spec_of(4, -1, (256, 384), module="model.layers.0.mlp.down_proj"),
+            spec_of(4, 128, (256, 384), module="model.layers.0.mlp.up_proj"),  # split by its outputs
+        ):
+            assert of(runtime, [fine], "compressed-tensors") == []
+
+
 def test_linears_that_servers_fuse_must_be_alike() -> None:
     up = spec_of(4, 128, (256, 512), module="model.layers.0.mlp.up_proj")
     gate = spec_of(8, 128, (256, 512), module="model.layers.0.mlp.gate_proj")
