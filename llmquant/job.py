@@ -213,7 +213,9 @@ def prepare(model: str | Path, recipe: Recipe, options: RunOptions, log: Progres
     drawn = draft(stored, recipe, options, log=log)
     calibration, evaluation = windows(drawn, log)
     if calibration is not None and recipe.samples == "auto":
-        calibration = as_many_as_needed(drawn, calibration, log)
+        most, calibration = calibration, as_many_as_needed(drawn, calibration, log)
+        if calibration is not most:  # other places of the text
+            check_calibration(drawn, calibration, evaluation, log)
     if calibration is not None and (said := said_of_experts(drawn, calibration.n_tokens)):
         log.line(said)
     drawn.refuse_parked(*(0 if text is None else text.n_tokens for text in (calibration, evaluation)))
@@ -229,14 +231,21 @@ def windows(draft: Draft, log: Progress) -> tuple[Windows | None, Windows | None
     if draft.calibrated:
         seq_len = clip_to_context(skeleton, "calibration", recipe.seq_len, log)
         calibration = _most_windows(tokenizer, recipe, seq_len)
-        check_ids(calibration.ids, skeleton.vocab_size, skeleton.where)
     if draft.lanes:
         evaluation = evaluation_text(skeleton, tokenizer, recipe, log)
-    if calibration is not None and evaluation is not None:
-        share = refuse_overlap(calibration.ids, evaluation.ids, (recipe.calibration, recipe.eval_data))
-        if share:
-            log.line(f"evaluation: {share:.2%} of its tokens are in runs that the calibration text holds too")
+    check_calibration(draft, calibration, evaluation, log)
     return calibration, evaluation
+
+
+def check_calibration(draft: Draft, calibration: Windows | None, evaluation: Windows | None, log: Progress) -> None:
+    """CalibrationError for ids that the embedding does not have, and where the evaluation text has been seen."""
+    if calibration is None:
+        return
+    check_ids(calibration.ids, draft.skeleton.vocab_size, draft.skeleton.where)
+    if evaluation is not None:
+        names = draft.recipe.calibration, draft.recipe.eval_data
+        if share := refuse_overlap(calibration.ids, evaluation.ids, names):
+            log.line(f"evaluation: {share:.2%} of its tokens are in runs that the calibration text holds too")
 
 
 def _most_windows(tokenizer: object, recipe: Recipe, seq_len: int) -> Windows:
@@ -254,9 +263,9 @@ def _most_windows(tokenizer: object, recipe: Recipe, seq_len: int) -> Windows:
 def as_many_as_needed(draft: Draft, most: Windows, log: Progress) -> Windows:
     """`--samples auto`: windows drawn anew, the usual number or as many as experts need; `most` where even they are
     too few."""
-    usual, batches = _USUAL_SAMPLES, most.batches()
+    batches = most.batches()
     enough = enough_batches(draft.skeleton, batches)
-    count = len(most.ids) if enough is None else max(usual, enough * len(batches[0]))
+    count = len(most.ids) if enough is None else max(_USUAL_SAMPLES, enough * len(batches[0]))
     said = "" if enough is not None else ", and one of ten experts or more would need still more"
     log.line(f"--samples auto: {count} windows of {most.ids.shape[1]} tokens{said}")
     if count >= len(most.ids):

@@ -1,6 +1,7 @@
 """Runs of mixtures of experts: resume, exports, evaluation of the output, what the report says of few tokens."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from llmquant import job
 from llmquant import recipe as recipes
 from llmquant.blocks import forwards
 from llmquant.cli.app import main
+from llmquant.errors import CalibrationError
 from llmquant.log import SILENT
 from llmquant.model.experts import Experts
 from llmquant.quant.hessian import Hessian, pooled
 from llmquant.recipe import make_recipe
 from llmquant.report.verdict import health
 from llmquant.source.resolve import open_source
+from llmquant.text.tokenizer import load_tokenizer
+from llmquant.text.windows import Windows, evaluation_windows
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 FLAGS: dict[str, Any] = {"eval_data": "builtin", "samples": 4, "seq_len": 32, "sweeps": 1}
@@ -193,3 +197,18 @@ def test_a_fused_checkpoint_is_evaluated_from_its_single_experts(tmp_path: Path)
     recipe = make_recipe(str(source), flags={key: TINY[key] for key in ("eval_tokens", "eval_seq_len")})
     found = llmquant.evaluate(tmp_path / "out", reference=source, recipe=recipe).lanes["out"]
     assert found["kl_mean"] == pytest.approx(wanted["kl_mean"], rel=1e-4)
+
+
+def test_windows_that_are_drawn_anew_are_checked_anew(
+    tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They lie at other places of the text, where the evaluation text may be."""
+    heldout = evaluation_windows(load_tokenizer(open_source("demo")), "builtin", 512, 32).ids
+
+    def on_the_evaluation_text(draft: object, most: Windows, log: object) -> Windows:
+        return replace(most, ids=heldout)
+
+    monkeypatch.setattr(job, "as_many_as_needed", on_the_evaluation_text)
+    flags = {"samples": "auto", "eval_data": "builtin", "eval_tokens": 512, "eval_seq_len": 32}
+    with pytest.raises(CalibrationError, match="evaluation"):
+        run(tiny_model("llama"), tmp_path / "out", **FLAGS | flags)
