@@ -10,7 +10,8 @@ from llmquant.errors import SourceError, option
 from llmquant.gguf.blocks import METHOD, gguf
 from llmquant.gguf.source import open_gguf_file, open_gguf_of
 from llmquant.log import Progress
-from llmquant.source.base import QUANTIZATION, OnlyGGUFError, Source, told_quantization
+from llmquant.source.base import OnlyGGUFError, Source
+from llmquant.source.config import told_quantization, without_quantization
 from llmquant.source.header import TensorInfo
 from llmquant.source.layouts import LAYOUTS, PackedLinear
 from llmquant.source.resolve import open_source
@@ -80,7 +81,7 @@ class PackedSource(WrappedSource):
     def __init__(self, stored: Source, method: str) -> None:
         super().__init__(stored)
         self.method = method
-        self.config = {key: value for key, value in stored.config.items() if key not in QUANTIZATION}
+        self.config = without_quantization(stored.config)
         self.packed: dict[str, PackedLinear] = self._packed(stored.config)
         self.tensors = self._dense_view()
 

@@ -14,6 +14,7 @@ from llmquant.gguf.header import GGUFHeader, read_header
 from llmquant.gguf.vocabulary import tokenizer_of
 from llmquant.paths import expanded, shown_name
 from llmquant.source.base import OnlyGGUFError, Source
+from llmquant.source.config import without_quantization
 from llmquant.source.files import refuse_pointer
 from llmquant.source.header import TensorInfo
 
@@ -65,8 +66,7 @@ class GGUFSource(Source):
         self.names = model.names
         self.tensors = self._tensors_of(path.name, self.header)
         self.config = model.config({} if config is None else self.json(CONFIG), self._factors(path.name))
-        for key in ("quantization_config", "quantization"):  # they speak of other weights in that folder
-            self.config.pop(key, None)
+        self.config = without_quantization(self.config)  # it speaks of other weights in that folder
         if blocks := {self._ours[key]: t for key, t in self.header.tensors.items() if self._in_blocks(key)}:
             self.config["quantization_config"] = {
                 "quant_method": "gguf",

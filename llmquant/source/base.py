@@ -18,18 +18,22 @@ from torch import Tensor
 
 from llmquant.errors import SourceError, option
 from llmquant.log import Progress
+from llmquant.source.config import (
+    is_embedding,
+    is_head,
+    is_packed,
+    safe_config,
+    says_tied,
+    told_quantization,
+    with_tagged_limits,
+    without_quantization,
+    without_tie,
+)
 from llmquant.source.files import refuse_pointer, sort_out, weight_files
 from llmquant.source.header import MAX_HEADER_BYTES, TensorInfo, header_length, parse_header, parse_json
 from llmquant.source.remote_code import code_files, references
 
 NAME_THE_ORIGINAL = "name the checkpoint that it was made from; eval, compare and inspect read the file itself"
-QUANTIZATION = ("quantization_config", "quantization")  # keys of a config
-_TIE, _LIMIT = "tie_word_embeddings", "time_step_limit"
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.")
-# Keys of a config, at any depth, that would make a loader run foreign code, or would choose kernels or other files.
-_UNSAFE_KEYS = re.compile(
-    r"auto_map|transformers_weights|trust_remote_code|_?attn_implementation.*|_?experts_implementation.*|.*kernel_config|use_kernels"
-)
 
 
 def _all_finite(tensor: Tensor) -> bool:
@@ -41,12 +45,12 @@ def _all_finite(tensor: Tensor) -> bool:
 class Source:
     """A checked checkpoint: `config`, `tensors` by name, and `read`. Use `open_source` to make one.
 
-    `code` names the checkpoint's own Python files that may be run: none without `trust_remote_code`. `untied` says that
-    config.json ties the head to the embedding, and that another head is stored: `config` no longer does.
+    code        the checkpoint's own Python files that may be run: none without `trust_remote_code`
+    untied      config.json ties the head to the embedding, and another head is stored: `config` no longer does
+    left_over   the method of a quantization that config.json names, where no tensor is quantized; `config` does not
     """
 
-    untied = False
-    left_over = ""  # the method of a quantization that config.json names, where no tensor is quantized
+    untied, left_over = False, ""
 
     def __init__(
         self, name: str, folder: Path, revision: str | None = None, *, trust_remote_code: bool = False
@@ -60,9 +64,8 @@ class Source:
             raise OnlyGGUFError(self, ggufs)
         self.config = self._config()
         self.tensors = self._tensors()
-        if (told := told_quantization(self.config)) and not any(map(_is_packed, self.tensors.values())):
-            self.left_over = str(told.get("quant_method", "no method"))
-            self.config = {key: value for key, value in self.config.items() if key not in QUANTIZATION}
+        if (told := told_quantization(self.config)) and not any(map(is_packed, self.tensors.values())):
+            self.left_over, self.config = str(told.get("quant_method", "no method")), without_quantization(self.config)
         if self._has_own_head():
             self.config, self.untied = without_tie(self.config), True
         if trust_remote_code:
@@ -251,7 +254,7 @@ class Source:
     def _config(self) -> dict[str, Any]:
         if "config.json" not in self.files():
             raise SourceError(self.name, "no config.json", expected="a Hugging Face checkpoint")
-        return _tagged(self.json("config.json"))
+        return with_tagged_limits(self.json("config.json"))
 
     def _has_own_head(self) -> bool:
         """Whether a head other than the embedding is stored, and config.json ties it to the embedding all the same.
@@ -259,12 +262,8 @@ class Source:
         transformers uses such a head; vLLM, mlx-lm and llama.cpp's converter believe the config. Two equal tensors are
         a tie; those of the Hub are not compared, as they would have to be downloaded first.
         """
-        tied = [self.config, *(value for value in self.config.values() if isinstance(value, dict))]
-        if not any(value.get(_TIE) for value in tied):
-            return False
-        heads = [name for name in self.tensors if name.startswith(("lm_head.weight", "lm_head.qweight"))]
-        embeddings = [name for name in self.tensors if _EMBEDDING.search(name)]
-        if not heads or not embeddings:
+        heads, embeddings = list(filter(is_head, self.tensors)), list(filter(is_embedding, self.tensors))
+        if not says_tied(self.config) or not heads or not embeddings:
             return False
         if self.revision is not None or len(heads) != len(embeddings):
             return True
@@ -331,46 +330,3 @@ def relative(file: str) -> str:
     if file.startswith(("/", "~")) or ".." in Path(file).parts or "\0" in file or "\\" in file:
         raise SourceError(repr(file)[:80], "a path that leads out of the checkpoint")
     return file
-
-
-def _tagged(config: dict[str, Any]) -> dict[str, Any]:
-    """A config with infinite limits as transformers 5 writes them, {"__float__": "Infinity"}: Python's own `Infinity`,
-    which transformers 4 wrote (Mamba 2 and hybrids with it), is no JSON."""
-    config = dict(config)
-    if isinstance(limits := config.get(_LIMIT), list):
-        config[_LIMIT] = [{"__float__": "Infinity"} if limit == math.inf else limit for limit in limits]
-    inner = {key: value for key, value in config.items() if isinstance(value, dict) and _LIMIT in value}
-    return config | {key: _tagged(value) for key, value in inner.items()}
-
-
-def told_quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """What a config says of a quantization; {} where it says nothing."""
-    found: Any = next((config[key] for key in QUANTIZATION if config.get(key)), {})
-    return found if isinstance(found, dict) else {"quant_method": "unknown method"}
-
-
-def _is_packed(info: TensorInfo) -> bool:
-    """Whether a tensor holds codes: a matrix of anything but 16 and 32 bit floats."""
-    return len(info.shape) > 1 and info.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-def without_tie(config: dict[str, Any]) -> dict[str, Any]:
-    """`config` that ties no head to the embedding, at no level."""
-    inner = {key: value | {_TIE: False} for key, value in config.items() if isinstance(value, dict) and value.get(_TIE)}
-    return config | {_TIE: False} | inner
-
-
-def safe_config(config: dict[str, Any], *, keep_code: bool = False) -> dict[str, Any]:
-    """`config` without the keys that would run foreign code or choose kernels, at every level of nesting.
-
-    With `keep_code` auto_map stays, because the user trusts its code.
-    """
-    kept = ("auto_map",) if keep_code else ()
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: clean(v) for k, v in value.items() if k in kept or not _UNSAFE_KEYS.fullmatch(str(k))}
-        return [clean(item) for item in value] if isinstance(value, list) else value
-
-    cleaned: dict[str, Any] = clean(config)
-    return cleaned

@@ -51,9 +51,13 @@ def weight_files(where: str, files: Collection[str], config: dict[str, Any]) -> 
     ['model.safetensors']
     """
     if (named := config.get(_NAMED)) is not None:
-        if named not in files or not str(named).endswith((".safetensors", ".safetensors.index.json")):
+        if (
+            not isinstance(named, str)
+            or named not in files
+            or not named.endswith((".safetensors", ".safetensors.index.json"))
+        ):
             raise SourceError(f"{where}: config.json: {_NAMED}", f"names {str(named)[:80]!r}", expected="weights there")
-        return str(named) if str(named).endswith(".json") else [str(named)]
+        return named if named.endswith(".json") else [named]
     if SINGLE in files:
         return [SINGLE]
     if INDEX in files:

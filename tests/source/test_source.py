@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from llmquant.demo import DEMO
 from llmquant.errors import SourceError
-from llmquant.source.base import safe_config
+from llmquant.source.config import safe_config
 from llmquant.source.files import INDEX, SINGLE
 from llmquant.source.names import natural_key
 from llmquant.source.resolve import open_source
@@ -373,7 +373,7 @@ def test_the_file_that_the_config_names_is_taken_first(tmp_path: Path) -> None:
     assert float(stock(model)[0]) == 3.0
     assert source.left_behind == {SINGLE: "weights that are not loaded"}
     assert "transformers_weights" not in source.safe_config  # the output has other files
-    for wrong in ("../x.safetensors", "none.safetensors", "config.json", 3):
+    for wrong in ("../x.safetensors", "none.safetensors", "config.json", 3, ["x"]):
         (model / "config.json").write_text(json.dumps(config | {"transformers_weights": wrong}))
         assert "transformers_weights" in refusal(lambda: open_source(model))
 
