@@ -20,9 +20,9 @@ def expanded(path: str | Path, kind: type[LLMQuantError]) -> Path:
 
 
 def shown_name(path: Path) -> str:
-    """The last part of `path` as text that can be written: bytes that are no UTF-8 are escaped.
+    r"""The last part of `path` as text that can be written: bytes that are no UTF-8 are escaped.
 
     >>> shown_name(Path("models/a\udcff"))
-    'a\\\\udcff'
+    'a\\udcff'
     """
     return path.name.encode("utf-8", "backslashreplace").decode()
