@@ -214,12 +214,14 @@ class Ignored:
         >>> [Ignored(p).matches("a.down_proj.weight", "a.down_proj") for p in ("re:down", "*.down", "glob:down_proj")]
         [False, False, False]
         """
+        return self._fits(key) or self._fits(module)
+
+    def _fits(self, name: str) -> bool:
         if (glob := self._glob) is not None:
-            return fnmatchcase(module, glob) or fnmatchcase(key, glob)
+            return fnmatchcase(name, glob)
         if self.pattern.startswith(_RE):
-            expression = self.pattern.removeprefix(_RE)
-            return bool(re.match(expression, module) or re.match(expression, key))
-        return bool(re.search(self.pattern, key) or re.search(self.pattern, module))
+            return re.match(self.pattern.removeprefix(_RE), name) is not None
+        return re.search(self.pattern, name) is not None
 
 
 def split_patterns(patterns: Iterable[str]) -> tuple[str, ...]:

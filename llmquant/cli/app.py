@@ -47,6 +47,7 @@ look.register(app, run)
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code. Every error of ours and of the system is one line on stderr."""
+    caught: Exception | None = None
     arguments = normalise(sys.argv[1:] if arguments is None else arguments, look.options_of(app))
     try:
         return int(app(args=arguments, prog_name="llmquant", standalone_mode=False) or 0)
@@ -58,13 +59,11 @@ def main(arguments: list[str] | None = None) -> int:
         message, code = "aborted", 1
     except LLMQuantError as error:
         command = next((word for word in arguments if not word.startswith("-")), "")
-        message, code = error.message(naming(command, look.names_of_fields(app))), error.exit_code
-        if "--debug" in arguments:
-            traceback.print_exc()
+        message, code, caught = error.message(naming(command, look.names_of_fields(app))), error.exit_code, error
     except OSError as error:  # the disk, a network file system, a permission: nothing of ours is wrong
-        message, code = f"{error.filename or 'the system'}: {error.strerror or error}", 1
-        if "--debug" in arguments:
-            traceback.print_exc()
+        message, code, caught = f"{error.filename or 'the system'}: {error.strerror or error}", 1, error
+    if caught is not None and "--debug" in arguments:
+        traceback.print_exception(caught)
     message = " ".join(message.split())
     if arguments[:1] == ["run"] and "--json" in arguments:
         JsonLines().say("error", message=message, exit_code=code)

@@ -21,15 +21,7 @@ from llmquant.formats import FORMATS, LinearSpec
 from llmquant.formats.facts import FACTS
 from llmquant.log import SILENT, Log, progress_of
 from llmquant.model.meta import open_model
-from llmquant.output.check_files import (
-    added_files,
-    card_changed,
-    check_beside,
-    check_code,
-    check_config,
-    read_json,
-    verify_files,
-)
+from llmquant.output.check_files import check_beside, check_code, check_config, read_json, verify_files
 from llmquant.output.gguf_spec import ROPE, Expected, Order
 from llmquant.output.verify import DECODERS, Decoded, Place, digest, read_places
 from llmquant.output.verify_gguf import check_header, in_checkpoint, read_gguf
@@ -59,8 +51,8 @@ class Checked:
     against: str | None
     not_compared: dict[str, int]
     exports: tuple[str, ...]
-    added: tuple[str, ...] = ()
-    card_changed: bool = False
+    added: tuple[str, ...]
+    card_changed: bool
 
 
 def verify_folder(folder: str | Path, original: str | Path | None = None, log: Log = SILENT) -> Checked:
@@ -70,8 +62,8 @@ def verify_folder(folder: str | Path, original: str | Path | None = None, log: L
     far from it as the report says (||W - W^||^2 / ||W||^2, to one part in a thousand).
     """
     root = expanded(folder, VerifyError)
-    manifest, report = verify_files(root), parse_file(RunReport, root / "report.json")
-    n_files, digests = len(manifest["files"]), manifest["tensors"]
+    files, report = verify_files(root), parse_file(RunReport, root / "report.json")
+    n_files, digests = len(files.manifest["files"]), files.manifest["tensors"]
     progress_of(log).line(f"{n_files} files are those of the manifest")
     trusted, format_name = report.compute.trust_remote_code, report.recipe["format"]
     source = None if original is None else open_original(original, trust_remote_code=trusted)  # runs nothing
@@ -90,8 +82,8 @@ def verify_folder(folder: str | Path, original: str | Path | None = None, log: L
     against = None if source is None else source.name
     return Checked(
         *(n_files, quantized, len(main.rows) - quantized, against, dict(main.not_compared), exports),
-        added=tuple(added_files(root)),
-        card_changed=card_changed(root),
+        added=files.added,
+        card_changed=files.card_changed,
     )
 
 

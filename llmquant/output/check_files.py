@@ -6,6 +6,7 @@ The ledger of report.json says what was quantized and how; config.json is what l
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,20 +69,21 @@ def is_harmless(file: str) -> bool:
     return file not in _OURS and bool(_HARMLESS.fullmatch(file)) and not _WORDS.fullmatch(file)
 
 
-def added_files(root: Path) -> list[str]:
-    """Files in a finished folder that the run did not write and no loader reads."""
-    table = read_manifest(root)["files"]
-    return sorted(name for name in _files_in(root) if name not in table and is_harmless(name))
+@dataclass(frozen=True)
+class Files:
+    """The files of a finished folder.
+
+    added          the run did not write them, and no loader reads them
+    card_changed   somebody wrote into the card: that is everybody's right, and no part of the model
+    """
+
+    manifest: dict[str, Any]
+    added: tuple[str, ...]
+    card_changed: bool
 
 
-def card_changed(root: Path) -> bool:
-    """Whether somebody wrote into the card: that is everybody's right, and no part of the model."""
-    entry = read_manifest(root)["files"].get(CARD, {})
-    return (root / CARD).is_file() and sha256(root / CARD) != entry.get("sha256")
-
-
-def verify_files(root: Path) -> dict[str, Any]:
-    """VerifyError unless the files in `root` are those of its manifest, byte for byte; the manifest.
+def verify_files(root: Path) -> Files:
+    """VerifyError unless the files in `root` are those of its manifest, byte for byte.
 
     Of cost.json, which differs from run to run, the manifest has no hash: it must be there, and so must the card. What
     no loader reads may lie beside them.
@@ -89,7 +91,8 @@ def verify_files(root: Path) -> dict[str, Any]:
     manifest = read_manifest(root)
     table: dict[str, dict[str, Any]] = manifest["files"]
     present = set(_files_in(root)) - {MANIFEST}
-    if odd := sorted(name for name in present ^ table.keys() if name in table or not is_harmless(name)):
+    added = {name for name in present - table.keys() if is_harmless(name)}
+    if odd := sorted((present ^ table.keys()) - added):
         got, remedy = ("is missing", _AGAIN) if odd[0] in table else ("is not in the manifest", "move it elsewhere")
         raise VerifyError(odd[0], got, remedy=remedy)
     for name, entry in table.items():
@@ -99,7 +102,8 @@ def verify_files(root: Path) -> dict[str, Any]:
             raise VerifyError(name, f"{size} bytes", expected=str(entry.get("bytes")), remedy=_AGAIN)
         if sha256(root / name) != entry.get("sha256"):
             raise VerifyError(name, "its bytes have changed", remedy=_AGAIN)
-    return manifest
+    card_changed = CARD in table and sha256(root / CARD) != table[CARD].get("sha256")
+    return Files(manifest, tuple(sorted(added)), card_changed)
 
 
 def _files_in(root: Path) -> list[str]:

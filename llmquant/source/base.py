@@ -262,8 +262,10 @@ class Source:
         transformers uses such a head; vLLM, mlx-lm and llama.cpp's converter believe the config. Two equal tensors are
         a tie; those of the Hub are not compared, as they would have to be downloaded first.
         """
+        if not says_tied(self.config):
+            return False
         heads, embeddings = list(filter(is_head, self.tensors)), list(filter(is_embedding, self.tensors))
-        if not says_tied(self.config) or not heads or not embeddings:
+        if not heads or not embeddings:
             return False
         if self.revision is not None or len(heads) != len(embeddings):
             return True

@@ -43,6 +43,7 @@ def is_packed(info: TensorInfo) -> bool:
 
 
 def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` that tells of no quantization."""
     return {key: value for key, value in config.items() if key not in _QUANTIZATION}
 
 

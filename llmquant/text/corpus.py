@@ -17,7 +17,7 @@ from llmquant.errors import CalibrationError, option
 from llmquant.paths import shown_name
 from llmquant.source.hub import dataset_commit
 from llmquant.text.chats import chat_columns, read_chat
-from llmquant.text.files import FILES, find_file, read_rows
+from llmquant.text.files import FILES, find_file, read_rows, refuse_folder
 
 _WIKITEXT = "Salesforce/wikitext"
 _MEDIA = frozenset(("image", "images", "audio", "video", "pixel_values"))  # columns that hold them, or names of files
@@ -136,7 +136,7 @@ def _hub_dataset(spec: str, limit: int, name: str, *, evaluated: bool = False) -
 
     repo, config, split, column = (spec.split(":") + [""] * 3)[:4]
     if repo:
-        find_file(repo)  # `datasets` would read a folder of that name in place of the Hub's dataset
+        refuse_folder(spec, repo)
     try:
         revision = dataset_commit(repo)
         if evaluated and not split:

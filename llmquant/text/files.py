@@ -23,6 +23,18 @@ _MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb\xbf": "utf-8-
 FILES = "FILE (.txt, .md, .jsonl, .json, .csv, .parquet, also .gz)"
 
 
+def refuse_folder(spec: str, name: str) -> None:
+    """CalibrationError where `name`, of `spec`, is a local folder: `datasets` would read it in place of the Hub's
+    dataset of that name."""
+    if expanded(name, CalibrationError).is_dir():
+        raise CalibrationError(
+            spec,
+            f"{name} is a local folder",
+            expected=f"{FILES} or HUB_ID",
+            remedy="name a file in it, or run from a folder without it",
+        )
+
+
 def find_file(spec: str) -> tuple[Path, str | None] | None:
     """The file that `FILE` or `FILE:column` names, here or missing, and the column; None where it names no file.
 
@@ -33,16 +45,11 @@ def find_file(spec: str) -> tuple[Path, str | None] | None:
             continue
         path = expanded(name, CalibrationError)
         try:
-            is_file, is_folder = path.is_file(), path.is_dir()
+            is_file = path.is_file()
+            if column is None:
+                refuse_folder(spec, name)
         except OSError as error:  # a name that no file can have
             raise CalibrationError(spec[:200], f"cannot be read ({error.strerror})", expected="a file") from None
-        if is_folder and column is None:
-            raise CalibrationError(
-                spec,
-                f"{name} is a local folder",
-                expected=f"{FILES} or HUB_ID",
-                remedy="name a file in it, or run from a folder without it",
-            )
         if is_file or (column is None and _suffix(path) in (*_TABLES, *_TEXTS)):
             return path, column
     return None

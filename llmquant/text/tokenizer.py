@@ -12,8 +12,6 @@ from llmquant.source.base import Source
 from llmquant.text.corpus import Text
 
 _WITHOUT = "`llmquant run --method rtn --eval-data none` needs none"
-
-
 _TEKKEN = "tekken.json"  # Mistral's own form, which the package mistral-common reads
 
 
