@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from llmquant.errors import HubError, VerifyError, option
@@ -88,8 +88,7 @@ def push(
     progress.line(f"{root}: {found.files} files are right")
     if found.added:
         progress.line(f"not of the run, and not published: {', '.join(found.added)}")
-    card = (root / CARD).read_text("utf-8") if keep_card else make_card(repo, report, base_model)
-    items = _items(root, card)
+    items = _items(root, (root / CARD).read_bytes() if keep_card else make_card(repo, report, base_model).encode())
     api = HfApi()
     with told(repo):
         if not target.exists:
@@ -120,13 +119,13 @@ def _finished_report(root: Path) -> RunReport:
     return report
 
 
-def _items(root: Path, repository_card: str) -> dict[str, Item]:
+def _items(root: Path, repository_card: bytes) -> dict[str, Item]:
     """Every file of the manifest and the manifest, with the card of the repository in place of the folder's."""
     items, manifest = {}, read_json(root, MANIFEST)
     for name, entry in manifest["files"].items():
         path = root / name
         items[name] = Item(path, path.stat().st_size, sha256(path) if name == COST else entry["sha256"])
-    card = _of_bytes(repository_card.encode())
+    card = _of_bytes(repository_card)
     manifest["files"][CARD] = {"bytes": card.bytes, "sha256": card.sha256}
     return items | {CARD: card, MANIFEST: _of_bytes(json_bytes(manifest))}
 
@@ -185,14 +184,14 @@ def _check_tag(api: "HfApi", repo: str, tag: str, change: Change) -> None:
 
 def _upload(api: "HfApi", repo: str, change: Change, create_pr: bool, log: Progress) -> tuple[str, str]:
     """Weights one by one, then one commit of all that differs. The address and the revision of it."""
-    from huggingface_hub import CommitOperationDelete, ModelCard, constants
+    from huggingface_hub import CommitOperationDelete, constants
 
     address = f"{_endpoint(constants.ENDPOINT)}/{repo}"
     if not change.items and not change.stale:
         log.line(f"{repo}: all files are there already")
         return address, change.head or "main"
     if isinstance(card := getattr(change.items.get(CARD), "data", None), bytes):
-        _check_card(ModelCard(card.decode()), repo)
+        _check_card(card, repo)
     new = {name: _operation(name, item) for name, item in change.items.items()}
     weights = [name for name in new if name.endswith((".safetensors", ".gguf"))]
     for number, name in enumerate(weights, 1):
@@ -224,10 +223,14 @@ def _operation(name: str, item: Item) -> "CommitOperationAdd":
     return operation
 
 
-def _check_card(card: Any, repo: str) -> None:
+def _check_card(card: bytes, repo: str) -> None:
+    """HubError for a card whose head the Hub does not accept; one that a user wrote may be no UTF-8 or no YAML."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
     try:
-        card.validate()
-    except ValueError as error:
+        ModelCard(card.decode()).validate()
+    except (ValueError, YAMLError) as error:
         raise HubError(f"{repo}: {CARD}", f"the Hub does not accept its head ({clean(str(error))})") from None
 
 

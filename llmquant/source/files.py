@@ -41,7 +41,7 @@ _ANEW = re.compile(
 _TRAINING = re.compile(r"(trainer_state|training_args|(all|train|eval|test|predict)_results|dataset_infos?)\.json")
 _USELESS = "of no use to a loader"
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|onnx_data|h5|msgpack|tflite|npz|mlmodel)")
-_CODE = re.compile(r".*\.(py|ipynb|sh|js|so|dll|exe)")
+_CODE = re.compile(r"(?!__init__\.py$).*\.(py|ipynb|sh|js|so|dll|exe)")  # but what makes a folder a package
 
 
 def weight_files(where: str, files: Collection[str], config: dict[str, Any]) -> str | list[str]:

@@ -30,7 +30,7 @@ def open_source(model: str | Path, revision: str | None = None, *, trust_remote_
     if is_file:
         path = _folder_of(path)
     if is_file or is_folder:
-        repo, folder = _in_cache(path)
+        repo, folder = _in_cache(path, revision)
         commit = folder.name if repo else None
         return Source(repo or shown_name(folder.resolve()), folder, commit, trust_remote_code=trust_remote_code)
     if path.is_absolute() or str(model).startswith((".", "~")) or path.suffix.lower() in _FILES:
@@ -49,20 +49,25 @@ def _folder_of(file: Path) -> Path:
     return file.parent
 
 
-def _in_cache(folder: Path) -> tuple[str, Path]:
+def _in_cache(folder: Path, revision: str | None) -> tuple[str, Path]:
     """The repository and the snapshot that a folder of the Hub's cache stands for; ("", folder) for any other.
+
+    Without a `revision` that is the one of the branch main, else the only one.
 
     SourceError, with what to name, for a folder that is no checkpoint and holds some.
     """
     if (folder / "config.json").is_file():
         return "", folder
     if match := re.fullmatch(r"models--([^/]+)--([^/]+)", folder.resolve().name):
-        ref = folder / "refs" / "main"
-        snapshots = sorted((folder / "snapshots").glob("*"))
-        if ref.is_file():
-            return f"{match[1]}/{match[2]}", folder / "snapshots" / ref.read_text("utf-8", "replace").strip()
+        repo, ref = f"{match[1]}/{match[2]}", folder / "refs" / (revision or "main")
+        snapshots = {path.name: path for path in (folder / "snapshots").glob("*")}
+        commit = ref.read_text("utf-8", "replace").strip() if ref.is_file() else revision
+        if commit in snapshots:
+            return repo, snapshots[commit]
+        if revision is not None:
+            raise SourceError(str(folder), f"holds no revision {revision!r}", remedy=f"name the repository, {repo}")
         if len(snapshots) == 1:
-            return f"{match[1]}/{match[2]}", snapshots[0]
+            return repo, next(iter(snapshots.values()))
     inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
     cached = sorted(path.name.removeprefix("models--").replace("--", "/", 1) for path in folder.glob("models--*--*"))
     if named := cached or [f"{folder}/{name}" for name in inside]:

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import sys
+import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
@@ -65,7 +66,7 @@ def read_rows(path: Path) -> Generator[dict[str, Any]]:
             yield from _rows(path, stream)
     except UnicodeDecodeError as error:
         raise CalibrationError(str(path), f"not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise CalibrationError(str(path), f"cannot be read ({error})") from None
 
 

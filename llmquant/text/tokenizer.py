@@ -13,6 +13,7 @@ from llmquant.text.corpus import Text
 
 _WITHOUT = "`llmquant run --method rtn --eval-data none` needs none"
 _TEKKEN = "tekken.json"  # Mistral's own form, which the package mistral-common reads
+_VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.model"}
 
 
 def has_tokenizer(source: Source) -> bool:
@@ -33,7 +34,7 @@ def load_tokenizer(source: Source) -> Any:
             expected="tokenizer files beside the weights",
             remedy=f"add them; {_WITHOUT}",
         )
-    only_tekken = _TEKKEN in source.files() and "tokenizer.json" not in source.files()
+    only_tekken = _TEKKEN in source.files() and not _VOCABULARIES.intersection(source.files())
     if only_tekken and find_spec("mistral_common") is None:
         raise CalibrationError(
             source.name,

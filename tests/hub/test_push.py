@@ -221,6 +221,17 @@ def test_what_was_added_stays_here_and_a_card_of_ones_own_is_kept_on_request(
     assert not {".DS_Store", "Thumbs.db", "notes.txt"} & files.keys()
 
 
+@pytest.mark.parametrize("card", [b"\xff no UTF-8", b"---\nlicense: [\n---\n# m"], ids=["bytes", "yaml"])
+def test_a_card_of_ones_own_that_is_none_is_one_line(card: bytes, hub: Hub, made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "gguf", tmp_path / "mine")
+    (tmp_path / "mine" / "README.md").write_bytes(card)
+    (said,) = run(hub, tmp_path, [push(tmp_path, "mine", "me/mine", "--keep-card")])
+    assert said.code == 10
+    assert "me/mine: README.md: the Hub does not accept its head" in said.err
+    assert "Traceback" not in said.err
+    assert hub.models["me/mine"].main.keys() <= {".gitattributes"}
+
+
 def test_a_new_checkpoint_replaces_the_old_and_a_pinned_revision_keeps_it(hub: Hub, made: Path, tmp_path: Path) -> None:
     steps = [push(made, "old", "me/m", "--tag", "v1"), push(made, "new", "me/m", "--tag", "v1")]
     steps += [push(made, "new", "me/m", "--tag", "v2")] * 2

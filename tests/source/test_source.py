@@ -156,6 +156,10 @@ def test_a_folder_of_the_hubs_cache_stands_for_its_repository(tmp_path: Path, on
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
     assert open_source(repo).revision == commit
+    assert open_source(repo, "5678" * 10).revision == "5678" * 10
+    (repo / "refs" / "v2").write_text("5678" * 10)
+    assert open_source(repo, "v2").revision == "5678" * 10
+    assert "holds no revision 'v3'; name the repository, user/m" in refusal(lambda: open_source(repo, "v3"))
     assert "is a cache of the Hub; expected a checkpoint folder or a Hub id; in it: user/m" in refusal(
         lambda: open_source(cache)
     )
@@ -316,6 +320,7 @@ STAYS_BEHIND = {
         "original/params.json",
         "onnx/tokenizer.json",
         "original/LICENSE",
+        "__init__.py",
     ],
     "9 MB": ["word_counts.json"],
 }

@@ -92,3 +92,6 @@ def test_a_tekken_alone_is_called_by_name_or_read_by_mistral_common(
     stand_in = SimpleNamespace(from_pretrained=lambda folder: f"of {folder}")  # the package is not installed here
     monkeypatch.setattr(transformers, "MistralCommonBackend", stand_in, raising=False)
     assert load_tokenizer(source) == f"of {folder}"
+    (folder / "tokenizer.model").write_text("of another vocabulary, so of that one's reader")
+    with pytest.raises(CalibrationError, match="tokenizer cannot be loaded"):
+        load_tokenizer(open_source(folder))

@@ -143,6 +143,7 @@ WRONG: dict[str, tuple[str, bytes, str]] = {
     "a picture": ("notes", b"\x89PNG\r\n", "not UTF-8 text"),
     "no gzip": ("x.txt.gz", b"plain", "cannot be read"),
     "cut gzip": ("x.txt.gz", gzip.compress(b"abc" * 1000)[:-9], "cannot be read"),
+    "spoilt gzip": ("x.txt.gz", gzip.compress(b"abc" * 1000)[:12] + b"\xff" * 20, "cannot be read"),
     "no Parquet": ("x.parquet", b"PAR1 nothing", "not valid Parquet"),
     "half a UTF-16": ("x.txt", b"\xff\xfea", "not UTF-8 text"),
     "no message": ("x.jsonl", b'{"messages": [1]}', "expected a list of messages of text in messages"),
