@@ -59,6 +59,7 @@ class Draft:
     lanes: tuple[str, ...]
     products: torch.dtype  # of calibration forwards and Hessians
     openings: Mapping[str, Opening]  # of every format that is written: what stock transformers does with it
+    chosen: Mapping[str, str]  # what was chosen where the recipe said auto, in words
 
     @property
     def plan(self) -> Plan:
@@ -144,10 +145,11 @@ def draft(
         log.line("config.json ties the head to the embedding, but a head of its own is stored: that one is used")
     if said := said_of_left(source.left_behind):
         log.line(said)
-    asked, recipe = recipe.group_size, with_group_size(recipe, skeleton)
-    if asked == "auto":
-        log.line(f"--group-size auto: {recipe.group_size}, the largest of 128, 64 and 32 that divides the inputs")
-    plan = make_plan(skeleton.source, skeleton, recipe)
+    recipe, group_size = with_group_size(recipe, skeleton)
+    chosen = {"group_size": group_size} if group_size else {}
+    if group_size:
+        log.line(f"--group-size auto: {group_size}")
+    plan = make_plan(skeleton.source, skeleton, recipe, auto=bool(group_size))
     if unfit := [row.name.removesuffix(".weight") for row in plan.rows if UNFIT in row.reason]:
         log.line(f"--unfit keep: {len(unfit)} linears stay in 16 bit: {kinds(unfit)}")
     source = skeleton.source.listed(row.name for row in plan.rows)
@@ -160,7 +162,7 @@ def draft(
     exports = attempt(lambda: check_exports(recipe.exports, source, skeleton, plan))
     openings = {name: Opening() for name in recipe.exports} | {recipe.format: output.opening} | (exports or {})
     attempt(lambda: refuse_closed(options.runtimes, plan, openings, log))
-    drawn = Draft(recipe, options, source, skeleton, output, lanes, products or skeleton.dtype, openings)
+    drawn = Draft(recipe, options, source, skeleton, output, lanes, products or skeleton.dtype, openings, chosen)
     if drawn.parked:
         log.line(said_of_parked(drawn.parked))
     return drawn

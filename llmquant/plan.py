@@ -25,7 +25,6 @@ from llmquant.treatments import (
     module_of,
     refuse_unknown_experts,
     treatments,
-    with_group_size,
 )
 
 _STORABLE = (torch.bfloat16, torch.float16, torch.float32)
@@ -120,17 +119,16 @@ class Plan:
         return bits / max(1, sum(spec.shape[0] * spec.shape[1] for spec in self.specs))
 
 
-def make_plan(source: Source, skeleton: Skeleton, recipe: Recipe) -> Plan:
-    """Decide on every tensor of `source`.
+def make_plan(source: Source, skeleton: Skeleton, recipe: Recipe, *, auto: bool = False) -> Plan:
+    """Decide on every tensor of `source`; `auto`: the recipe's group size was chosen (`treatments.with_group_size`).
 
     Quantized: the weight of each Linear or Conv1D inside a decoder block, as `treatments` says. Everything else is
     copied; a tensor that holds all experts, of which none is quantized, as it is. Raises RecipeError where a group size
     does not divide (all offenders named), where nothing is left to quantize, or a rule or pattern decides nothing;
     FormatError by the format.
     """
-    recipe = with_group_size(recipe, skeleton)
     keys = sorted(source.tensors, key=natural_key)
-    chosen = treatments(keys, skeleton, recipe)
+    chosen = treatments(keys, skeleton, recipe, auto=auto)
     refuse_unknown_experts(keys, skeleton, recipe)
     if whole := [key for key, parts in source.slices.items() if not _any_quantized(skeleton, parts, chosen)]:
         source = source.listed(whole)

@@ -58,6 +58,7 @@ def run_report(
         bits_per_weight=job.plan.bits_per_weight(job.recipe.format),
         calibration=None if job.calibration is None else TextWindows(**job.calibration.as_dict()),
         evaluation=None if job.evaluation is None else evaluation_report(job.evaluation, lanes, floor),
+        chosen=dict(job.chosen) or None,
         runtimes={name: runtimes_of(job.plan, name, job.openings[name].findings) for name in formats},
         files={name: WeightFile(**facts) for name, facts in files.items()},
         layers=tuple(parse(Layer, layer.as_dict(), layer.name) for layer in layers),

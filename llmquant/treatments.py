@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from llmquant.errors import RecipeError, SourceError, option
 from llmquant.formats.base import in_block
-from llmquant.formats.facts import FACTS, fused_sets
+from llmquant.formats.facts import FACTS, fused_sets, is_split_by_inputs
 from llmquant.model.meta import is_linear, shape_OI
 from llmquant.model.skeleton import Skeleton
 from llmquant.quant.grid import QuantScheme
@@ -26,6 +26,7 @@ NO_LINEAR = re.compile(r"embed|norm|wte|wpe", re.IGNORECASE)  # in the names of 
 UNFIT = "(--unfit keep)"  # ends the reason of what is kept because it fits no group or format
 _SMALL = 50  # a linear with less than this part of its block's weights is not worth a refusal
 _GROUP_SIZES = (128, 64, 32)  # that `auto` chooses from
+_SPLIT = 8_000_000_000  # weights in the blocks, from which on servers may split a model over several devices
 
 
 @dataclass(frozen=True)
@@ -46,30 +47,37 @@ class Treatment:
         return (self.scheme.bits, -group, not self.scheme.symmetric)
 
 
-def with_group_size(recipe: Recipe, skeleton: Skeleton) -> Recipe:
-    """`recipe` with a number in place of the group size "auto".
+def with_group_size(recipe: Recipe, skeleton: Skeleton) -> tuple[Recipe, str]:
+    """`recipe` with a number in place of the group size "auto", and what was chosen, in words; else as it is, and "".
 
     The largest of 128, 64 and 32 that the formats hold and that divides the inputs of all linears; where there is none,
-    of most of their weights. Linears whose size a rule sets, and small ones, do not count. One size for all, as some
-    formats and runtimes know only one.
+    of most of their weights. In a large model it divides half of those inputs that tensor parallelism splits, too, or
+    two devices could not share it. Linears whose size a rule sets, and small ones, do not count. One size for all, as
+    some formats and runtimes know only one.
     """
     if recipe.group_size != "auto":
-        return recipe
+        return recipe, ""
     by_row = treatments(list(skeleton.source.tensors), skeleton, replace(recipe, group_size=-1, unfit="fail"))
-    weights = Counter[int]()  # by the inputs of their linear
+    split = sum(block.n_weights for block in skeleton.blocks) >= _SPLIT
+    weights = Counter[int]()  # by what a group must divide
     for module, treatment in by_row.items():
         rule = next((rule for rule in recipe.rules if rule.matches(module)), None)
         decided = treatment.scheme is not None and (rule is None or rule.group_size is None)
         if decided and module in skeleton.modules and not _is_small(skeleton, module):
             rows, columns = shape_OI(skeleton.modules[module])
-            weights[columns] += rows * columns
+            weights[columns // 2 if split and is_split_by_inputs(module) else columns] += rows * columns
     held = [size for size in _GROUP_SIZES if all(size in FACTS[name].groups for name in recipe.formats)]
     best = min(held, key=lambda size: sum(count for columns, count in weights.items() if columns % size))
-    return replace(recipe, group_size=best)
+    divided = "the inputs" + ", also those of two devices that share it" * split
+    chosen = f"{best}, the largest of {', '.join(map(str, held))} that divides {divided}"
+    return replace(recipe, group_size=best), chosen
 
 
-def treatments(keys: Sequence[str], skeleton: Skeleton, recipe: Recipe) -> dict[str, Treatment]:
+def treatments(keys: Sequence[str], skeleton: Skeleton, recipe: Recipe, *, auto: bool = False) -> dict[str, Treatment]:
     """The treatment of every linear of the decoder blocks whose weight is among `keys`, by the name of its module.
+
+    With `auto`, `with_group_size` chose the recipe's group size, which each of its linears then says.
+
 
     The first that matches decides: an --ignore pattern, a rule, the recipe's own fields. What is too small to be worth
     its error (`rules.SMALL`) stays dense, unless a rule matches nothing but such linears, and so means them.
@@ -88,7 +96,7 @@ def treatments(keys: Sequence[str], skeleton: Skeleton, recipe: Recipe) -> dict[
             unused_patterns.pop(pattern, None)
         rule = next((rule for rule in recipe.rules if rule.matches(module)), None)
         if rule is not None and not ignored and is_foreign(skeleton, key, skeleton.source.tensors[key].shape):
-            chosen[module] = _foreign(recipe, rule, key)
+            chosen[module] = _foreign(recipe, rule, key, auto=auto)
             unused_rules.pop(rule, None)
         if not _is_candidate(skeleton, key):
             continue
@@ -99,7 +107,7 @@ def treatments(keys: Sequence[str], skeleton: Skeleton, recipe: Recipe) -> dict[
         elif module in small and rule not in meant and not (rule is not None and rule.keep):
             chosen[module] = Treatment(None, "", small[module])
         else:
-            chosen[module] = _fitted(_treatment(recipe, rule), module, skeleton, recipe)
+            chosen[module] = _fitted(_treatment(recipe, rule, auto=auto), module, skeleton, recipe)
             if rule is not None:
                 unused_rules.pop(rule, None)
     for idle in unused_patterns.values():
@@ -125,8 +133,8 @@ def is_foreign(skeleton: Skeleton, key: str, shape: Sequence[int]) -> bool:
     return key.endswith(".weight") and len(shape) == 2 and key not in skeleton.param_of and not NO_LINEAR.search(key)
 
 
-def _foreign(recipe: Recipe, rule: Rule, key: str) -> Treatment:
-    treatment = _treatment(recipe, rule)
+def _foreign(recipe: Recipe, rule: Rule, key: str, *, auto: bool) -> Treatment:
+    treatment = _treatment(recipe, rule, auto=auto)
     if treatment.scheme is not None and treatment.method not in DATA_FREE:
         raise RecipeError(
             f"rule '{rule}'",
@@ -144,7 +152,7 @@ def _why_small(skeleton: Skeleton, module: str) -> str:
     return why_small(path, *shape_OI(skeleton.modules[module]))
 
 
-def _treatment(recipe: Recipe, rule: Rule | None) -> Treatment:
+def _treatment(recipe: Recipe, rule: Rule | None, *, auto: bool) -> Treatment:
     if rule is not None and rule.keep:
         return Treatment(None, "", f"rule '{rule}'", True)
     settings = {} if rule is None else rule.settings
@@ -152,6 +160,8 @@ def _treatment(recipe: Recipe, rule: Rule | None) -> Treatment:
         settings.get(name, getattr(recipe, name)) for name in ("bits", "group_size", "symmetric", "method")
     )
     why = "linear layer of a decoder block" + ("" if rule is None else f", rule '{rule}'")
+    if auto and "group_size" not in settings:
+        why += f", groups of {group_size} by --group-size auto"
     return Treatment(QuantScheme(bits, group_size, symmetric), method, why, rule is not None)
 
 

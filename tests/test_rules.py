@@ -20,6 +20,7 @@ from llmquant.preflight.estimate import estimate
 from llmquant.recipe import RunOptions, make_recipe
 from llmquant.rules import SETTINGS, Rule, make_rules, parse_rule, why_small
 from llmquant.source.resolve import open_source
+from llmquant.treatments import with_group_size
 
 ModelOf = Callable[[str], Path]
 
@@ -109,8 +110,9 @@ def test_names_and_plain_data() -> None:
 # -- the plan ------------------------------------------------------------------------------------------
 def plan_of(model: Path, **flags: Any) -> Plan:
     source = open_source(model)
-    recipe = make_recipe("x", flags={"group_size": 32} | flags)
-    return make_plan(source, Skeleton(source, torch.device("cpu"), torch.float32), recipe)
+    skeleton = Skeleton(source, torch.device("cpu"), torch.float32)
+    recipe, chosen = with_group_size(make_recipe("x", flags={"group_size": 32} | flags), skeleton)
+    return make_plan(source, skeleton, recipe, auto=bool(chosen))
 
 
 def schemes(plan: Plan) -> dict[str, tuple[int, int]]:
@@ -345,6 +347,9 @@ def test_auto_is_the_largest_group_size_that_divides_what_it_decides(
 ) -> None:
     plan = plan_of(tiny_model("llama"), group_size="auto", **flags)
     assert {spec.scheme.group_size for spec in plan.specs} == sizes
+    by_rule = [row.spec.scheme.group_size == -1 for row in plan.rows if row.spec]
+    said = [row.reason.endswith(f"groups of {max(sizes)} by --group-size auto") for row in plan.rows if row.spec]
+    assert [not by for by in by_rule] == said
     recipe = make_recipe("x", flags={"eval_data": "none", "seq_len": 64, "samples": 2} | flags)
     found = estimate(tiny_model("llama"), recipe, RunOptions())
     largest = max(sizes)
@@ -356,6 +361,15 @@ def test_the_output_is_named_by_the_size_that_auto_found(tiny_model: ModelOf) ->
     drawn = draft(stored, make_recipe("x"), RunOptions(), log=progress_of(SILENT))
     assert drawn.target.name.endswith("-W4A16-G32")
     assert drawn.recipe.group_size == 32
+    assert drawn.chosen == {"group_size": "32, the largest of 128, 64, 32 that divides the inputs"}
+
+
+def test_two_devices_can_share_a_large_model(tiny_model: ModelOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the 64 inputs of o_proj: groups of 32; down_proj, of which half is 48, is a rule's."""
+    flags = {"group_size": "auto", "rules": ["down_proj: group_size=-1"]}
+    assert {spec.scheme.group_size for spec in plan_of(tiny_model("llama"), **flags).specs} == {64, -1}
+    monkeypatch.setattr("llmquant.treatments._SPLIT", 1)
+    assert {spec.scheme.group_size for spec in plan_of(tiny_model("llama"), **flags).specs} == {32, -1}
 
 
 def test_what_fits_no_group_or_format_is_refused_or_kept_with_what_servers_join_with_it(tmp_path: Path) -> None:

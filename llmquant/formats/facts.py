@@ -165,3 +165,16 @@ def fused_sets(modules: Iterable[str]) -> list[list[str]]:
     sets = [[f"{parent}.{leaf}" for leaf in leaves] for parent in parents for leaves in FUSED.values()]
     present = [[member for member in members if member in known] for members in sets]
     return [members for members in present if len(members) > 1]
+
+
+# The second of a pair of linears: servers give each device a part of its inputs, and add up the outputs.
+_BY_INPUTS = frozenset(("o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "fc2", "fc_out", "w2", "c_proj"))
+
+
+def is_split_by_inputs(module: str) -> bool:
+    """Whether tensor parallelism gives each device a part of the linear's inputs, with all groups of them.
+
+    >>> is_split_by_inputs("model.layers.0.mlp.down_proj"), is_split_by_inputs("model.layers.0.mlp.up_proj")
+    (True, False)
+    """
+    return module.rpartition(".")[2] in _BY_INPUTS

@@ -14,7 +14,7 @@ import torch
 
 from llmquant.errors import FormatError, RecipeError, did_you_mean, option
 from llmquant.formats import FORMATS, LinearSpec
-from llmquant.formats.facts import FACTS, formats_that, fused_sets
+from llmquant.formats.facts import FACTS, formats_that, fused_sets, is_split_by_inputs
 
 Breaks = Callable[[LinearSpec], bool]
 
@@ -61,10 +61,6 @@ class Finding:
         return f"{self.runtime} {self.version} {self.severity}: {self.got}{where}; {self.remedy}"
 
 
-# Linears that servers split by their inputs: the second of a pair, whose sum all devices add up.
-_BY_INPUTS = frozenset(("o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "fc2", "fc_out", "w2", "c_proj"))
-
-
 def _any(spec: LinearSpec) -> bool:
     return True
 
@@ -94,8 +90,8 @@ def _odd_expert(spec: LinearSpec) -> bool:
 def _cuts_groups(spec: LinearSpec) -> bool:
     """A linear of which tensor parallelism gives each device a part of the inputs, where half of them would end within
     a group."""
-    by_inputs = spec.module.rpartition(".")[2] in _BY_INPUTS
-    return by_inputs and spec.scheme.group_size > 0 and bool(spec.shape[1] % (2 * spec.scheme.group_size))
+    parts = is_split_by_inputs(spec.module) and spec.scheme.group_size > 0
+    return parts and bool(spec.shape[1] % (2 * spec.scheme.group_size))
 
 
 def _marlin(runtime: str, formats: tuple[str, ...] = _PACKED) -> tuple[Rule, ...]:

@@ -60,6 +60,7 @@ def make_card(name: str, report: RunReport, base_model: str | None = None) -> st
         licensed=report.model.card.license is not None,
         command=_plain(command_of(report)),
         settings=", ".join(_setting(key, value) for key, value in recipe.items() if value not in (None, [], "")),
+        chosen=[f"For {name} auto chose {_plain(what)}" for name, what in (report.chosen or {}).items()],
         calibration=_calibration(report.calibration),
         packages=", ".join(f"{package} {version}" for package, version in report.versions.items()),
     )

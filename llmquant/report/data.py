@@ -163,6 +163,7 @@ class WeightFile:
 class RunReport:
     """report.json of a run or an export.
 
+    chosen          what was chosen where the recipe said auto, in words, by the recipe's names
     runtimes        which of them open it, by format, then by runtime
     files           those of weights
     exported_from   the format that was measured, where this checkpoint is an export of it
@@ -176,6 +177,7 @@ class RunReport:
     bits_per_weight: float
     calibration: TextWindows | None
     evaluation: Evaluation | None
+    chosen: dict[str, str] | None = None
     runtimes: dict[str, dict[str, Runtime]] = field(default_factory=dict)
     files: dict[str, WeightFile] = field(default_factory=dict)
     layers: tuple[Layer, ...]

@@ -26,7 +26,7 @@ from llmquant.source.resolve import open_source
 
 ROOT = Path(__file__).parents[2]
 CARDS = ROOT / "model_cards"
-FLAGS = {"group_size": 32, "samples": 4, "seq_len": 32, "eval_tokens": 128, "eval_seq_len": 64}
+FLAGS = {"samples": 4, "seq_len": 32, "eval_tokens": 128, "eval_seq_len": 64}
 SCHEMA = json.loads((ROOT / "eval" / "report.schema.json").read_text())
 
 
@@ -111,6 +111,16 @@ def test_strangers_strings_stay_text(finished: Path) -> None:
 
 
 # -- the body ----------------------------------------------------------------------------------------------
+def test_what_auto_chose_stands_in_card_and_ledger(finished: Path) -> None:
+    report = report_of(finished)
+    jsonschema.validate(report, SCHEMA)
+    chosen = "32, the largest of 128, 64, 32 that divides the inputs"
+    assert report["chosen"] == {"group_size": chosen}
+    assert f"For group_size auto chose {chosen}." in card_of("x", report)
+    assert "groups of 32 by --group-size auto" in {row["reason"].rpartition(", ")[2] for row in report["tensors"]}
+    assert f"group_size auto chose {chosen}" in (finished / "report.html").read_text("utf-8")
+
+
 def test_hashes_are_those_of_the_files(finished: Path) -> None:
     card, manifest = (finished / "README.md").read_text(), json.loads((finished / "manifest.json").read_text())
     files = sorted(finished.glob("*.safetensors"))
