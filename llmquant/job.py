@@ -15,21 +15,25 @@ from typing import Any, TypeVar
 import torch
 
 from llmquant.blocks.snapshots import snapshot_bytes
+from llmquant.blocks.solve import stacks
 from llmquant.checkpoint import as_original
 from llmquant.coverage import enough_batches
 from llmquant.errors import CalibrationError, FormatError, RecipeError, option
-from llmquant.formats import FORMATS
+from llmquant.formats import FORMATS, LinearSpec
 from llmquant.formats.runtimes import refuse_runtimes
 from llmquant.lanes.baselines import pick_baselines
 from llmquant.lanes.scores import ORIGINAL, OURS
 from llmquant.log import Progress
 from llmquant.memory import physical_memory
+from llmquant.model.block import Block
 from llmquant.model.devices import device_memory, pick_device, pick_dtype, pick_products
 from llmquant.model.skeleton import Skeleton
 from llmquant.model.streams import spilled
 from llmquant.output.containers import Output, open_output
 from llmquant.output.opens import Opening
 from llmquant.plan import Plan, make_plan
+from llmquant.quant.curvature import row_blocks
+from llmquant.quant.solvers import CURVED
 from llmquant.recipe import Recipe, RunOptions
 from llmquant.report.ledger import mostly_dense
 from llmquant.source.base import Source
@@ -44,6 +48,7 @@ from llmquant.treatments import UNFIT, with_group_size
 from llmquant.versions import versions
 
 T = TypeVar("T")
+_CURVATURE_TOKENS = 2**16  # at most, of the curvature pass: H_O needs no more, and it takes disk and time
 _USUAL_SAMPLES = Recipe().most_samples
 
 
@@ -99,6 +104,41 @@ class Draft:
         if self.parked:
             fields = [*["samples", "seq_len"] * self.calibrated, *["eval_tokens"] * bool(self.lanes)]
             refuse_parked(self.stream_sizes(calibration_tokens, evaluation_tokens), self.options.stream_budget, fields)
+
+    @property
+    def curved(self) -> bool:
+        """Whether there is a curvature pass (`curvature.py`)."""
+        wanted = self.recipe.curvature != "off" and not why_not_curved(self.skeleton)
+        return wanted and any(self.curved_stacks(block) for block in self.skeleton.blocks)
+
+    def curved_stacks(self, block: Block) -> list[list[LinearSpec]]:
+        """The linears of a block whose solver takes H_O, by the task that they are solved in.
+
+        Not those of experts: few tokens reach each, too few for an H_O of its own.
+        """
+        specs = {row.spec.module: row.spec for row in self.plan.block(block.index) if row.spec is not None}
+        curved = {name for name, spec in specs.items() if spec.method in CURVED and block.experts_of(name) is None}
+        steps = [[specs[name] for name in names if name in curved] for names in block.steps]
+        return [stack for step in steps for stack in stacks(step)]
+
+    def curvature_tokens(self, calibration_tokens: int) -> int:
+        """Tokens of the curvature pass."""
+        return min(calibration_tokens, _CURVATURE_TOKENS) if self.curved else 0
+
+    def border_sizes(self, calibration_tokens: int) -> list[int]:
+        """Bytes of what the curvature pass keeps in front of every block and behind the last one."""
+        if not (n_tokens := self.curvature_tokens(calibration_tokens)):
+            return []
+        return [stream_bytes(self.skeleton, n_tokens, self.recipe.seq_len)] * (len(self.skeleton.blocks) + 1)
+
+    def curvature_bytes(self, calibration_tokens: int) -> int:
+        """What the curvature pass takes on the disk: H_O of all blocks, and what memory has no room for."""
+        if not (sizes := self.border_sizes(calibration_tokens)):
+            return 0
+        borders = {str(number): size for number, size in enumerate(sizes)}
+        stacks = [stack for block in self.skeleton.blocks for stack in self.curved_stacks(block)]
+        rows = [rows for stack in stacks for rows in row_blocks([spec.shape[0] for spec in stack])]
+        return sum(spilled(borders, self.options.stream_budget).values()) + sum(2 * len(each) ** 2 for each in rows)
 
     def spilled_bytes(self, sizes: Mapping[str, int]) -> int:
         """Of streams of these `sizes`, what goes to files; parked forwards cannot."""
@@ -165,6 +205,9 @@ def draft(
     drawn = Draft(recipe, options, source, skeleton, output, lanes, products or skeleton.dtype, openings, chosen)
     if drawn.parked:
         log.line(said_of_parked(drawn.parked))
+    if drawn.calibrated and recipe.curvature != "off" and (why := why_not_curved(skeleton)):
+        attempt(lambda: refuse_uncurved(recipe, why))
+        log.line(f"no curvature: {why}")
     return drawn
 
 
@@ -303,6 +346,20 @@ def said_of_experts(draft: Draft, calibration_tokens: int) -> str:
         f"experts: about {seen:.0f} of {calibration_tokens} calibration tokens reach each, which has {width} inputs; "
         "more --samples would help"
     )
+
+
+def refuse_uncurved(recipe: Recipe, why: str) -> None:
+    """RecipeError where the recipe insists on the curvature."""
+    if recipe.curvature == "full":
+        where = f"{option('curvature')} full"
+        raise RecipeError(where, f"{why}: no gradients go through it", remedy=f"use {option('curvature')} auto")
+
+
+def why_not_curved(skeleton: Skeleton) -> str:
+    """Why no curvature pass can go through this model; "" where one can."""
+    if skeleton.parked:
+        return "its forwards are parked"
+    return "its experts are read again for every batch" if skeleton.weights.on_demand else ""
 
 
 def stream_bytes(skeleton: Skeleton, n_tokens: int, seq_len: int) -> int:

@@ -16,6 +16,7 @@ from llmquant.blocks.quantize import quantize_block
 from llmquant.blocks.snapshots import Snapshots
 from llmquant.blocks.solve import Solved, solve_alone
 from llmquant.comparison import noise_floor
+from llmquant.curvature import curvature_of, measure_curvature
 from llmquant.export import export_beside
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.hidden import HiddenStates
@@ -74,7 +75,7 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
         run = RunDir(
             job.target,
             overwrite=options.overwrite,
-            needed_bytes=job.needed_bytes(sizes),
+            needed_bytes=job.needed_bytes(sizes) + job.curvature_bytes(n_tokens[0]),
             streams_bytes=job.snapshot_bytes(sizes),
             resume=options.resume,
             fingerprint=fingerprint(job, refuse_damaged_weights(job.source)),
@@ -94,6 +95,8 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
         elif (text := job.calibration or job.evaluation) is not None:
             with watch.stage("compare"):
                 compare_with_stock(job.skeleton, text.ids[0], streams.in_memory + _SPARE, log.line)
+        with watch.stage("curvature"):
+            measure_curvature(job, run, log)
         output.open(run, parse_size("max_shard_size", recipe.max_shard_size))
         layers, lanes = _Pass(job, run, streams, watch, log).go()
         run.tensors.finish()
@@ -122,8 +125,11 @@ def kept_blocks_named(run: RunDir, n_blocks: int, log: Progress) -> Iterator[Non
     try:
         yield
     except BaseException:
-        if run.partial.exists() and run.records:
-            log.line(f"{len(run.records)} of {n_blocks} blocks are kept in {run.partial}; the same command goes on")
+        if run.partial.exists() and (run.records or run.curvature.complete):
+            measured = "the curvature and " * run.curvature.complete
+            log.line(
+                f"{measured}{len(run.records)} of {n_blocks} blocks are kept in {run.partial}; the same command goes on"
+            )
         raise
 
 
@@ -184,7 +190,10 @@ class _Pass:
         with self.watch.stage("quantize"):
             more, block.store = hidden.more_follow(block), self._store
             settled = [(spec, self._written(spec)) for spec in hidden.borrowed(block)]
-            solved = quantize_block(block, specs, self.job.recipe, hidden.calibration, settled, advance=more)
+            curvature = curvature_of(self.job, self.run, block)
+            solved = quantize_block(
+                block, specs, self.job.recipe, hidden.calibration, settled, curvature=curvature, advance=more
+            )
         with self.watch.stage("evaluate"):
             hidden.advance_ours(block)
         with self.watch.stage("write"):

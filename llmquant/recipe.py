@@ -27,6 +27,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "grid": ("hessian", "absmax"),
     "order": ("descending", "natural"),
     "passes": ("step", "block"),
+    "curvature": ("off", "auto", "full"),
     "on_bad_layer": ("fail", "rtn"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "products": ("auto", "float32", "bfloat16"),
@@ -53,6 +54,9 @@ class Recipe:
     propagation: float | str = "auto"  # strength of error propagation, 0 (off) to 1; auto: by tokens per input
     refit: bool = True  # scales, too, in each sweep
     sweeps: int | None = None  # of coordinate descent on codes and scales; None: solvers.refine.default_sweeps
+    curvature: str = (
+        "auto"  # whether errors count as the model's predictions weigh them; auto: where it can be measured
+    )
     passes: str = "step"  # Hessians after each step of a block, or all in one pass per block
     on_bad_layer: str = "fail"
     # calibration text

@@ -25,7 +25,7 @@ RANK = {
     "report": 9,
     "output": 10,
     "job": 11,
-    **dict.fromkeys(("hub", "export", "comparison", "result", "hidden"), 12),
+    **dict.fromkeys(("hub", "export", "comparison", "result", "hidden", "curvature"), 12),
     **dict.fromkeys(("pipeline", "preflight"), 13),
     "cli": 14,
     **dict.fromkeys(("__init__", "__main__"), 15),

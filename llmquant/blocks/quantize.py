@@ -1,11 +1,12 @@
 """Quantize the linears of one block that is in memory, step by step in the order of its forward."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
 from llmquant.blocks.forwards import BlockForwards, CalibrationStreams, Step, Wave
-from llmquant.blocks.solve import Solved, solve_step
+from llmquant.blocks.solve import Curvature, Solved, solve_step
 from llmquant.formats import LinearSpec
 from llmquant.memory import SLACK, trim
 from llmquant.model.block import Block
@@ -23,6 +24,7 @@ def quantize_block(
     streams: CalibrationStreams | None,
     settled: Sequence[tuple[LinearSpec, Tensor]] = (),
     *,
+    curvature: Mapping[str, Curvature] = MappingProxyType({}),
     advance: bool = True,
 ) -> list[Solved]:
     """Quantize the linears `specs` of the loaded `block` and leave their dequantized weights in it.
@@ -30,6 +32,7 @@ def quantize_block(
     `streams` holds the calibration text before the block; None for data-free methods. With passes = "step" each wave's
     Hessians see the quantized waves before it. With `advance` both streams are through the block afterwards.
     settled   linears that run with weights of an earlier block, and what those were quantized to, weight_OI
+    curvature   H_O of its stacks of linears, by the first module of each; without one all outputs count alike
     """
     if streams is None:
         for spec, weight_OI in settled:
@@ -57,7 +60,7 @@ def quantize_block(
                     _lend(hessians, pool or pooled(hessians))
                 trim(SLACK)
                 for step, hessian in zip(part.steps, hessians, strict=True):
-                    done += solve_step(block, step, hessian, recipe)
+                    done += solve_step(block, step, hessian, recipe, curvature)
             forwards.weights_changed([spec for step in wave.steps for spec in step.specs])
             trim(SLACK)
         if advance:

@@ -1,8 +1,9 @@
 """Linears that share an input: one task for the solver, and its solution set back into the block linear by linear."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -29,18 +30,34 @@ class Solved:
     report: LayerReport
 
 
-def solve_step(block: Block, step: Step, hessian: Hessian | None, recipe: Recipe) -> list[Solved]:
+Curvature = tuple[tuple[Tensor, Tensor], ...]  # of a stack of linears: (rows, their H_O) of every block of rows
+
+
+def stacks(specs: Sequence[LinearSpec]) -> list[list[LinearSpec]]:
+    """Linears that share an input in lists of one scheme and solver: each is one task."""
+    alike: dict[tuple[QuantScheme, str], list[LinearSpec]] = {}
+    for spec in specs:
+        alike.setdefault((spec.scheme, spec.method), []).append(spec)
+    return list(alike.values())
+
+
+def solve_step(
+    block: Block,
+    step: Step,
+    hessian: Hessian | None,
+    recipe: Recipe,
+    curvature: Mapping[str, Curvature] = MappingProxyType({}),
+) -> list[Solved]:
     """Quantize the linears of `step` and leave their dequantized weights in the block.
+
+    curvature   of the stacks of the block, by the first module of each
 
     All share the Hessian; those of one scheme and solver are one task. SolveError where the policy is to fail.
     """
     inputs = _inputs(_together(step.specs), hessian, recipe)
     drift_II = None if hessian is None else hessian.take_drift()
-    alike: dict[tuple[QuantScheme, str], list[LinearSpec]] = {}
-    for spec in step.specs:
-        alike.setdefault((spec.scheme, spec.method), []).append(spec)
-    tasks = [replace(step, specs=specs) for specs in alike.values()]
-    return [solved for task in tasks for solved in _solve(block, task, inputs, drift_II, recipe)]
+    tasks = [replace(step, specs=specs) for specs in stacks(step.specs)]
+    return [solved for task in tasks for solved in _solve(block, task, inputs, drift_II, recipe, curvature)]
 
 
 def solve_alone(spec: LinearSpec, weight_OI: Tensor, recipe: Recipe) -> Solved:
@@ -51,8 +68,15 @@ def solve_alone(spec: LinearSpec, weight_OI: Tensor, recipe: Recipe) -> Solved:
     return Solved(spec, part.weight.cpu(), _report(spec, weight_OI, part, Inputs(None, 0), recipe.format))
 
 
-def _solve(block: Block, step: Step, inputs: Inputs, drift_II: Tensor | None, recipe: Recipe) -> list[Solved]:
-    """Linears of one input, scheme and solver as one task of stacked rows: every row is a problem of its own."""
+def _solve(
+    block: Block,
+    step: Step,
+    inputs: Inputs,
+    drift_II: Tensor | None,
+    recipe: Recipe,
+    curvature: Mapping[str, Curvature],
+) -> list[Solved]:
+    """Linears of one input, scheme and solver as one task of stacked rows, which know nothing of each other's."""
     specs, weights = step.specs, [block.weight(spec) for spec in step.specs]
     name = _together(specs)
     # All rows stacked are a copy: the solver's, freed before the parts are reported.
@@ -60,7 +84,8 @@ def _solve(block: Block, step: Step, inputs: Inputs, drift_II: Tensor | None, re
     drift_OI = None
     if drift_II is not None and len(weight_OI) <= len(drift_II):
         drift_OI, drift_II = matmul(weight_OI, drift_II), None
-    task = LayerTask(name, weight_OI, inputs.H_II, inputs.n_tokens, specs[0].scheme, drift_OI, drift_II)
+    H_OO = curvature.get(specs[0].module, ())
+    task = LayerTask(name, weight_OI, inputs.H_II, inputs.n_tokens, specs[0].scheme, drift_OI, drift_II, H_OO)
     solution = SOLVERS[specs[0].method](task, _options(step, recipe))
     del task, weight_OI, drift_OI, drift_II
     done, start = [], 0

@@ -117,6 +117,14 @@ def run(
             _SOLVER,
         ),
     ] = None,
+    curvature: Annotated[
+        Optional[str],
+        recipe_option(
+            "Weigh errors as the model's predictions do, by one more pass (full: or fail where it cannot)",
+            "curvature",
+            _SOLVER,
+        ),
+    ] = None,
     passes: Annotated[
         Optional[str], recipe_option("Hessians after each step of a block, or in one pass per block", "passes", _SOLVER)
     ] = None,

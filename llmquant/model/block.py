@@ -160,6 +160,38 @@ class Block:
                 return batch.run(self.index, own_forward(self.module))
             return self.calls[tuple(batch.shape[:2])](self.module, batch.to(self.device))
 
+    def gradients(
+        self, hidden: Tensor, grad: Tensor, linears: Sequence[str], products: torch.dtype
+    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """One batch backwards through the block, by autograd. Its forwards must not be parked.
+
+        hidden   [B, T, D], what enters the block
+        grad     [B, T, D], the gradient of some scalar at what leaves it
+        Returns that scalar's gradient at what enters, and at the outputs [..., O] of `linears`, by name: a list, as a
+        linear may run several times; 0 where nothing depends on it.
+        """
+        outputs: dict[str, list[Tensor]] = {name: [] for name in linears}
+
+        def keep(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
+            outputs[name].append(output)
+
+        modules = self.linears
+        handles = [modules[name].register_forward_hook(partial(keep, name)) for name in linears]
+        try:
+            with torch.enable_grad(), forwards_in(products, self.dtype):
+                entering = hidden.to(self.device).detach().requires_grad_()
+                # A copy goes in: a block may add to its hidden states in place, which a leaf does not allow.
+                leaving = self.calls[tuple(hidden.shape[:2])](self.module, entering.clone())
+            found = [output for name in linears for output in outputs[name] if output.requires_grad]
+            grads = torch.autograd.grad(
+                leaving, [entering, *found], grad.to(leaving), allow_unused=True, materialize_grads=True
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
+        at = {id(output): g for output, g in zip(found, grads[1:], strict=True)}
+        return grads[0], {name: [at.get(id(o), torch.zeros_like(o)) for o in outputs[name]] for name in linears}
+
 
 def _rows_first(spec: LinearSpec, weight: Tensor) -> Tensor:
     """weight_OI in float32, from the module's own layout."""

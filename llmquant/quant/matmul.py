@@ -36,7 +36,8 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias. float32 tensors on an x86 CPU go to oneDNN, all others to torch's own choice."""
     plain = all(factor.dtype == torch.float32 and factor.device.type == "cpu" for factor in (x, weight_OI))
-    if _ONEDNN is None or not plain or not x.numel() or not weight_OI.numel() or torch.is_autocast_enabled("cpu"):
+    other = torch.is_autocast_enabled("cpu") or (x.requires_grad and torch.is_grad_enabled())  # it has no derivative
+    if _ONEDNN is None or not plain or not x.numel() or not weight_OI.numel() or other:
         return nn.functional.linear(x, weight_OI, bias_O)
     if not _is_dense(weight_OI):  # oneDNN is a thousand times slower where there are gaps between the rows
         weight_OI = weight_OI.contiguous()

@@ -3,6 +3,7 @@
     <out>.partial/job.json        what the run is: its fingerprint
     <out>.partial/journal         finished blocks, one line each, chained by hashes (`journal.py`)
     <out>.partial/streams-N       all streams after block N (`stream_files.py`), valid once the journal names it
+    <out>.partial/curvature-N     what the predictions depend on in block N (`curvature_files.py`), likewise
     <out>.partial/output/         the checkpoint; its shards have their full size from the start (`tensor_files.py`)
 
 A block is committed in two steps: first its tensors are synced to the disk, then its line in the journal. So a kill at

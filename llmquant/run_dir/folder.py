@@ -12,6 +12,8 @@ from typing import Any, BinaryIO
 from llmquant.errors import OutputError, ResumeError, VerifyError, option
 from llmquant.formats.base import Layout
 from llmquant.paths import expanded
+from llmquant.run_dir.curvature_files import PREFIX as CURVATURE
+from llmquant.run_dir.curvature_files import CurvatureFiles
 from llmquant.run_dir.disk import FULL, Disk, disk_error, fsync_path, lock, replace_file
 from llmquant.run_dir.journal import Journal, Record
 from llmquant.run_dir.manifest import COST, MANIFEST, facts, files_in, json_bytes, sha256
@@ -36,6 +38,7 @@ class RunDir:
     records      bodies of the blocks that are committed already, in order
     tensors      the files of weights: read and write tensors by its methods
     streams      the snapshots that earlier blocks left
+    curvature    H_O of every block, where it was measured
     room_for_streams   whether the disk has room for `streams_bytes` more; a run without that room is never refused
     finished     the earlier run was killed after its last commit: `out` is complete, and nothing is left to do
     threads      how many threads the run was started with: another number adds up products in another order
@@ -63,6 +66,7 @@ class RunDir:
         self._overwrite, self._resume, self._disk = overwrite, resume, disk or Disk()
         self._fingerprint = dict(fingerprint or {})
         self.tensors, self.streams = TensorFiles(self._disk, self.path), StreamFiles(self._disk, self.partial)
+        self.curvature = CurvatureFiles(self._disk, self.partial)
         self._given: set[str] = set()  # files beside the weights
         self._weights: dict[str, dict[str, Any]] = {}  # sizes and hashes that `weight_files` has taken
         self._lock: int | None = None
@@ -71,7 +75,7 @@ class RunDir:
             if not (self.partial / _JOB).is_file():
                 self._check_remains()
                 self._check_target()
-            needed = needed_bytes - allocated(self.path)
+            needed = needed_bytes - allocated(self.path) - allocated(self.partial, f"{CURVATURE}*")
             free = check_space(self.out, needed)
             self.room_for_streams = free >= needed + streams_bytes - allocated(self.partial, f"{PREFIX}*")
         except OSError as error:  # a name that is too long, a folder that may not be entered
@@ -170,6 +174,7 @@ class RunDir:
             )
         self.records, self.threads = [r["body"] for r in records if r["kind"] == "block"], job["threads"]
         self.streams.find([record for record in records if record["kind"] == "streams"])
+        self.curvature.find([record for record in records if record["kind"] == "curvature"])
         self._journal.cut_torn_line()
         return True
 
@@ -193,7 +198,8 @@ class RunDir:
     ) -> None:
         """Keep the finished blocks for the next run, unless verification found them to be wrong."""
         try:
-            if self.partial.exists() and (not self.records or isinstance(error, VerifyError)):
+            kept = self.records or self.curvature.complete
+            if self.partial.exists() and (not kept or isinstance(error, VerifyError)):
                 self._remove_output()
                 self._remove()
         finally:
@@ -254,6 +260,10 @@ class RunDir:
         Returns why there was no room for it, or "".
         """
         return self.streams.keep(len(self.records), chunks, self._append)
+
+    def finish_curvature(self) -> None:
+        """The curvature of all blocks is there (`curvature.put`): from now on an interrupted run keeps it."""
+        self.curvature.finish(self._append)
 
     def _append(self, record: Record) -> None:
         if self._journal is None:

@@ -18,5 +18,7 @@ Solver = Callable[[LayerTask, SolveOptions], Solution]
 SOLVERS: dict[str, Solver] = {"gptq": solve_gptq, "rtn": solve_rtn}
 # Solvers that need no Hessian: a run with one of them reads no calibration text and runs no calibration forwards.
 DATA_FREE = frozenset({"rtn"})
+# Solvers that count errors as the model's own predictions weigh them, where that was measured.
+CURVED = frozenset({"gptq"})
 
-__all__ = ["DATA_FREE", "SOLVERS", "LayerTask", "Solution", "SolveOptions", "Solver"]
+__all__ = ["CURVED", "DATA_FREE", "SOLVERS", "LayerTask", "Solution", "SolveOptions", "Solver"]

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from llmquant.quant.grid import QuantizedWeight, QuantScheme
 
-_AT_ONCE = 2**24  # weights solved at a time: a solver holds up to six copies of them, and H and its factor
+AT_ONCE = 2**24  # weights solved at a time: a solver holds up to six copies of them, and H and its factor
 
 
 def pieces(weight_OI: Tensor) -> list[slice]:
-    """Ranges of rows of about equal length, with at most `_AT_ONCE` weights each; a single one for other devices."""
+    """Ranges of rows of about equal length, with at most `AT_ONCE` weights each; a single one for other devices."""
     rows, columns = weight_OI.shape
-    n = -(-rows * columns // _AT_ONCE) if weight_OI.device.type == "cpu" else 1
+    n = -(-rows * columns // AT_ONCE) if weight_OI.device.type == "cpu" else 1
     bounds = [rows * i // n for i in range(n + 1)]
     return [slice(*ends) for ends in pairwise(bounds)]
 
@@ -35,6 +35,7 @@ class SolveOptions:
     propagation: float = 0.0  # strength of error propagation, 0 to 1
     refit: bool = False  # whether each sweep fits the scales to the codes, too
     sweeps: int = 0  # sweeps of coordinate descent on the codes
+    curvature_damp: float = 0.2  # damping of H_O as a share of its mean diagonal
     block_size: int = 512  # columns whose feedback from all earlier ones is one product
     on_bad_layer: str = "fail"  # fail | rtn: what to do with a layer that cannot be solved
 
@@ -47,6 +48,7 @@ class LayerTask:
     H_II       E[xhat xhat^T]; None for a solver that needs no data
     drift_II   C - H with C = E[x xhat^T], for error propagation; cheaper than drift_OI where O > I
     drift_OI   W (C - H), given in its place where O <= I; without either there is no error propagation
+    H_OO       (rows, H_bb of these) of every block of rows (`quant/curvature.py`); empty: all outputs count alike
 
     ValueError where H or the group size does not fit the weight.
     """
@@ -58,11 +60,14 @@ class LayerTask:
     scheme: QuantScheme
     drift_OI: Tensor | None = None
     drift_II: Tensor | None = None
+    H_OO: tuple[tuple[Tensor, Tensor], ...] = ()
 
     def __post_init__(self) -> None:
         in_features = self.weight_OI.shape[1]
         if self.H_II is not None and tuple(self.H_II.shape) != (in_features, in_features):
             raise ValueError(f"{self.name}: H {tuple(self.H_II.shape)} does not fit in_features {in_features}")
+        if self.H_OO and (n_rows := sum(len(rows) for rows, _ in self.H_OO)) != len(self.weight_OI):
+            raise ValueError(f"{self.name}: H_O of {n_rows} rows, expected {len(self.weight_OI)}")
         if not self.scheme.divides(in_features):
             raise ValueError(f"{self.name}: group size {self.scheme.group_size} does not divide {in_features}")
 

@@ -29,7 +29,7 @@ that this feedback form chooses the same codes. It differs from GPTQ's Algorithm
 Shapes: O out_features, I in_features, G groups in a row, X rows of the drift: I or O, B columns of a block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -42,6 +42,7 @@ from llmquant.quant.matmul import matmul
 from llmquant.quant.solvers.base import LayerTask, Solution, SolveOptions, pieces
 from llmquant.quant.solvers.refine import refine
 from llmquant.quant.solvers.rtn import solve_rtn
+from llmquant.quant.solvers.two_sided import row_feedback, two_sided_ldlq
 
 _INSIDE = 32  # columns whose errors reach each other one by one; errors from farther away come by products
 
@@ -54,6 +55,9 @@ _GRIDS: dict[str, _Grid] = {
 
 def solve_gptq(task: LayerTask, options: SolveOptions) -> Solution:
     """Minimise tr((T - Q) H_l (T - Q)^T) greedily over codes, H_l = H + lambda I; then refine codes and scales.
+
+    Where the task says how the model adds up errors of its rows, tr(H_O (T - Q) H_l (T - Q)^T) is minimised instead, in
+    one go (`two_sided.py`): a refinement by row would undo what rows make up for.
 
     The target T is W, or W + a W (C - H) H_l^-1 with error propagation of strength a. The loss that is returned is
     taken with H itself, not damped.
@@ -81,25 +85,41 @@ def solve_gptq(task: LayerTask, options: SolveOptions) -> Solution:
     lam = ridge(float(diagonal.mean()), damp)
     # 3. The target: what the codes should come close to.
     target_OI = _target(task, options.propagation, U_II, order)
-    # 4. Scales from the target, and codes by the loop.
-    ranges, weights, losses = pieces(weight_OI), [], []
-    for rows in ranges:
-        scales_OG, zeros_OG = _GRIDS[options.grid](target_OI[rows], diagonal + lam, scheme)
-        codes_OI = ldlq(target_OI[rows], U_II, scales_OG, zeros_OG, scheme, order, options.block_size)
-        weights.append(QuantizedWeight(codes_OI, scales_OG.float(), scheme, zeros_OG))
+    # 4. Scales from the target.
+    ranges = pieces(weight_OI)
+    grids = [_GRIDS[options.grid](target_OI[rows], diagonal + lam, scheme) for rows in ranges]
+    # 5. Codes by the loop; by a loop over rows, too, where it is known how the model adds their errors up.
+    feedback = row_feedback(task.H_OO, options.curvature_damp)
+    if feedback:
+        scales_OG, zeros_OG = _joined(grids)
+        codes_OI = two_sided_ldlq(target_OI, U_II, feedback, scales_OG, zeros_OG, scheme, order)
+        codes = [codes_OI[rows] for rows in ranges]
+    else:
+        codes = [
+            ldlq(target_OI[rows], U_II, *grid, scheme, order, options.block_size)
+            for rows, grid in zip(ranges, grids, strict=True)
+        ]
     del U_II, factored  # the refinement needs H, not its factor
-    # 5. Codes and scales once more, each the best while the others stay; then the loss.
-    for number, rows in enumerate(ranges):
-        weights[number] = refine(weights[number], target_OI[rows], H_II, lam, options)
-        losses.append(quadratic(target_OI[rows] - weights[number].dequantize(weight_OI.dtype), H_II))
+    # 6. Codes and scales once more, each the best while the others stay: by a loss that sees one row. Then the loss.
+    weights, losses = [], []
+    for rows, codes_OI, (scales_OG, zeros_OG) in zip(ranges, codes, grids, strict=True):
+        weight = QuantizedWeight(codes_OI, scales_OG.float(), scheme, zeros_OG)
+        weights.append(weight if feedback else refine(weight, target_OI[rows], H_II, lam, options))
+        losses.append(quadratic(target_OI[rows] - weights[-1].dequantize(weight_OI.dtype), H_II))
     weight, loss_O = stacked(weights), torch.cat(losses)
-    # 6. What the report should know.
+    # 7. What the report should know.
     if not bool(torch.isfinite(loss_O).all()):  # then grid and codes were chosen by losses that were not finite either
         return _bad_layer(task, options, "its loss overflows float32")
     notes = [f"damping raised to {damp:g} after {tries} failed factorizations"] if tries else []
     if n_dead := int((diagonal == 0).sum()):
         notes.append(f"{n_dead} of {in_features} inputs are zero on all calibration tokens: rounded to nearest")
     return Solution(weight, loss_O, target_OI, tuple(notes))
+
+
+def _joined(grids: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """The grids of all rows in one."""
+    zeros = [zeros_OG for _, zeros_OG in grids if zeros_OG is not None]
+    return torch.cat([scales_OG for scales_OG, _ in grids]), torch.cat(zeros) if zeros else None
 
 
 def _target(task: LayerTask, strength: float, U_II: Tensor, order: Tensor) -> Tensor:

@@ -1,0 +1,275 @@
+"""Two-sided rounding: errors in one output make up for errors in others, as the model's own predictions weigh them.
+
+What. GPTQ's loss e H e^T counts all outputs of a layer alike, but the model does not: it reads some directions of them
+closely and others hardly at all. To second order the divergence of its predictions that E = T - Q in one linear causes
+is
+
+    KL ~ 1/2 tr(H_O E H_I E^T),   H_I = E[x x^T],   H_O = E[g g^T]
+
+with g the gradient of the log-likelihood at the layer's output (`quant/curvature.py` says how it is taken). With
+H_O = I it is GPTQ's loss.
+
+Why it works. With H_O = A^T A, A lower triangular, and H_I = U U^T, U upper triangular, the loss is a sum of squares,
+one for each weight:
+
+    ||A E U||^2 = sum_ij A_ii^2 U_jj^2 (v_ij - w_ij)^2
+    T'_ij = t_ij  + sum_{k<i} E_kj A_ik / A_ii              what the rows before leave to be made up for
+    v_ij  = T'_ij + sum_{l<j} (T'_il - w_il) U_lj / U_jj    and the columns before, as in GPTQ
+
+so each w_ij is the level nearest to v_ij, row by row, column by column.
+
+How. v_ij needs what lies above it in its column and left of it in its row. So the matrix is cut into tiles, and all
+tiles on an anti-diagonal are worked on at once; inside of a tile the same holds for its entries. What a finished tile
+adds to those below and to its right are two products.
+
+Cost. O I (O + I) operations in products. H_O of a wide layer is cut into blocks of rows, which know nothing of each
+other: then that is O I (b + I), b rows to a block.
+
+Source: Tseng et al., Model-Preserving Adaptive Rounding (arXiv 2505.22988), Algorithm 1: the same feedback, there in
+blocks of rows whose entries do not see each other.
+
+Shapes: O out_features, I in_features, G groups in a row, b rows of a block of H_O; n tiles, R = C their sides.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmquant.quant.grid import QuantScheme
+from llmquant.quant.hessian import factor
+from llmquant.quant.solvers.base import AT_ONCE
+
+_SIDE = 32  # of a tile
+
+
+@dataclass(frozen=True)
+class RowFeedback:
+    """Of one block of rows: A_ik / A_ii below the diagonal, 0 elsewhere, and the rows in which order it holds."""
+
+    A_bb: Tensor
+    rows: Tensor
+
+
+def row_feedback(H_OO: Sequence[tuple[Tensor, Tensor]], damp: float) -> list[RowFeedback]:
+    """What errors in one row of a block do to those after it, by the block's damped H_O = A^T A.
+
+    H_OO   (rows, H_O of these) of every block
+
+    Rows with large H_ii go first, as columns do: a late one has few others left to make up for its error. Empty where
+    there is no block, or one that no damping makes positive definite.
+
+    >>> (feedback,) = row_feedback([(torch.tensor([4, 5]), torch.tensor([[1.0, 0.5], [0.5, 1.25]]))], damp=0.0)
+    >>> feedback.A_bb.tolist(), feedback.rows.tolist()
+    ([[0.0, 0.0], [0.5, 0.0]], [5, 4])
+    """
+    found = []
+    for rows, H_bb in H_OO:
+        order_b = torch.argsort(H_bb.diagonal(), descending=True, stable=True)
+        if (factored := factor(H_bb, damp, order_b)) is None:
+            return []
+        U_bb = factored[0]  # H_O = U U^T: A is its transpose
+        found.append(RowFeedback((U_bb / U_bb.diagonal()).T.tril(-1), rows[order_b]))
+    return found
+
+
+def two_sided_ldlq(
+    target_OI: Tensor,
+    U_II: Tensor,
+    feedback: Sequence[RowFeedback],
+    scales_OG: Tensor,
+    zeros_OG: Tensor | None,
+    scheme: QuantScheme,
+    order: Tensor,
+) -> Tensor:
+    """codes_OI, int8, in the original order of rows and columns.
+
+    U_II       the factor of the permuted H_I, `order` that permutation
+    feedback   of every block of rows; every row is in one
+
+    Two rows whose outputs the model adds up: where one is rounded up, the other is rounded down.
+
+    >>> feedback = row_feedback([(torch.arange(2), torch.tensor([[1.0, 0.9], [0.9, 1.0]]))], damp=0.0)
+    >>> target_OI, ones, scheme = torch.full((2, 1), 0.4), torch.ones(2, 1), QuantScheme(4, -1)
+    >>> two_sided_ldlq(target_OI, ones[:1], feedback, ones, None, scheme, torch.arange(1)).tolist()
+    [[0], [1]]
+    """
+    codes_OI = torch.empty(target_OI.shape, dtype=torch.int8, device=target_OI.device)
+    for blocks in _together(feedback, len(order), target_OI.device):
+        work = _Tiles(target_OI, U_II, blocks, scales_OG, zeros_OG, scheme, order)
+        for step in range(work.n_steps):
+            work.step(step)
+        work.write(codes_OI)
+    return codes_OI
+
+
+def _together(feedback: Sequence[RowFeedback], columns: int, device: torch.device) -> list[list[RowFeedback]]:
+    """Blocks that are worked on at once: at most `AT_ONCE` weights on a CPU, unless one block has more."""
+    groups, held = [list[RowFeedback]()], 0
+    for block in feedback:
+        size = len(block.rows) * columns
+        if groups[-1] and device.type == "cpu" and held + size > AT_ONCE:
+            groups.append([])
+            held = 0
+        groups[-1].append(block)
+        held += size
+    return groups
+
+
+class _Tiles:
+    """The matrix in tiles, with rows and columns in the order of the loop, padded by zeros to whole tiles.
+
+    target    T
+    moved     T', as far as finished tiles reach
+    fed       v - T', likewise
+    """
+
+    def __init__(
+        self,
+        target_OI: Tensor,
+        U_II: Tensor,
+        feedback: Sequence[RowFeedback],
+        scales_OG: Tensor,
+        zeros_OG: Tensor | None,
+        scheme: QuantScheme,
+        order: Tensor,
+    ) -> None:
+        self.scheme, self.column_order = scheme, order
+        device, columns = target_OI.device, len(order)
+        # 1. Where the rows of each block go: blocks begin with a tile of their own.
+        places, self.lags, self.blocks, start = [], list[int](), list[tuple[int, Tensor]](), 0
+        for block in feedback:
+            n_rows = len(block.rows)
+            height = -(-n_rows // _SIDE) * _SIDE
+            padded = block.A_bb.new_zeros(height, height)
+            padded[:n_rows, :n_rows] = block.A_bb
+            places.append(torch.arange(start, start + n_rows, device=device))
+            self.blocks += [(start, padded)] * (height // _SIDE)
+            self.lags += range(height // _SIDE)
+            start += height
+        self.padded_rows, self.rows = torch.cat(places), torch.cat([block.rows for block in feedback])
+        self.width = -(-columns // _SIDE) * _SIDE
+        # 2. The matrices in that order.
+        self.target = self._placed(target_OI)
+        self.moved, self.fed = self.target.clone(), torch.zeros_like(self.target)
+        group = scheme.group(columns)
+        self.groups = torch.zeros(self.width, dtype=torch.long, device=device)
+        self.groups[:columns] = torch.div(order, group, rounding_mode="floor")
+        self.scales = self._of_rows(scales_OG.to(target_OI.dtype), 1.0)
+        self.zeros = None if zeros_OG is None else self._of_rows(zeros_OG.to(target_OI.dtype), 0.0)
+        self.found = torch.zeros(self.target.shape, dtype=torch.int8, device=device)
+        self.U = target_OI.new_zeros(self.width, self.width)
+        self.U[:columns, :columns] = (U_II / U_II.diagonal()).triu(1)
+        # 3. Feedback inside of a tile, the sending side reversed: along an anti-diagonal one index falls as the other
+        #    grows.
+        n_rows, n_columns = len(self.lags), self.width // _SIDE
+        sides = [self.U[at : at + _SIDE, at : at + _SIDE] for at in range(0, self.width, _SIDE)]
+        self.U_inside = torch.stack(sides).flip(1)
+        inside = [block[at : at + _SIDE, at : at + _SIDE] for (_, block), at in self._own_rows()]
+        self.A_inside = torch.stack(inside).flip(2)
+        self.n_steps = n_columns + max(self.lags)
+        self._n_rows, self._n_columns = n_rows, n_columns
+
+    def _own_rows(self) -> list[tuple[tuple[int, Tensor], int]]:
+        """Every tile row's block, and where the tile begins within it."""
+        return [(block, lag * _SIDE) for block, lag in zip(self.blocks, self.lags, strict=True)]
+
+    def _of_rows(self, values: Tensor, pad: float) -> Tensor:
+        out = values.new_full((len(self.lags) * _SIDE, values.shape[1]), pad)
+        out[self.padded_rows] = values[self.rows]
+        return out
+
+    def _placed(self, matrix_OI: Tensor) -> Tensor:
+        out = matrix_OI.new_zeros(len(self.lags) * _SIDE, self.width)
+        out[self.padded_rows, : len(self.column_order)] = matrix_OI[self.rows][:, self.column_order]
+        return out
+
+    def step(self, step: int) -> None:
+        """All tiles of one anti-diagonal: those whose neighbours above and on the left are done."""
+        active = [(a, step - lag) for a, lag in enumerate(self.lags) if 0 <= step - lag < self._n_columns]
+        tile_rows, tile_columns = torch.tensor(active, device=self.target.device).T
+        grid = (self._n_rows, _SIDE, self._n_columns, _SIDE)
+
+        def tiles(matrix: Tensor) -> Tensor:
+            return matrix.view(grid)[tile_rows, :, tile_columns]
+
+        # 1. Scales and zero points of every entry, and the entries themselves.
+        groups = self.groups.view(self._n_columns, 1, _SIDE)[tile_columns].expand(-1, _SIDE, -1)
+        scale = self.scales.view(self._n_rows, _SIDE, -1)[tile_rows].gather(2, groups)
+        zero = None
+        if self.zeros is not None:
+            zero = self.zeros.view(self._n_rows, _SIDE, -1)[tile_rows].gather(2, groups)
+        tile = _Tile(tiles(self.target), tiles(self.moved), tiles(self.fed), scale, zero, self.scheme)
+        tile.round(self.A_inside[tile_rows], self.U_inside[tile_columns])
+        self.found.view(grid)[tile_rows, :, tile_columns] = tile.codes.to(torch.int8)
+        # 2. What their errors do to the tiles on the right, and to those below.
+        for number, (a, c) in enumerate(active):
+            rows, columns = slice(a * _SIDE, (a + 1) * _SIDE), slice(c * _SIDE, (c + 1) * _SIDE)
+            start, feedback = self.blocks[a]
+            first, last = (self.lags[a] + 1) * _SIDE, len(feedback)
+            if columns.stop < self.width:
+                self.fed[rows, columns.stop :].addmm_(tile.left[number], self.U[columns, columns.stop :])
+            if first < last:
+                below = self.moved[start + first : start + last, columns]
+                below.addmm_(feedback[first:, first - _SIDE : first], tile.error[number])
+
+    def write(self, codes_OI: Tensor) -> None:
+        """The codes into their rows, in the original order of columns."""
+        found = self.found[self.padded_rows, : len(self.column_order)]
+        ordered = torch.empty_like(found)
+        ordered[:, self.column_order] = found
+        codes_OI[self.rows] = ordered
+
+
+class _Tile:
+    """Tiles that are rounded at once, each [n, R, C]. After `round`:
+
+    codes   q
+    error   E = T - w, for the rows below
+    left    T' - w, for the columns on the right
+    """
+
+    def __init__(
+        self, target: Tensor, moved: Tensor, fed: Tensor, scale: Tensor, zero: Tensor | None, scheme: QuantScheme
+    ) -> None:
+        self.target, self.moved, self.fed, self.scale, self.zero = target, moved, fed, scale, zero
+        self.scheme = scheme
+        self.codes, self.error, self.left = (torch.empty_like(target) for _ in range(3))
+
+    def round(self, A_inside: Tensor, U_inside: Tensor) -> None:
+        """Entry by entry, all of an anti-diagonal i + j = s at once.
+
+        A_inside, U_inside   A_ik / A_ii and U_lj / U_jj within the tiles, with k and l reversed
+        """
+        low, high = self.scheme.code_min, self.scheme.code_max
+        for s in range(2 * _SIDE - 1):
+            # 1. The entries (i, s - i): in memory they lie _SIDE - 1 apart.
+            first, end = max(0, s - _SIDE + 1), min(_SIDE - 1, s) + 1
+            at = slice(first * _SIDE + s - first, (end - 1) * _SIDE + s - end + 2, _SIDE - 1)
+            target, moved, fed, scale = (
+                x.view(len(x), -1)[:, at] for x in (self.target, self.moved, self.fed, self.scale)
+            )
+            # 2. The nearest code to v = T' + (v - T'); `level` is q - z.
+            level = (moved + fed).div_(scale).round_()
+            if self.zero is None:
+                level.clamp_(low, high)
+                codes = level
+            else:
+                zero = self.zero.view(len(level), -1)[:, at]
+                level.clamp_(low - zero, high - zero)
+                codes = level + zero
+            self.codes.view(len(level), -1)[:, at] = codes
+            quantized = level * scale
+            error, left = target - quantized, moved - quantized
+            self.error.view(len(level), -1)[:, at] = error
+            self.left.view(len(level), -1)[:, at] = left
+            # 3. Down their columns, j from s - end + 1 to s - first: T' of the rows below.
+            columns = slice(s - end + 1, s - first + 1)
+            senders = slice(_SIDE - end, _SIDE - first)
+            below = self.moved[:, first + 1 :, columns]
+            below.addcmul_(A_inside[:, first + 1 :, senders], error.flip(1)[:, None])
+            # 4. Along their rows: v of the columns on the right.
+            senders = slice(_SIDE - 1 - s + first, _SIDE - 1 - s + end)
+            right = self.fed[:, first:end, s - end + 2 :]
+            right.addcmul_(U_inside[:, senders, s - end + 2 :], left[:, :, None])

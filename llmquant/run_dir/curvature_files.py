@@ -1,0 +1,54 @@
+"""The curvature of every block N on the disk: `curvature-N`, valid if the journal names it with its SHA-256."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from llmquant.errors import ResumeError, option
+from llmquant.run_dir.disk import Disk, fsync_path, replace_file
+from llmquant.run_dir.journal import Record
+from llmquant.run_dir.manifest import sha256
+
+PREFIX = "curvature-"
+
+
+class CurvatureFiles:
+    """The files in `folder`. They count once all are written and the journal has their hashes."""
+
+    def __init__(self, disk: Disk, folder: Path) -> None:
+        self._disk, self._folder = disk, folder
+        self.complete, self.problem = False, ""
+
+    def find(self, records: list[Record]) -> None:
+        """Take up what the journal's `records` of curvature name; `problem` is what is wrong with it."""
+        for name, digest in records[-1]["sha256"].items() if records else ():
+            try:
+                if sha256(self._folder / name) != digest:
+                    self.problem = f"the SHA-256 of {name} differs"
+            except OSError as error:
+                self.problem = f"{name}: {error.strerror}"
+        self.complete = bool(records) and not self.problem
+
+    def put(self, block: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write the file of a block; it does not count until `finish`."""
+        replace_file(self._disk, self._folder / f"{PREFIX}{block}", save(dict(tensors)))
+
+    def finish(self, append: Callable[[Record], None]) -> None:
+        """Say in the journal that all blocks are there."""
+        fsync_path(self._disk, self._folder)
+        hashes = {path.name: sha256(path) for path in sorted(self._folder.glob(f"{PREFIX}*"))}
+        append({"kind": "curvature", "sha256": hashes})
+        self.complete = True
+
+    def of(self, block: int) -> dict[str, Tensor]:
+        """What `put` was given. ResumeError where the file can no longer be read."""
+        path = self._folder / f"{PREFIX}{block}"
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ResumeError(
+                str(path), f"cannot be read ({error})", remedy=f"start again with {option('resume')} never"
+            ) from None
