@@ -17,16 +17,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from llmquant.blocks.gradients import BlockGradients, curvature_from
 from llmquant.blocks.solve import Curvature
 from llmquant.job import Job
 from llmquant.log import Progress
 from llmquant.memory import trim
 from llmquant.model.block import Block
 from llmquant.model.streams import Stream, Streams
-from llmquant.quant.curvature import OutputHessian, row_blocks
 from llmquant.run_dir import RunDir
 from llmquant.text.windows import Windows
 
+_NOTHING = 1e-30  # a probability that no gradient feels
 _LOGITS_AT_ONCE = 2**24  # 64 MB in float32, a few times
 
 
@@ -89,54 +90,30 @@ def head_gradient(hidden: Tensor, logits_of: Callable[[Tensor], Tensor], generat
         with torch.enable_grad():
             part = hidden_ND[start : start + count].detach().requires_grad_()
             logits_NV = logits_of(part)
-        # 1. A label of each token; what is not finite has none.
+        # 1. A label of each token: where the sum of p passes a random number.
         p_NV = logits_NV.detach().softmax(1)
-        finite = torch.isfinite(p_NV).all(1)
-        label_N = torch.multinomial(p_NV.cpu().nan_to_num(1.0), 1, generator=generator).to(p_NV.device)
-        # 2. Its gradient, through the head.
-        slope_NV = p_NV.neg_().scatter_add_(1, label_N, torch.ones_like(label_N, dtype=p_NV.dtype))
-        (gradient,) = torch.autograd.grad(logits_NV, part, slope_NV * finite[:, None])
-        parts.append(torch.where(torch.isfinite(gradient), gradient, 0))
+        random_N = torch.rand(len(p_NV), 1, generator=generator).to(p_NV)
+        sums_NV = p_NV.cumsum(1)
+        label_N = torch.searchsorted(sums_NV, random_N * sums_NV[:, -1:]).clamp_(max=p_NV.shape[1] - 1)
+        # 2. Its gradient, through the head. Products of numbers below 1e-38 would take fifty times as long.
+        slope_NV = p_NV.masked_fill_(p_NV < _NOTHING, 0).neg_()
+        slope_NV.scatter_add_(1, label_N, torch.ones_like(random_N))
+        (gradient_ND,) = torch.autograd.grad(logits_NV, part, slope_NV)
+        # 3. A token whose logits are not finite has no gradient.
+        parts.append(torch.where(torch.isfinite(gradient_ND), gradient_ND, 0))
         start, count = start + count, max(1, _LOGITS_AT_ONCE // p_NV.shape[1])
     return torch.cat(parts).view_as(hidden)
 
 
 def _backwards(job: Job, run: RunDir, block: Block, before: Stream, behind: Stream) -> None:
     """One block: its H_O into a file, and in `before` gradients in the place of hidden states."""
-    stacks = [[spec.module for spec in specs] for specs in job.curved_stacks(block)]
-    heights = [[spec.shape[0] for spec in specs] for specs in job.curved_stacks(block)]
-    sums = [OutputHessian(each, block.device, job.products) for each in heights]
-    gradients = iter(behind)
-
-    def through(hidden: Tensor) -> Tensor:
-        modules = [name for names in stacks for name in names]
-        entering, at_outputs = block.gradients(hidden, next(gradients), modules, job.products)
-        for names, total in zip(stacks, sums, strict=True):
-            for parts in zip(*(at_outputs[name] for name in names), strict=True):
-                total.add(torch.cat(parts, -1))
-        return entering
-
-    before.update(through)
-    kept = {names[0]: total.means() for names, total in zip(stacks, sums, strict=True) if total.n_tokens}
-    run.curvature.put(
-        block.index,
-        {
-            f"{name}.{number}": part.bfloat16().cpu()
-            for name, parts in kept.items()
-            for number, part in enumerate(parts)
-        },
-    )
+    sums, gradients = BlockGradients(block, job.curved_stacks(block), job.products), iter(behind)
+    before.update(lambda hidden: sums.through(hidden, next(gradients)))
+    run.curvature.put(block.index, sums.tensors())
 
 
 def curvature_of(job: Job, run: RunDir, block: Block) -> dict[str, Curvature]:
     """H_O of the stacks of a block, by the first module of each; empty where there was no pass."""
     if not run.curvature.complete:
         return {}
-    stored, found = run.curvature.of(block.index), dict[str, Curvature]()
-    for specs in job.curved_stacks(block):
-        rows = row_blocks([spec.shape[0] for spec in specs])
-        keys = [f"{specs[0].module}.{number}" for number in range(len(rows))]
-        if keys[0] in stored:
-            parts = [stored[key].to(block.device, torch.float32) for key in keys]
-            found[specs[0].module] = tuple((at.to(block.device), part) for at, part in zip(rows, parts, strict=True))
-    return found
+    return curvature_from(run.curvature.of(block.index), job.curved_stacks(block), block.device)

@@ -48,7 +48,7 @@ from llmquant.treatments import UNFIT, with_group_size
 from llmquant.versions import versions
 
 T = TypeVar("T")
-_CURVATURE_TOKENS = 2**16  # at most, of the curvature pass: H_O needs no more, and it takes disk and time
+_CURVATURE_TOKENS = 2**15  # at most, of the curvature pass: H_O needs no more, and it takes disk and time
 _USUAL_SAMPLES = Recipe().most_samples
 
 
@@ -131,14 +131,17 @@ class Draft:
             return []
         return [stream_bytes(self.skeleton, n_tokens, self.recipe.seq_len)] * (len(self.skeleton.blocks) + 1)
 
+    def curvature_entries(self) -> list[int]:
+        """Entries of H_O in each block; 0 without a pass."""
+        stacks = [self.curved_stacks(block) if self.curved else [] for block in self.skeleton.blocks]
+        heights = [[[spec.shape[0] for spec in specs] for specs in of_block] for of_block in stacks]
+        return [sum(len(rows) ** 2 for each in of_block for rows in row_blocks(each)) for of_block in heights]
+
     def curvature_bytes(self, calibration_tokens: int) -> int:
-        """What the curvature pass takes on the disk: H_O of all blocks, and what memory has no room for."""
-        if not (sizes := self.border_sizes(calibration_tokens)):
-            return 0
-        borders = {str(number): size for number, size in enumerate(sizes)}
-        stacks = [stack for block in self.skeleton.blocks for stack in self.curved_stacks(block)]
-        rows = [rows for stack in stacks for rows in row_blocks([spec.shape[0] for spec in stack])]
-        return sum(spilled(borders, self.options.stream_budget).values()) + sum(2 * len(each) ** 2 for each in rows)
+        """What the curvature pass takes on the disk: H_O of all blocks in bfloat16, and hidden states that memory has
+        no room for."""
+        borders = {str(number): size for number, size in enumerate(self.border_sizes(calibration_tokens))}
+        return sum(spilled(borders, self.options.stream_budget).values()) + 2 * sum(self.curvature_entries())
 
     def spilled_bytes(self, sizes: Mapping[str, int]) -> int:
         """Of streams of these `sizes`, what goes to files; parked forwards cannot."""

@@ -154,15 +154,18 @@ def estimate(
         "output": draft.output_bytes(),
         "streams in files": draft.spilled_bytes(sizes),
         "snapshots of streams, where there is room": draft.snapshot_bytes(sizes),
+        "curvature": draft.curvature_bytes(tokens.calibration),
         "download into the Hub's cache": source.download_bytes(),
     }
-    found.attempt(lambda: _check_target(found, draft.target, options.overwrite, draft.needed_bytes(sizes)))
-    _time(found, work_of(plan, skeleton, recipe, tokens, len(lanes)), skeleton)
+    needed = draft.needed_bytes(sizes) + found.disk["curvature"]
+    found.attempt(lambda: _check_target(found, draft.target, options.overwrite, needed))
+    _time(found, work_of(draft, tokens, len(lanes)), skeleton)
     if not timed or found.exit_code:
         return found
-    trial = found.attempt(lambda: try_block(skeleton, plan, recipe, tokens, len(lanes)))
+    trial = found.attempt(lambda: try_block(draft, tokens, len(lanes)))
     if trial is not None:
-        _replace_time(found, trial.seconds(len(skeleton.blocks), tokens, len(lanes)))
+        n_curvature = draft.curvature_tokens(tokens.calibration)
+        _replace_time(found, trial.seconds(len(skeleton.blocks), tokens, len(lanes), n_curvature))
     return found
 
 

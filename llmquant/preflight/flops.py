@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
+from llmquant.job import Draft
 from llmquant.model.skeleton import Skeleton
 from llmquant.plan import Plan
 from llmquant.quant.solvers.refine import default_sweeps
-from llmquant.recipe import Recipe
 
 # Seconds per weight of the grid search and the column loop, which memory bounds, not FLOPs: 2.0e-7 to 3.2e-7 on one
 # core, for layers of 512 x 256 to 4096 x 1024. An accelerator has some fifty times the bandwidth; not measured.
@@ -60,8 +60,9 @@ class Work:
         }
 
 
-def work_of(plan: Plan, skeleton: Skeleton, recipe: Recipe, tokens: Tokens, n_lanes: int) -> Work:
+def work_of(draft: Draft, tokens: Tokens, n_lanes: int) -> Work:
     """The work of a run with `n_lanes` evaluation lanes."""
+    plan, skeleton, recipe = draft.plan, draft.skeleton, draft.recipe
     shares = {name: share for block in skeleton.blocks for name, share in block.shares.items()}
     block_weights = sum(
         skeleton.weights.get(param).numel() * shares.get(param.rpartition(".")[0], 1.0)
@@ -76,6 +77,11 @@ def work_of(plan: Plan, skeleton: Skeleton, recipe: Recipe, tokens: Tokens, n_la
     forward_flops = 2.0 * calibrated * (block_weights + attention * tokens.seq_len)
     forward_flops += 2.0 * evaluated * (block_weights + attention * tokens.eval_seq_len)
     forward_flops += 2.0 * evaluated * skeleton.vocab_size * skeleton.hidden_size
+    # The curvature pass: forwards, and once more with gradients of what they read, which cost as much again.
+    n_curvature = draft.curvature_tokens(tokens.calibration)
+    forward_flops += 6.0 * n_curvature * (block_weights + attention * tokens.seq_len)
+    forward_flops += 4.0 * n_curvature * skeleton.vocab_size * skeleton.hidden_size
+    forward_flops += 2.0 * n_curvature * sum(draft.curvature_entries())
     n_calibration = tokens.calibration
     solve_flops, columns = 0.0, 0
     for rows, width, share in _inputs(plan, skeleton) if n_calibration else ():

@@ -55,6 +55,11 @@ def memory_bound(draft: Draft, tokens: Tokens, streams: dict[str, int]) -> Memor
         "largest embedding or head": sizes.outer * width,
         "activations of a batch": sizes.activations * width,
     }
+    if entries := max(draft.curvature_entries()):  # summed up or solved with; what autograd keeps of a batch
+        work |= {
+            "curvature of the largest block": 2 * 4 * entries,
+            "a batch's activations for gradients": 2 * sizes.activations * width,
+        }
     paused = {"paused forwards": min(max(0, budget - in_memory), 2 * held) if sizes.widest else 0}
     if draft.parked:
         kept, paused = {}, paused | {"parked forwards": in_memory}

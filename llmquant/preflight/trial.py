@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from llmquant.blocks.forwards import CalibrationStreams
+from llmquant.blocks.gradients import BlockGradients, curvature_from
 from llmquant.blocks.quantize import quantize_block
-from llmquant.model.devices import pick_products
-from llmquant.model.skeleton import Skeleton
-from llmquant.plan import Plan
+from llmquant.blocks.solve import Curvature
+from llmquant.job import Draft
 from llmquant.preflight.flops import Tokens
-from llmquant.recipe import Recipe
 from llmquant.text.windows import Windows, windows_per_batch
 
 _BATCHES = 3  # the longer of two timings; what it takes longer than one batch is the cost of two
@@ -21,29 +20,32 @@ _BATCHES = 3  # the longer of two timings; what it takes longer than one batch i
 
 @dataclass(frozen=True)
 class Trial:
-    """Seconds of one block: whatever the calibration (solving, packing), and for a token of either text."""
+    """Seconds of one block: whatever the calibration (solving, packing), and for a token of each text."""
 
     solving: float
     calibration_token: float
     evaluation_token: float
+    curvature_token: float
 
-    def seconds(self, n_blocks: int, tokens: Tokens, n_lanes: int) -> dict[str, float]:
-        """Of all blocks, by part; the first block stands for the others."""
+    def seconds(self, n_blocks: int, tokens: Tokens, n_lanes: int, n_curvature: int) -> dict[str, float]:
+        """Of all blocks, by part; the first block stands for the others. `n_curvature` tokens go backwards, too."""
         return {
+            "curvature": n_blocks * n_curvature * self.curvature_token,
             "solving": n_blocks * self.solving,
             "calibration": n_blocks * tokens.calibration * self.calibration_token,
             "evaluation": n_blocks * n_lanes * tokens.evaluation * self.evaluation_token,
         }
 
 
-def try_block(skeleton: Skeleton, plan: Plan, recipe: Recipe, tokens: Tokens, n_lanes: int) -> Trial:
+def try_block(draft: Draft, tokens: Tokens, n_lanes: int) -> Trial:
     """Time block 0. Reads its weights and the embedding, which a Hub source downloads; writes nothing.
 
     Which tokens does not matter to the clock, so no text and no tokenizer are needed.
     """
-    specs = [row.spec for row in plan.block(0) if row.spec is not None]
-    calibrated = plan.calibrated
-    products = pick_products(recipe.products, skeleton.device, skeleton.dtype, plan.most_bits)
+    skeleton, recipe, products, calibrated = draft.skeleton, draft.recipe, draft.products, draft.calibrated
+    specs = [row.spec for row in draft.plan.block(0) if row.spec is not None]
+    stacks = draft.curved_stacks(skeleton.blocks[0]) if draft.curved else []
+    curvature: dict[str, Curvature] = {}
     generator = torch.Generator().manual_seed(0)
 
     def batches(seq_len: int, count: int) -> list[Tensor]:
@@ -58,7 +60,18 @@ def try_block(skeleton: Skeleton, plan: Plan, recipe: Recipe, tokens: Tokens, n_
             streams = CalibrationStreams(skeleton.new_stream(), original, 1 << 62, products)
             skeleton.record(batches(tokens.seq_len, n_batches), streams.append)
         with skeleton.blocks[0].loaded() as block:
-            return seconds(lambda: quantize_block(block, specs, recipe, streams), skeleton.device)
+            return seconds(lambda: quantize_block(block, specs, recipe, streams, curvature=curvature), skeleton.device)
+
+    def curvature_seconds() -> float:
+        """One batch of the curvature pass through the block; what it finds is solved with."""
+        batch = skeleton.embed(batches(tokens.seq_len, 1)[0])
+        assert isinstance(batch, Tensor)  # parked forwards have no curvature
+        with skeleton.blocks[0].loaded() as block:
+            sums = BlockGradients(block, stacks, products)
+            sums.through(batch, batch)  # the first one finds its kernels
+            took = seconds(lambda: (block.forward(batch, products), sums.through(batch, batch)), skeleton.device)
+            curvature.update(curvature_from(sums.tensors(), stacks, block.device))
+        return took
 
     def lane_seconds() -> float:
         """One evaluation batch through the block."""
@@ -67,7 +80,7 @@ def try_block(skeleton: Skeleton, plan: Plan, recipe: Recipe, tokens: Tokens, n_
             block.forward(batch)  # the first one finds its kernels
             return seconds(lambda: block.forward(batch), skeleton.device)
 
-    per_batch = 0.0
+    per_batch, backwards = 0.0, curvature_seconds() if stacks else 0.0
     solving = block_seconds(1)
     if calibrated:
         one, several = block_seconds(1), block_seconds(_BATCHES)  # the run before warmed up
@@ -75,7 +88,7 @@ def try_block(skeleton: Skeleton, plan: Plan, recipe: Recipe, tokens: Tokens, n_
         solving = max(0.0, one - per_batch)
     lane = lane_seconds() if n_lanes else 0.0
     in_batch, in_lane = (windows_per_batch(n) * n for n in (tokens.seq_len, tokens.eval_seq_len))
-    return Trial(solving, per_batch / in_batch, lane / in_lane)
+    return Trial(solving, per_batch / in_batch, lane / in_lane, backwards / in_batch)
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
