@@ -33,7 +33,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from llmquant.quant.matmul import sums_of
+from llmquant.quant.hessian import add_products, mirrored
 
 _MOST = 2048  # rows of a block
 
@@ -77,14 +77,10 @@ class OutputHessian:
         length_N = g_NO.norm(dim=1)
         counts = torch.isfinite(length_N) & (length_N > 0)
         g_NO = g_NO[counts] / length_N[counts, None]
-        with sums_of(self._products):
-            for rows, sum_bb in zip(self._rows, self._sums, strict=True):
-                part_Nb = g_NO[:, rows] if len(self._rows) > 1 else g_NO
-                sum_bb.addmm_(part_Nb.T, part_Nb)
+        for rows, sum_bb in zip(self._rows, self._sums, strict=True):
+            add_products(sum_bb, g_NO[:, rows] if len(self._rows) > 1 else g_NO, self._products)
         self.n_tokens += len(g_NO)
 
     def means(self) -> list[Tensor]:
         """H_O by blocks of rows, symmetric to the bit. Divides the sums in place: call this once."""
-        for sum_bb in self._sums:
-            sum_bb.copy_((sum_bb + sum_bb.T).div_(2 * max(1, self.n_tokens)))
-        return self._sums
+        return [mirrored(sum_bb).div_(max(1, self.n_tokens)) for sum_bb in self._sums]

@@ -90,10 +90,7 @@ class Hessian:
             rounded = torch.bfloat16 if (x_NI.dtype, self.products) == (torch.float32, torch.bfloat16) else x_NI.dtype
             self.drift_II += drift_NI.T.to(rounded) @ x_NI.to(rounded)
         # 3. H += xhat xhat^T: only the upper triangle, block column by block column, which halves the work.
-        with sums_of(self.products):
-            for start in range(0, x_NI.shape[1], _COLUMNS):
-                end = start + _COLUMNS
-                self.sum_II[:end, start:end].addmm_(x_NI[:, :end].T, x_NI[:, start:end])
+        add_products(self.sum_II, x_NI, self.products)
         self.n_tokens += x_NI.shape[0]
 
     def lend(self, pool: "Hessian", n_tokens: float) -> None:
@@ -111,12 +108,7 @@ class Hessian:
 
     def mean(self) -> Tensor:
         """H_II = sum / N, symmetric to the bit. Divides the sum in place: call this once."""
-        for start in range(0, self.sum_II.shape[0], _COLUMNS):
-            end = start + _COLUMNS
-            self.sum_II[start:end, :start] = self.sum_II[:start, start:end].T
-            diagonal = self.sum_II[start:end, start:end]
-            diagonal.copy_(diagonal.triu() + diagonal.triu(1).T)
-        return self.sum_II.div_(max(1.0, self.n_tokens + self.n_lent))
+        return mirrored(self.sum_II).div_(max(1.0, self.n_tokens + self.n_lent))
 
     def take_drift(self) -> Tensor | None:
         """drift_II = C - H with C = E[x xhat^T]; None without drift. Divides the sum in place and hands it over."""
@@ -124,6 +116,24 @@ class Hessian:
             return None
         drift_II, self.drift_II = self.drift_II.div_(max(1, self.n_tokens)), None
         return drift_II
+
+
+def add_products(sum_II: Tensor, x_NI: Tensor, products: torch.dtype) -> None:
+    """sum_II += x^T x, the upper triangle only, block column by block column: half of the work."""
+    with sums_of(products):
+        for start in range(0, x_NI.shape[1], _COLUMNS):
+            end = start + _COLUMNS
+            sum_II[:end, start:end].addmm_(x_NI[:, :end].T, x_NI[:, start:end])
+
+
+def mirrored(sum_II: Tensor) -> Tensor:
+    """The upper triangle copied to the lower one, in place: symmetric to the bit."""
+    for start in range(0, len(sum_II), _COLUMNS):
+        end = start + _COLUMNS
+        sum_II[start:end, :start] = sum_II[:start, start:end].T
+        diagonal = sum_II[start:end, start:end]
+        diagonal.copy_(diagonal.triu() + diagonal.triu(1).T)
+    return sum_II
 
 
 def pooled(hessians: Sequence[Hessian]) -> Hessian:
