@@ -53,7 +53,7 @@ class Recipe:
     damp: float | None = None  # share of mean(diag H); None: 0.003 from 8 tokens per input dimension on, else 0.01
     propagation: float | str = "auto"  # strength of error propagation, 0 (off) to 1; auto: by tokens per input
     refit: bool = True  # scales, too, in each sweep
-    sweeps: int | None = None  # of coordinate descent on codes and scales; None: solvers.refine.default_sweeps
+    sweeps: int | None = None  # of coordinate descent, without curvature; None: solvers.refine.default_sweeps
     curvature: str = (
         "auto"  # whether errors count as the model's predictions weigh them; auto: where it can be measured
     )

@@ -112,7 +112,7 @@ def run(
     sweeps: Annotated[
         Optional[int],
         recipe_option(
-            "Sweeps of coordinate descent on codes and scales (default: 1; 4 below 4 bits and for groups of 32)",
+            "Without curvature: sweeps of coordinate descent (default: 1; 4 below 4 bits and for groups of 32)",
             "sweeps",
             _SOLVER,
         ),
