@@ -108,8 +108,8 @@ class Draft:
     @property
     def curved(self) -> bool:
         """Whether there is a curvature pass (`curvature.py`)."""
-        wanted = self.recipe.curvature != "off" and not why_not_curved(self.skeleton)
-        return wanted and any(self.curved_stacks(block) for block in self.skeleton.blocks)
+        wanted = self.recipe.curvature != "off" and any(map(self.curved_stacks, self.skeleton.blocks))
+        return wanted and not self.skeleton.parked
 
     def curved_stacks(self, block: Block) -> list[list[LinearSpec]]:
         """The linears of a block whose solver takes H_O, by the task that they are solved in.
@@ -208,9 +208,9 @@ def draft(
     drawn = Draft(recipe, options, source, skeleton, output, lanes, products or skeleton.dtype, openings, chosen)
     if drawn.parked:
         log.line(said_of_parked(drawn.parked))
-    if drawn.calibrated and recipe.curvature != "off" and (why := why_not_curved(skeleton)):
-        attempt(lambda: refuse_uncurved(recipe, why))
-        log.line(f"no curvature: {why}")
+        if recipe.curvature != "off":
+            log.line("no curvature: no gradients go through parked forwards")
+            attempt(lambda: refuse_uncurved(recipe))
     return drawn
 
 
@@ -351,18 +351,14 @@ def said_of_experts(draft: Draft, calibration_tokens: int) -> str:
     )
 
 
-def refuse_uncurved(recipe: Recipe, why: str) -> None:
-    """RecipeError where the recipe insists on the curvature."""
+def refuse_uncurved(recipe: Recipe) -> None:
+    """RecipeError where the recipe insists on the curvature of a model that it cannot be measured of."""
     if recipe.curvature == "full":
-        where = f"{option('curvature')} full"
-        raise RecipeError(where, f"{why}: no gradients go through it", remedy=f"use {option('curvature')} auto")
-
-
-def why_not_curved(skeleton: Skeleton) -> str:
-    """Why no curvature pass can go through this model; "" where one can."""
-    if skeleton.parked:
-        return "its forwards are parked"
-    return "its experts are read again for every batch" if skeleton.weights.on_demand else ""
+        raise RecipeError(
+            f"{option('curvature')} full",
+            "no gradients go through parked forwards",
+            remedy=f"use {option('curvature')} auto",
+        )
 
 
 def stream_bytes(skeleton: Skeleton, n_tokens: int, seq_len: int) -> int:

@@ -176,7 +176,8 @@ def on_pretend_device(test: Callable[..., None]) -> Callable[..., None]:
             failure = b""
             try:
                 _register()
-                with _Mode():
+                # The engine has its threads for the devices that were there at the first backward of the worker.
+                with torch.autograd.set_multithreading_enabled(False), _Mode():
                     test(*args, **kwargs)
             except BaseException:
                 failure = traceback.format_exc().encode()

@@ -283,11 +283,12 @@ def test_weights_that_turn_bad_during_the_run_end_it_with_what_is_finished_kept(
         sound = file.read(2)
         file.seek(info.start)
         file.write(b"\xff\xff")
+    flags = {"curvature": "off"}  # which goes through all blocks before the first one is solved
     with pytest.raises(SourceError, match=r"layers\.2\.mlp\.up_proj"):
-        run(source, tmp_path / "out")
+        run(source, tmp_path / "out", **flags)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out.partial"]
     with (source / info.file).open("r+b") as file:
         file.seek(info.start)
         file.write(sound)
-    run(source, tmp_path / "out")
+    run(source, tmp_path / "out", **flags)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]

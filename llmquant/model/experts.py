@@ -18,7 +18,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +90,26 @@ def form_of(module: nn.Module) -> Form | None:
         return None
     interleaved = gated and not getattr(module, "is_concatenated", True)
     return Form(calls, up, down, gated, transposed, interleaved, biases <= set(shapes), experts, hidden, inner)
+
+
+class _ReadAgain(torch.autograd.Function):
+    """A linear whose weights are there only while they are used: autograd, which would keep them, has them read again.
+
+    Arguments: x [N, I], the linear, and what makes the context in which its weights are there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, linear: Any, present: Callable[[], AbstractContextManager[None]]) -> Tensor:
+        ctx.linear, ctx.present, ctx.dtype = linear, present, x.dtype
+        with present():
+            y: Tensor = linear(x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
+        (g,) = gradients
+        with ctx.present():
+            return (g @ ctx.linear.weight.to(g.dtype)).to(ctx.dtype), None, None
 
 
 class Gather(nn.Module):
@@ -175,14 +195,12 @@ class Experts(nn.Module):
     def _run(self, expert: int, leaf: str, x: Tensor) -> Tensor:
         """One linear of one expert."""
         linear: Any = self.get_submodule(f"{expert}.{leaf}" if leaf else f"{expert}")
-        if self.present is None:
+        if (present := self.present) is None:
             result: Tensor = linear(x)
             return result
         if not x.numel():  # an expert that no token of this batch reaches
             return x.new_zeros(*x.shape[:-1], linear.weight.shape[0])
-        with self.present(expert, [leaf]):
-            result = linear(x)
-        return result
+        return cast(Tensor, _ReadAgain.apply(x, linear, lambda: present(expert, [leaf])))  # type: ignore[no-untyped-call]
 
     def _activated(self, expert: int, x: Tensor) -> Tensor:
         ups = [self._run(expert, name, x) for name in self.ups]

@@ -19,7 +19,7 @@ how their errors are weighed. So every token counts with the direction of its gr
 
 The loss then has no unit, but its minimum does not depend on one. eval/LOG.md has both on a real model.
 
-Wide layers. H_O is kept in blocks of at most `_MOST` rows; what lies between blocks counts as 0. A block has its share
+Wide layers. H_O is kept in blocks of about `_MOST` rows; what lies between blocks counts as 0. A block has its share
 of the rows of every linear, so that the gate and the up projection of a neuron are in one.
 
 Source: Tseng et al., Model-Preserving Adaptive Rounding (arXiv 2505.22988); the equal lengths are ours.

@@ -11,6 +11,7 @@ from llmquant.errors import ResumeError, option
 from llmquant.run_dir.disk import Disk, fsync_path, replace_file
 from llmquant.run_dir.journal import Record
 from llmquant.run_dir.manifest import sha256
+from llmquant.run_dir.target import allocated
 
 PREFIX = "curvature-"
 
@@ -31,6 +32,11 @@ class CurvatureFiles:
             except OSError as error:
                 self.problem = f"{name}: {error.strerror}"
         self.complete = bool(records) and not self.problem
+
+    @property
+    def allocated(self) -> int:
+        """Bytes that they occupy on the disk."""
+        return allocated(self._folder, f"{PREFIX}*")
 
     def put(self, block: int, tensors: Mapping[str, Tensor]) -> None:
         """Write the file of a block; it does not count until `finish`."""

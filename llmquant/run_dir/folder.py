@@ -9,10 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from llmquant.errors import OutputError, ResumeError, VerifyError, option
+from llmquant.errors import LLMQuantError, OutputError, ResumeError, VerifyError, option
 from llmquant.formats.base import Layout
 from llmquant.paths import expanded
-from llmquant.run_dir.curvature_files import PREFIX as CURVATURE
 from llmquant.run_dir.curvature_files import CurvatureFiles
 from llmquant.run_dir.disk import FULL, Disk, disk_error, fsync_path, lock, replace_file
 from llmquant.run_dir.journal import Journal, Record
@@ -75,7 +74,7 @@ class RunDir:
             if not (self.partial / _JOB).is_file():
                 self._check_remains()
                 self._check_target()
-            needed = needed_bytes - allocated(self.path) - allocated(self.partial, f"{CURVATURE}*")
+            needed = needed_bytes - allocated(self.path) - self.curvature.allocated
             free = check_space(self.out, needed)
             self.room_for_streams = free >= needed + streams_bytes - allocated(self.partial, f"{PREFIX}*")
         except OSError as error:  # a name that is too long, a folder that may not be entered
@@ -198,7 +197,8 @@ class RunDir:
     ) -> None:
         """Keep the finished blocks for the next run, unless verification found them to be wrong."""
         try:
-            kept = self.records or self.curvature.complete
+            # An error of ours before the first block ends the job; an interruption does not.
+            kept = self.records or (self.curvature.complete and not isinstance(error, LLMQuantError))
             if self.partial.exists() and (not kept or isinstance(error, VerifyError)):
                 self._remove_output()
                 self._remove()

@@ -53,7 +53,7 @@ def test_plan_reports_a_problem_exactly_where_run_refuses(
     def begin(*arguments: Any) -> None:
         raise Working
 
-    monkeypatch.setattr(pipeline, "_Pass", begin)
+    monkeypatch.setattr(pipeline, "measure_curvature", begin)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").touch()

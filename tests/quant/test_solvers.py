@@ -406,7 +406,7 @@ def test_rows_solved_in_pieces_are_solved_as_all_at_once(symmetric: bool, monkey
     task = replace(propagation_task(bits=3)[0], scheme=QuantScheme(3, 32, symmetric))
     options = SolveOptions(propagation=0.5, refit=True, sweeps=2)
     whole = solve_gptq(task, options)
-    monkeypatch.setattr(base_module, "AT_ONCE", 5 * 64)
+    monkeypatch.setattr(base_module, "_AT_ONCE", 5 * 64)
     assert len(base_module.pieces(task.weight_OI)) == -(-task.weight_OI.shape[0] // 5) > 1
     pieces = solve_gptq(task, options)
     assert torch.equal(pieces.weight.dequantize(), whole.weight.dequantize())

@@ -9,8 +9,7 @@ from torch import Tensor
 from llmquant.quant.curvature import OutputHessian, row_blocks
 from llmquant.quant.grid import QuantizedWeight, QuantScheme, plain_grid
 from llmquant.quant.hessian import factor
-from llmquant.quant.solvers import LayerTask, SolveOptions
-from llmquant.quant.solvers import two_sided as module
+from llmquant.quant.solvers import LayerTask, SolveOptions, base
 from llmquant.quant.solvers.gptq import ldlq, solve_gptq
 from llmquant.quant.solvers.two_sided import RowFeedback, row_feedback, two_sided_ldlq
 
@@ -49,7 +48,7 @@ def test_codes_are_those_of_the_definition(
     rows: int, columns: int, symmetric: bool, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llmquant.quant.curvature._MOST", most)
-    monkeypatch.setattr(module, "AT_ONCE", 30 * columns)  # blocks one after the other, or two at once
+    monkeypatch.setattr(base, "_AT_ONCE", 30 * columns)  # blocks one after the other, or two at once
     scheme, target = QuantScheme(3, 32, symmetric), normal(rows, columns)
     scales, zeros = plain_grid(target, scheme)
     H_I, H_O = correlated(columns, 1), correlated(rows, 2)
@@ -97,6 +96,18 @@ def test_a_curvature_that_cannot_be_factored_is_done_without() -> None:
     task = LayerTask("layer", torch.randn(4, 32), torch.eye(32), 512, QuantScheme(4, 32))
     bad = replace(task, H_OO=((torch.arange(4), torch.full((4, 4), torch.nan)),))
     assert torch.equal(*(solve_gptq(each, SolveOptions()).weight.codes_OI for each in (task, bad)))
+
+
+def test_groups_of_zeros_stay_zeros() -> None:
+    target = normal(48, 64).float()
+    target[7], target[9, 32:] = 0, 0
+    H_OO = tuple((at, correlated(48, 2).float()[at][:, at]) for at in row_blocks([48]))
+    for symmetric in (True, False):
+        task = LayerTask("x", target, correlated(64, 1).float(), 512, QuantScheme(4, 32, symmetric), H_OO=H_OO)
+        found = solve_gptq(task, SolveOptions()).weight.dequantize()
+        assert not found[7].any()
+        assert not found[9, 32:].any()
+        assert found[9, :32].any()
 
 
 def test_rows_must_be_those_of_the_weight() -> None:

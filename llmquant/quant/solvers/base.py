@@ -14,13 +14,19 @@ from torch import Tensor
 
 from llmquant.quant.grid import QuantizedWeight, QuantScheme
 
-AT_ONCE = 2**24  # weights solved at a time: a solver holds up to six copies of them, and H and its factor
+_AT_ONCE = 2**24  # weights solved at a time: a solver holds up to six copies of them, and H and its factor
+
+
+def rows_at_once(weight_OI: Tensor) -> int:
+    """How many rows are solved at a time: as many as have `_AT_ONCE` weights, at least one; all on other devices."""
+    rows, columns = weight_OI.shape
+    return max(1, _AT_ONCE // columns) if weight_OI.device.type == "cpu" else max(1, rows)
 
 
 def pieces(weight_OI: Tensor) -> list[slice]:
-    """Ranges of rows of about equal length, with at most `AT_ONCE` weights each; a single one for other devices."""
-    rows, columns = weight_OI.shape
-    n = -(-rows * columns // AT_ONCE) if weight_OI.device.type == "cpu" else 1
+    """Ranges of rows of about equal length, with at most `_AT_ONCE` weights each; a single one for other devices."""
+    rows = len(weight_OI)
+    n = -(-rows // rows_at_once(weight_OI))
     bounds = [rows * i // n for i in range(n + 1)]
     return [slice(*ends) for ends in pairwise(bounds)]
 

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from llmquant.quant.grid import QuantScheme
 from llmquant.quant.hessian import factor
-from llmquant.quant.solvers.base import AT_ONCE
+from llmquant.quant.solvers.base import rows_at_once
 
 _SIDE = 32  # of a tile
 
@@ -96,24 +96,27 @@ def two_sided_ldlq(
     [[0], [1]]
     """
     codes_OI = torch.empty(target_OI.shape, dtype=torch.int8, device=target_OI.device)
-    for blocks in _together(feedback, len(order), target_OI.device):
+    for blocks in _together(feedback, rows_at_once(target_OI)):
         work = _Tiles(target_OI, U_II, blocks, scales_OG, zeros_OG, scheme, order)
         for step in range(work.n_steps):
             work.step(step)
         work.write(codes_OI)
+    # Groups of zeros stay zeros, whatever their rows could make up for with the smallest of all scales.
+    empty_OG = (target_OI.view(*scales_OG.shape, -1) == 0).all(-1)
+    codes_OGg = codes_OI.view(*scales_OG.shape, -1)
+    codes_OGg[empty_OG] = 0 if zeros_OG is None else zeros_OG[empty_OG][:, None]
     return codes_OI
 
 
-def _together(feedback: Sequence[RowFeedback], columns: int, device: torch.device) -> list[list[RowFeedback]]:
-    """Blocks that are worked on at once: at most `AT_ONCE` weights on a CPU, unless one block has more."""
+def _together(feedback: Sequence[RowFeedback], n_rows: int) -> list[list[RowFeedback]]:
+    """Blocks that are worked on at once: of at most `n_rows` rows together, unless one has more."""
     groups, held = [list[RowFeedback]()], 0
     for block in feedback:
-        size = len(block.rows) * columns
-        if groups[-1] and device.type == "cpu" and held + size > AT_ONCE:
+        if groups[-1] and held + len(block.rows) > n_rows:
             groups.append([])
             held = 0
         groups[-1].append(block)
-        held += size
+        held += len(block.rows)
     return groups
 
 
