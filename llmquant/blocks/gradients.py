@@ -23,7 +23,7 @@ class BlockGradients:
         modules = [spec.module for specs in self._stacks for spec in specs]
         entering, at_outputs = self._block.gradients(hidden, gradient, modules, self._products)
         for specs, total in zip(self._stacks, self._sums, strict=True):
-            for parts in zip(*(at_outputs[spec.module] for spec in specs), strict=True):
+            for parts in zip(*(at_outputs[spec.module] for spec in specs), strict=False):
                 total.add(torch.cat(parts, -1))
         return entering
 

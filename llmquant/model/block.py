@@ -172,8 +172,9 @@ class Block:
         """
         outputs: dict[str, list[Tensor]] = {name: [] for name in linears}
 
-        def keep(name: str, module: nn.Module, inputs: Any, output: Tensor) -> None:
-            outputs[name].append(output)
+        def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):  # and not what a router makes of it
+                outputs[name].append(output)
 
         modules = self.linears
         handles = [modules[name].register_forward_hook(partial(keep, name)) for name in linears]

@@ -17,9 +17,9 @@ from llmquant.source.resolve import open_source
 IDS = torch.randint(0, 512, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
-def streamed(folder: Path) -> tuple[Tensor, dict[str, Tensor]]:
+def streamed(skeleton: Skeleton) -> tuple[Tensor, dict[str, Tensor]]:
     """The gradients of labels of seed 0 at what enters the first block, and at the outputs of all linears."""
-    skeleton, at_outputs = Skeleton(open_source(folder)), dict[str, Tensor]()
+    at_outputs = dict[str, Tensor]()
     hidden = [skeleton.embed(IDS)]
     for block in skeleton.blocks:
         with block.loaded():
@@ -66,7 +66,7 @@ def test_streamed_gradients_equal_autograd(name: str, tiny_model: Callable[[str]
     skeleton = Skeleton(open_source(folder))
     if skeleton.parked:
         pytest.skip("its forwards are parked: no curvature")
-    gradient, at_outputs = streamed(folder)
+    gradient, at_outputs = streamed(skeleton)
     expected, at_all = whole(folder, skeleton.blocks[0].name)
     scale = expected.abs().max()
     torch.testing.assert_close(gradient / scale, expected / scale, rtol=0, atol=1e-5)
@@ -75,3 +75,16 @@ def test_streamed_gradients_equal_autograd(name: str, tiny_model: Callable[[str]
     for linear in shared:
         scale = at_all[linear].abs().max().clamp(min=1e-12)
         torch.testing.assert_close(at_outputs[linear] / scale, at_all[linear] / scale, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("on_demand", [False, True], ids=["in memory", "read for every batch"])
+def test_gradients_go_through_experts(on_demand: bool, tmp_path: Path) -> None:
+    """Their linears have other names in the stock model, or none: what comes out of the first block is compared."""
+    config = tiny.LLAMA | tiny.EXPERTS | {"head_dim": 16}
+    folder = tiny.build(tmp_path / "moe", ("Qwen3MoeConfig", config))
+    skeleton = Skeleton(open_source(folder))
+    if on_demand:
+        assert skeleton.read_experts_on_demand(0)
+    gradient, _ = streamed(skeleton)
+    expected, _ = whole(folder, skeleton.blocks[0].name)
+    torch.testing.assert_close(gradient / expected.abs().max(), expected / expected.abs().max(), rtol=0, atol=1e-5)
