@@ -48,7 +48,7 @@ from llmquant.treatments import UNFIT, with_group_size
 from llmquant.versions import versions
 
 T = TypeVar("T")
-_CURVATURE_TOKENS = 2**14  # at most, of the curvature pass: more take disk and time, and bring little
+_CURVATURE_TOKENS = 2**13  # at most, of the curvature pass: more take disk and time, and bring nothing (eval/LOG.md)
 _USUAL_SAMPLES = Recipe().most_samples
 
 
