@@ -161,7 +161,7 @@ def _treatment(recipe: Recipe, rule: Rule | None, *, auto: bool) -> Treatment:
     )
     why = "linear layer of a decoder block" + ("" if rule is None else f", rule '{rule}'")
     if auto and "group_size" not in settings:
-        why += f", groups of {group_size} by --group-size auto"
+        why += ", groups by --group-size auto"
     return Treatment(QuantScheme(bits, group_size, symmetric), method, why, rule is not None)
 
 

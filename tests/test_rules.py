@@ -348,7 +348,7 @@ def test_auto_is_the_largest_group_size_that_divides_what_it_decides(
     plan = plan_of(tiny_model("llama"), group_size="auto", **flags)
     assert {spec.scheme.group_size for spec in plan.specs} == sizes
     by_rule = [row.spec.scheme.group_size == -1 for row in plan.rows if row.spec]
-    said = [row.reason.endswith(f"groups of {max(sizes)} by --group-size auto") for row in plan.rows if row.spec]
+    said = [row.reason.endswith("groups by --group-size auto") for row in plan.rows if row.spec]
     assert [not by for by in by_rule] == said
     recipe = make_recipe("x", flags={"eval_data": "none", "seq_len": 64, "samples": 2} | flags)
     found = estimate(tiny_model("llama"), recipe, RunOptions())
