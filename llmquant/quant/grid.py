@@ -237,8 +237,13 @@ def search_grid(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme) ->
     chunk = max(1, _CHUNK // weight_OI.shape[1])
     rows = _symmetric_rows if scheme.symmetric else _asymmetric_rows
     found = [rows(part, importance_I, scheme) for part in torch.split(weight_OI, chunk)]
-    zeros = [zero for _, zero in found if zero is not None]
-    return torch.cat([scale for scale, _ in found]), torch.cat(zeros).to(torch.int8) if zeros else None
+    return joined(found)
+
+
+def joined(grids: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """The (scales_OG, zeros_OG) of pieces of rows as those of all."""
+    zeros = [zeros_OG for _, zeros_OG in grids if zeros_OG is not None]
+    return torch.cat([scales_OG for scales_OG, _ in grids]), torch.cat(zeros) if zeros else None
 
 
 class _Best:
@@ -304,4 +309,4 @@ def _asymmetric_rows(weight_OI: Tensor, importance_I: Tensor, scheme: QuantSchem
     centre, zero = best.ratio.clone(), best.zero.clone()
     for step in _FINE:
         around(zero, centre + step)
-    return best.scale, best.zero
+    return best.scale, best.zero.to(torch.int8)

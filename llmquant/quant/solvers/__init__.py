@@ -9,7 +9,7 @@ A new solver is one file and one line in SOLVERS; `tests/quant/test_solvers.py` 
 
 from collections.abc import Callable
 
-from llmquant.quant.solvers.base import LayerTask, Solution, SolveOptions
+from llmquant.quant.solvers.base import Curvature, LayerTask, Solution, SolveOptions
 from llmquant.quant.solvers.gptq import solve_gptq
 from llmquant.quant.solvers.rtn import solve_rtn
 
@@ -21,4 +21,4 @@ DATA_FREE = frozenset({"rtn"})
 # Solvers that count errors as the model's own predictions weigh them, where that was measured.
 CURVED = frozenset({"gptq"})
 
-__all__ = ["CURVED", "DATA_FREE", "SOLVERS", "LayerTask", "Solution", "SolveOptions", "Solver"]
+__all__ = ["CURVED", "DATA_FREE", "SOLVERS", "Curvature", "LayerTask", "Solution", "SolveOptions", "Solver"]

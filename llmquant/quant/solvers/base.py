@@ -46,6 +46,9 @@ class SolveOptions:
     on_bad_layer: str = "fail"  # fail | rtn: what to do with a layer that cannot be solved
 
 
+Curvature = tuple[tuple[Tensor, Tensor], ...]  # (rows, H_O of these) of every block of rows
+
+
 @dataclass(frozen=True)
 class LayerTask:
     """All that a solver needs. With xhat the layer's input in the quantized model, x the same in the original one:
@@ -54,7 +57,7 @@ class LayerTask:
     H_II       E[xhat xhat^T]; None for a solver that needs no data
     drift_II   C - H with C = E[x xhat^T], for error propagation; cheaper than drift_OI where O > I
     drift_OI   W (C - H), given in its place where O <= I; without either there is no error propagation
-    H_OO       (rows, H_bb of these) of every block of rows (`quant/curvature.py`); empty: all outputs count alike
+    H_OO       of the rows (`quant/curvature.py`); empty: all outputs count alike
 
     ValueError where H or the group size does not fit the weight.
     """
@@ -66,7 +69,7 @@ class LayerTask:
     scheme: QuantScheme
     drift_OI: Tensor | None = None
     drift_II: Tensor | None = None
-    H_OO: tuple[tuple[Tensor, Tensor], ...] = ()
+    H_OO: Curvature = ()
 
     def __post_init__(self) -> None:
         in_features = self.weight_OI.shape[1]

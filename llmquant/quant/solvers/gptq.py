@@ -29,14 +29,14 @@ that this feedback form chooses the same codes. It differs from GPTQ's Algorithm
 Shapes: O out_features, I in_features, G groups in a row, X rows of the drift: I or O, B columns of a block.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from llmquant.errors import SolveError, option
-from llmquant.quant.grid import QuantizedWeight, QuantScheme, plain_grid, search_grid, stacked
+from llmquant.quant.grid import QuantizedWeight, QuantScheme, joined, plain_grid, search_grid, stacked
 from llmquant.quant.hessian import default_damp, factor, quadratic, ridge
 from llmquant.quant.matmul import matmul
 from llmquant.quant.solvers.base import LayerTask, Solution, SolveOptions, pieces
@@ -91,7 +91,7 @@ def solve_gptq(task: LayerTask, options: SolveOptions) -> Solution:
     # 5. Codes by the loop; by a loop over rows, too, where it is known how the model adds their errors up.
     feedback = row_feedback(task.H_OO, options.curvature_damp)
     if feedback:
-        scales_OG, zeros_OG = _joined(grids)
+        scales_OG, zeros_OG = joined(grids)
         codes_OI = two_sided_ldlq(target_OI, U_II, feedback, scales_OG, zeros_OG, scheme, order)
         codes = [codes_OI[rows] for rows in ranges]
     else:
@@ -111,15 +111,11 @@ def solve_gptq(task: LayerTask, options: SolveOptions) -> Solution:
     if not bool(torch.isfinite(loss_O).all()):  # then grid and codes were chosen by losses that were not finite either
         return _bad_layer(task, options, "its loss overflows float32")
     notes = [f"damping raised to {damp:g} after {tries} failed factorizations"] if tries else []
+    if task.H_OO and not feedback:
+        notes.append("the curvature at its output is not positive definite: solved without it")
     if n_dead := int((diagonal == 0).sum()):
         notes.append(f"{n_dead} of {in_features} inputs are zero on all calibration tokens: rounded to nearest")
     return Solution(weight, loss_O, target_OI, tuple(notes))
-
-
-def _joined(grids: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """The grids of all rows in one."""
-    zeros = [zeros_OG for _, zeros_OG in grids if zeros_OG is not None]
-    return torch.cat([scales_OG for scales_OG, _ in grids]), torch.cat(zeros) if zeros else None
 
 
 def _target(task: LayerTask, strength: float, U_II: Tensor, order: Tensor) -> Tensor:

@@ -96,8 +96,9 @@ def two_sided_ldlq(
     [[0], [1]]
     """
     codes_OI = torch.empty(target_OI.shape, dtype=torch.int8, device=target_OI.device)
+    columns = _Columns(U_II, order, scheme)
     for blocks in _together(feedback, rows_at_once(target_OI)):
-        work = _Tiles(target_OI, U_II, blocks, scales_OG, zeros_OG, scheme, order)
+        work = _Tiles(target_OI, blocks, columns, scales_OG, zeros_OG)
         for step in range(work.n_steps):
             work.step(step)
         work.write(codes_OI)
@@ -120,8 +121,36 @@ def _together(feedback: Sequence[RowFeedback], n_rows: int) -> list[list[RowFeed
     return groups
 
 
+class _Columns:
+    """The columns in the order of the loop, in tiles; padded ones take part in nothing.
+
+    feedback   U_lj / U_jj above the diagonal, 0 elsewhere
+    inside     the same inside of each tile, with l reversed: along an anti-diagonal one index falls as the other grows
+    groups     of every column
+    """
+
+    def __init__(self, U_II: Tensor, order: Tensor, scheme: QuantScheme) -> None:
+        self.order, self.scheme = order, scheme
+        n = len(order)
+        self.n_tiles = -(-n // _SIDE)
+        self.width = self.n_tiles * _SIDE
+        self.feedback = _padded((U_II / U_II.diagonal()).triu(1), self.width)
+        self.inside = _diagonal_tiles(self.feedback).flip(1)
+        self.groups = torch.zeros(self.width, dtype=torch.long, device=order.device)
+        self.groups[:n] = torch.div(order, scheme.group(n), rounding_mode="floor")
+
+
+@dataclass(frozen=True)
+class _TileRow:
+    """A row of tiles: number `lag` of its block of rows, whose first row is `start`, with the block's feedback."""
+
+    start: int
+    lag: int
+    A_bb: Tensor
+
+
 class _Tiles:
-    """The matrix in tiles, with rows and columns in the order of the loop, padded by zeros to whole tiles.
+    """Blocks of rows in tiles, with rows and columns in the order of the loop, padded by zeros to whole tiles.
 
     target    T
     moved     T', as far as finished tiles reach
@@ -131,98 +160,89 @@ class _Tiles:
     def __init__(
         self,
         target_OI: Tensor,
-        U_II: Tensor,
         feedback: Sequence[RowFeedback],
+        columns: _Columns,
         scales_OG: Tensor,
         zeros_OG: Tensor | None,
-        scheme: QuantScheme,
-        order: Tensor,
     ) -> None:
-        self.scheme, self.column_order = scheme, order
-        device, columns = target_OI.device, len(order)
-        # 1. Where the rows of each block go: blocks begin with a tile of their own.
-        places, self.lags, self.blocks, start = [], list[int](), list[tuple[int, Tensor]](), 0
+        self.columns, self.tile_rows, device = columns, list[_TileRow](), target_OI.device
+        # 1. Where the rows of each block go: a block begins with a tile of its own.
+        places, inside = [], []
         for block in feedback:
-            n_rows = len(block.rows)
-            height = -(-n_rows // _SIDE) * _SIDE
-            padded = block.A_bb.new_zeros(height, height)
-            padded[:n_rows, :n_rows] = block.A_bb
-            places.append(torch.arange(start, start + n_rows, device=device))
-            self.blocks += [(start, padded)] * (height // _SIDE)
-            self.lags += range(height // _SIDE)
-            start += height
-        self.padded_rows, self.rows = torch.cat(places), torch.cat([block.rows for block in feedback])
-        self.width = -(-columns // _SIDE) * _SIDE
+            start, n_tiles = len(self.tile_rows) * _SIDE, -(-len(block.rows) // _SIDE)
+            A_bb = _padded(block.A_bb, n_tiles * _SIDE)
+            places.append(torch.arange(start, start + len(block.rows), device=device))
+            inside.append(_diagonal_tiles(A_bb).flip(2))
+            self.tile_rows += [_TileRow(start, lag, A_bb) for lag in range(n_tiles)]
+        self.places, self.rows = torch.cat(places), torch.cat([block.rows for block in feedback])
+        self.A_inside = torch.cat(inside)
+        self.n_steps = columns.n_tiles + max(row.lag for row in self.tile_rows)
         # 2. The matrices in that order.
-        self.target = self._placed(target_OI)
+        self.target = self._placed(target_OI[self.rows][:, columns.order], columns.width, 0)
         self.moved, self.fed = self.target.clone(), torch.zeros_like(self.target)
-        group = scheme.group(columns)
-        self.groups = torch.zeros(self.width, dtype=torch.long, device=device)
-        self.groups[:columns] = torch.div(order, group, rounding_mode="floor")
-        self.scales = self._of_rows(scales_OG.to(target_OI.dtype), 1.0)
-        self.zeros = None if zeros_OG is None else self._of_rows(zeros_OG.to(target_OI.dtype), 0.0)
         self.found = torch.zeros(self.target.shape, dtype=torch.int8, device=device)
-        self.U = target_OI.new_zeros(self.width, self.width)
-        self.U[:columns, :columns] = (U_II / U_II.diagonal()).triu(1)
-        # 3. Feedback inside of a tile, the sending side reversed: along an anti-diagonal one index falls as the other
-        #    grows.
-        n_rows, n_columns = len(self.lags), self.width // _SIDE
-        sides = [self.U[at : at + _SIDE, at : at + _SIDE] for at in range(0, self.width, _SIDE)]
-        self.U_inside = torch.stack(sides).flip(1)
-        inside = [block[at : at + _SIDE, at : at + _SIDE] for (_, block), at in self._own_rows()]
-        self.A_inside = torch.stack(inside).flip(2)
-        self.n_steps = n_columns + max(self.lags)
-        self._n_rows, self._n_columns = n_rows, n_columns
+        self.scales = self._placed(scales_OG[self.rows].to(target_OI.dtype), scales_OG.shape[1], 1)
+        self.zeros = None
+        if zeros_OG is not None:
+            self.zeros = self._placed(zeros_OG[self.rows].to(target_OI.dtype), zeros_OG.shape[1], 0)
 
-    def _own_rows(self) -> list[tuple[tuple[int, Tensor], int]]:
-        """Every tile row's block, and where the tile begins within it."""
-        return [(block, lag * _SIDE) for block, lag in zip(self.blocks, self.lags, strict=True)]
-
-    def _of_rows(self, values: Tensor, pad: float) -> Tensor:
-        out = values.new_full((len(self.lags) * _SIDE, values.shape[1]), pad)
-        out[self.padded_rows] = values[self.rows]
-        return out
-
-    def _placed(self, matrix_OI: Tensor) -> Tensor:
-        out = matrix_OI.new_zeros(len(self.lags) * _SIDE, self.width)
-        out[self.padded_rows, : len(self.column_order)] = matrix_OI[self.rows][:, self.column_order]
+    def _placed(self, rows: Tensor, width: int, pad: int) -> Tensor:
+        """`rows` in their places, and `pad` in all others."""
+        out = rows.new_full((len(self.tile_rows) * _SIDE, width), pad)
+        out[self.places, : rows.shape[1]] = rows
         return out
 
     def step(self, step: int) -> None:
         """All tiles of one anti-diagonal: those whose neighbours above and on the left are done."""
-        active = [(a, step - lag) for a, lag in enumerate(self.lags) if 0 <= step - lag < self._n_columns]
-        tile_rows, tile_columns = torch.tensor(active, device=self.target.device).T
-        grid = (self._n_rows, _SIDE, self._n_columns, _SIDE)
+        n_rows, n_columns = len(self.tile_rows), self.columns.n_tiles
+        active = [(a, step - row.lag) for a, row in enumerate(self.tile_rows) if 0 <= step - row.lag < n_columns]
+        at_row, at_column = torch.tensor(active, device=self.target.device).T
+        grid = (n_rows, _SIDE, n_columns, _SIDE)
+        groups = self.columns.groups.view(n_columns, 1, _SIDE)[at_column].expand(-1, _SIDE, -1)
 
-        def tiles(matrix: Tensor) -> Tensor:
-            return matrix.view(grid)[tile_rows, :, tile_columns]
+        def entries(matrix: Tensor) -> Tensor:
+            return matrix.view(grid)[at_row, :, at_column]
 
-        # 1. Scales and zero points of every entry, and the entries themselves.
-        groups = self.groups.view(self._n_columns, 1, _SIDE)[tile_columns].expand(-1, _SIDE, -1)
-        scale = self.scales.view(self._n_rows, _SIDE, -1)[tile_rows].gather(2, groups)
-        zero = None
-        if self.zeros is not None:
-            zero = self.zeros.view(self._n_rows, _SIDE, -1)[tile_rows].gather(2, groups)
-        tile = _Tile(tiles(self.target), tiles(self.moved), tiles(self.fed), scale, zero, self.scheme)
-        tile.round(self.A_inside[tile_rows], self.U_inside[tile_columns])
-        self.found.view(grid)[tile_rows, :, tile_columns] = tile.codes.to(torch.int8)
+        def of_groups(values: Tensor) -> Tensor:
+            return values.view(n_rows, _SIDE, -1)[at_row].gather(2, groups)
+
+        # 1. The tiles themselves.
+        scale, zero = of_groups(self.scales), None if self.zeros is None else of_groups(self.zeros)
+        target, moved, fed = entries(self.target), entries(self.moved), entries(self.fed)
+        tile = _Tile(target, moved, fed, scale, zero, self.columns.scheme)
+        tile.round(self.A_inside[at_row], self.columns.inside[at_column])
+        self.found.view(grid)[at_row, :, at_column] = tile.codes.to(torch.int8)
         # 2. What their errors do to the tiles on the right, and to those below.
         for number, (a, c) in enumerate(active):
-            rows, columns = slice(a * _SIDE, (a + 1) * _SIDE), slice(c * _SIDE, (c + 1) * _SIDE)
-            start, feedback = self.blocks[a]
-            first, last = (self.lags[a] + 1) * _SIDE, len(feedback)
-            if columns.stop < self.width:
-                self.fed[rows, columns.stop :].addmm_(tile.left[number], self.U[columns, columns.stop :])
-            if first < last:
-                below = self.moved[start + first : start + last, columns]
-                below.addmm_(feedback[first:, first - _SIDE : first], tile.error[number])
+            row, columns = self.tile_rows[a], slice(c * _SIDE, (c + 1) * _SIDE)
+            right = self.fed[a * _SIDE : (a + 1) * _SIDE, columns.stop :]
+            if right.numel():
+                right.addmm_(tile.left[number], self.columns.feedback[columns, columns.stop :])
+            own = slice(row.lag * _SIDE, (row.lag + 1) * _SIDE)
+            below = self.moved[row.start + own.stop : row.start + len(row.A_bb), columns]
+            if below.numel():
+                below.addmm_(row.A_bb[own.stop :, own], tile.error[number])
 
     def write(self, codes_OI: Tensor) -> None:
         """The codes into their rows, in the original order of columns."""
-        found = self.found[self.padded_rows, : len(self.column_order)]
+        found = self.found[self.places, : len(self.columns.order)]
         ordered = torch.empty_like(found)
-        ordered[:, self.column_order] = found
+        ordered[:, self.columns.order] = found
         codes_OI[self.rows] = ordered
+
+
+def _padded(matrix: Tensor, side: int) -> Tensor:
+    """A square matrix with zeros up to this side."""
+    if len(matrix) == side:
+        return matrix
+    out = matrix.new_zeros(side, side)
+    out[: len(matrix), : len(matrix)] = matrix
+    return out
+
+
+def _diagonal_tiles(matrix: Tensor) -> Tensor:
+    """The tiles on the diagonal, [n, R, C]."""
+    return torch.stack([matrix[at : at + _SIDE, at : at + _SIDE] for at in range(0, len(matrix), _SIDE)])
 
 
 class _Tile:
