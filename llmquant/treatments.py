@@ -78,7 +78,6 @@ def treatments(keys: Sequence[str], skeleton: Skeleton, recipe: Recipe, *, auto:
 
     With `auto`, `with_group_size` chose the recipe's group size, which each of its linears then says.
 
-
     The first that matches decides: an --ignore pattern, a rule, the recipe's own fields. What is too small to be worth
     its error (`rules.SMALL`) stays dense, unless a rule matches nothing but such linears, and so means them.
     RecipeError where a pattern or a rule decides nothing.
