@@ -13,36 +13,79 @@ Shapes: B batch, T time, D hidden, N tokens, V vocabulary.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from llmquant.blocks.gradients import BlockGradients, curvature_from
-from llmquant.blocks.solve import Curvature
-from llmquant.job import Job
+from llmquant.blocks.gradients import BlockGradients, curvature_from, entries_of
+from llmquant.blocks.solve import stacks
+from llmquant.formats import LinearSpec
+from llmquant.job import Draft, Job, stream_bytes
 from llmquant.log import Progress
 from llmquant.memory import trim
 from llmquant.model.block import Block
-from llmquant.model.streams import Stream, Streams
+from llmquant.model.streams import Stream, Streams, spilled
+from llmquant.quant.solvers import CURVED, Curvature
 from llmquant.run_dir import RunDir
-from llmquant.text.windows import Windows
+from llmquant.source.names import kinds
 
+_MOST_TOKENS = 2**13  # more take disk and time, and bring nothing: eval/LOG.md
 _NOTHING = 1e-30  # a probability that no gradient feels
 _LOGITS_AT_ONCE = 2**24  # 64 MB in float32, a few times
 
 
-def measure_curvature(job: Job, run: RunDir, log: Progress) -> None:
+class CurvaturePass:
+    """What the pass of a run goes through and takes: nothing where the recipe, the solvers or the model have none.
+
+    stacks     of every block: linears that are solved together, and by their H_O
+    n_tokens   of the calibration text, from its beginning
+    borders    bytes of the hidden states in front of every block and behind the last one, by the name of their stream
+    entries    of H_O in every block
+    """
+
+    def __init__(self, draft: Draft, calibration_tokens: int) -> None:
+        blocks = draft.skeleton.blocks
+        wanted = bool(calibration_tokens) and draft.recipe.curvature != "off" and not draft.parked
+        self.stacks = [_stacks(draft, block) if wanted else [] for block in blocks]
+        window = min(draft.recipe.seq_len, draft.skeleton.context or draft.recipe.seq_len)
+        n_windows = min(calibration_tokens // window, max(1, _MOST_TOKENS // window))
+        self.n_tokens = n_windows * window if any(self.stacks) else 0
+        size = stream_bytes(draft.skeleton, self.n_tokens, draft.recipe.seq_len) if self.n_tokens else 0
+        self.borders = {f"border {number}": size for number in range(len(blocks) + 1)}
+        self.entries = [sum(entries_of(specs) for specs in of_block) for of_block in self.stacks]
+        self._in_files = sum(spilled(self.borders, draft.options.stream_budget).values())
+
+    @property
+    def disk_bytes(self) -> int:
+        """H_O of all blocks in bfloat16, and the hidden states that memory has no room for."""
+        return self._in_files + 2 * sum(self.entries)
+
+    def of(self, run: RunDir, block: Block) -> dict[str, Curvature]:
+        """What was measured of a block, by the first module of each stack; empty without a pass."""
+        if not self.n_tokens:
+            return {}
+        return curvature_from(run.curvature.of(block.index), self.stacks[block.index], block.device)
+
+
+def _stacks(draft: Draft, block: Block) -> list[list[LinearSpec]]:
+    """Not those of experts: few tokens reach each, too few for an H_O of its own."""
+    specs = {row.spec.module: row.spec for row in draft.plan.block(block.index) if row.spec is not None}
+    curved = {name for name, spec in specs.items() if spec.method in CURVED and block.experts_of(name) is None}
+    return [stack for names in block.steps for stack in stacks([specs[name] for name in names if name in curved])]
+
+
+def measure_curvature(job: Job, planned: CurvaturePass, run: RunDir, log: Progress) -> None:
     """Keep H_O of every linear that wants it in `run`, unless an interrupted run left it there."""
-    windows = curvature_windows(job)
-    if windows is None or run.curvature.complete:
+    if job.calibration is None or not planned.n_tokens or run.curvature.complete:
         return
     if run.curvature.problem:
         log.line(f"curvature: {run.curvature.problem}; it is measured again")
-    blocks = job.skeleton.blocks
-    sizes = {f"border {number}": size for number, size in enumerate(job.border_sizes(windows.n_tokens))}
+    blocks, ids = job.skeleton.blocks, job.calibration.ids
+    windows = replace(job.calibration, ids=ids[: planned.n_tokens // ids.shape[1]])
     log.line(f"curvature: {windows.n_tokens} tokens forwards and backwards through {len(blocks)} blocks")
-    with Streams(sizes, job.options.stream_budget, run.scratch) as streams:
-        borders = [streams.new(name) for name in sizes]
+    with Streams(planned.borders, job.options.stream_budget, run.scratch) as streams:
+        borders = [streams.new(name) for name in planned.borders]
         job.skeleton.record(windows.batches(), borders[0].append)
         # 1. Forwards, and the gradients at the end.
         for block, before, behind in zip(blocks, borders[:-1], borders[1:], strict=True):
@@ -52,25 +95,18 @@ def measure_curvature(job: Job, run: RunDir, log: Progress) -> None:
             trim()
         _to_gradients(job, borders[-1])
         # 2. Backwards.
+        unmoved: list[str] = []
         for block in reversed(blocks):
+            sums = BlockGradients(block, planned.stacks[block.index], job.products)
             with block.loaded():
-                _backwards(job, run, block, borders[block.index], borders[block.index + 1])
+                _backwards(sums, borders[block.index], borders[block.index + 1])
+            run.curvature.put(block.index, sums.tensors())
+            unmoved += sums.unmoved
             borders[block.index + 1].close()
             trim()
+    if unmoved:
+        log.line(f"curvature: no prediction depends on {kinds(unmoved)}; solved without it")
     run.finish_curvature()
-
-
-def curvature_windows(job: Job) -> Windows | None:
-    """The part of the calibration text that the pass goes through; None where there is no pass."""
-    if job.calibration is None or not job.curved:
-        return None
-    ids = job.calibration.ids
-    return Windows(
-        ids[: job.curvature_tokens(ids.numel()) // ids.shape[1]],
-        job.calibration.dataset,
-        job.calibration.revision,
-        job.calibration.bos,
-    )
 
 
 def _to_gradients(job: Job, last: Stream) -> None:
@@ -105,15 +141,7 @@ def head_gradient(hidden: Tensor, logits_of: Callable[[Tensor], Tensor], generat
     return torch.cat(parts).view_as(hidden)
 
 
-def _backwards(job: Job, run: RunDir, block: Block, before: Stream, behind: Stream) -> None:
-    """One block: its H_O into a file, and in `before` gradients in the place of hidden states."""
-    sums, gradients = BlockGradients(block, job.curved_stacks(block), job.products), iter(behind)
+def _backwards(sums: BlockGradients, before: Stream, behind: Stream) -> None:
+    """One block, which is loaded: gradients into its sums, and in `before` in the place of hidden states."""
+    gradients = iter(behind)
     before.update(lambda hidden: sums.through(hidden, next(gradients)))
-    run.curvature.put(block.index, sums.tensors())
-
-
-def curvature_of(job: Job, run: RunDir, block: Block) -> dict[str, Curvature]:
-    """H_O of the stacks of a block, by the first module of each; empty where there was no pass."""
-    if not run.curvature.complete:
-        return {}
-    return curvature_from(run.curvature.of(block.index), job.curved_stacks(block), block.device)

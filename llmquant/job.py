@@ -15,24 +15,21 @@ from typing import Any, TypeVar
 import torch
 
 from llmquant.blocks.snapshots import snapshot_bytes
-from llmquant.blocks.solve import stacks
 from llmquant.checkpoint import as_original
 from llmquant.coverage import enough_batches
 from llmquant.errors import CalibrationError, FormatError, RecipeError, option
-from llmquant.formats import FORMATS, LinearSpec
+from llmquant.formats import FORMATS
 from llmquant.formats.runtimes import refuse_runtimes
 from llmquant.lanes.baselines import pick_baselines
 from llmquant.lanes.scores import ORIGINAL, OURS
 from llmquant.log import Progress
 from llmquant.memory import physical_memory
-from llmquant.model.block import Block
 from llmquant.model.devices import device_memory, pick_device, pick_dtype, pick_products
 from llmquant.model.skeleton import Skeleton
 from llmquant.model.streams import spilled
 from llmquant.output.containers import Output, open_output
 from llmquant.output.opens import Opening
 from llmquant.plan import Plan, make_plan
-from llmquant.quant.curvature import row_blocks
 from llmquant.quant.solvers import CURVED
 from llmquant.recipe import Recipe, RunOptions
 from llmquant.report.ledger import mostly_dense
@@ -48,7 +45,6 @@ from llmquant.treatments import UNFIT, with_group_size
 from llmquant.versions import versions
 
 T = TypeVar("T")
-_CURVATURE_TOKENS = 2**13  # at most, of the curvature pass: more take disk and time, and bring nothing (eval/LOG.md)
 _USUAL_SAMPLES = Recipe().most_samples
 
 
@@ -104,44 +100,6 @@ class Draft:
         if self.parked:
             fields = [*["samples", "seq_len"] * self.calibrated, *["eval_tokens"] * bool(self.lanes)]
             refuse_parked(self.stream_sizes(calibration_tokens, evaluation_tokens), self.options.stream_budget, fields)
-
-    @property
-    def curved(self) -> bool:
-        """Whether there is a curvature pass (`curvature.py`)."""
-        wanted = self.recipe.curvature != "off" and any(map(self.curved_stacks, self.skeleton.blocks))
-        return wanted and not self.skeleton.parked
-
-    def curved_stacks(self, block: Block) -> list[list[LinearSpec]]:
-        """The linears of a block whose solver takes H_O, by the task that they are solved in.
-
-        Not those of experts: few tokens reach each, too few for an H_O of its own.
-        """
-        specs = {row.spec.module: row.spec for row in self.plan.block(block.index) if row.spec is not None}
-        curved = {name for name, spec in specs.items() if spec.method in CURVED and block.experts_of(name) is None}
-        steps = [[specs[name] for name in names if name in curved] for names in block.steps]
-        return [stack for step in steps for stack in stacks(step)]
-
-    def curvature_tokens(self, calibration_tokens: int) -> int:
-        """Tokens of the curvature pass."""
-        return min(calibration_tokens, _CURVATURE_TOKENS) if self.curved else 0
-
-    def border_sizes(self, calibration_tokens: int) -> list[int]:
-        """Bytes of what the curvature pass keeps in front of every block and behind the last one."""
-        if not (n_tokens := self.curvature_tokens(calibration_tokens)):
-            return []
-        return [stream_bytes(self.skeleton, n_tokens, self.recipe.seq_len)] * (len(self.skeleton.blocks) + 1)
-
-    def curvature_entries(self) -> list[int]:
-        """Entries of H_O in each block; 0 without a pass."""
-        stacks = [self.curved_stacks(block) if self.curved else [] for block in self.skeleton.blocks]
-        heights = [[[spec.shape[0] for spec in specs] for specs in of_block] for of_block in stacks]
-        return [sum(len(rows) ** 2 for each in of_block for rows in row_blocks(each)) for of_block in heights]
-
-    def curvature_bytes(self, calibration_tokens: int) -> int:
-        """What the curvature pass takes on the disk: H_O of all blocks in bfloat16, and hidden states that memory has
-        no room for."""
-        borders = {str(number): size for number, size in enumerate(self.border_sizes(calibration_tokens))}
-        return sum(spilled(borders, self.options.stream_budget).values()) + 2 * sum(self.curvature_entries())
 
     def spilled_bytes(self, sizes: Mapping[str, int]) -> int:
         """Of streams of these `sizes`, what goes to files; parked forwards cannot."""
@@ -208,9 +166,9 @@ def draft(
     drawn = Draft(recipe, options, source, skeleton, output, lanes, products or skeleton.dtype, openings, chosen)
     if drawn.parked:
         log.line(said_of_parked(drawn.parked))
-        if recipe.curvature != "off":
-            log.line("no curvature: no gradients go through parked forwards")
+        if recipe.curvature != "off" and any(spec.method in CURVED for spec in plan.specs):
             attempt(lambda: refuse_uncurved(recipe))
+            log.line("no curvature: no gradients go through parked forwards")
     return drawn
 
 

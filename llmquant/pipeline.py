@@ -16,7 +16,7 @@ from llmquant.blocks.quantize import quantize_block
 from llmquant.blocks.snapshots import Snapshots
 from llmquant.blocks.solve import Solved, solve_alone
 from llmquant.comparison import noise_floor
-from llmquant.curvature import curvature_of, measure_curvature
+from llmquant.curvature import CurvaturePass, measure_curvature
 from llmquant.export import export_beside
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.hidden import HiddenStates
@@ -72,10 +72,11 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
         output = job.output
         n_tokens = [0 if text is None else text.n_tokens for text in (job.calibration, job.evaluation)]
         sizes = job.stream_sizes(*n_tokens)
+        curvature = CurvaturePass(job, n_tokens[0])
         run = RunDir(
             job.target,
             overwrite=options.overwrite,
-            needed_bytes=job.needed_bytes(sizes) + job.curvature_bytes(n_tokens[0]),
+            needed_bytes=job.needed_bytes(sizes) + curvature.disk_bytes,
             streams_bytes=job.snapshot_bytes(sizes),
             resume=options.resume,
             fingerprint=fingerprint(job, refuse_damaged_weights(job.source)),
@@ -96,9 +97,9 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
             with watch.stage("compare"):
                 compare_with_stock(job.skeleton, text.ids[0], streams.in_memory + _SPARE, log.line)
         with watch.stage("curvature"):
-            measure_curvature(job, run, log)
+            measure_curvature(job, curvature, run, log)
         output.open(run, parse_size("max_shard_size", recipe.max_shard_size))
-        layers, lanes = _Pass(job, run, streams, watch, log).go()
+        layers, lanes = _Pass(job, run, curvature, streams, watch, log).go()
         run.tensors.finish()
         with watch.stage("verify"):
             output.finish(run)
@@ -136,7 +137,10 @@ def kept_blocks_named(run: RunDir, n_blocks: int, log: Progress) -> Iterator[Non
 class _Pass:
     """THE loop: one pass over the weights, one block in memory."""
 
-    def __init__(self, job: Job, run: RunDir, streams: Streams, watch: Stopwatch, log: Progress) -> None:
+    def __init__(
+        self, job: Job, run: RunDir, curvature: CurvaturePass, streams: Streams, watch: Stopwatch, log: Progress
+    ) -> None:
+        self.curvature = curvature
         self.job, self.run, self.watch, self.log = job, run, watch, log
         self.blocks, self.output, self.record = job.skeleton.blocks, job.output, job.output.record
         self.hidden = HiddenStates(job, streams)
@@ -190,7 +194,7 @@ class _Pass:
         with self.watch.stage("quantize"):
             more, block.store = hidden.more_follow(block), self._store
             settled = [(spec, self._written(spec)) for spec in hidden.borrowed(block)]
-            curvature = curvature_of(self.job, self.run, block)
+            curvature = self.curvature.of(self.run, block)
             solved = quantize_block(
                 block, specs, self.job.recipe, hidden.calibration, settled, curvature=curvature, advance=more
             )

@@ -1,5 +1,6 @@
 """Runs on a disk that a test has broken: shared by the tests of kills, faults and power loss."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -100,8 +101,23 @@ def go_on(model: Path, out: Path, wanted: dict[str, bytes], **flags: Any) -> Non
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+def weights(out: Path) -> dict[str, bytes]:
+    return {name: data for name, data in files(out).items() if name.endswith((".safetensors", ".gguf"))}
+
+
 def kill() -> None:
     raise Killed
+
+
+def killed_after(blocks: int, model: Path, out: Path, **flags: Any) -> None:
+    """A run that is killed when so many blocks are done."""
+
+    def log(line: str) -> None:
+        if line.startswith(f"block {blocks}/"):
+            kill()
+
+    with contextlib.suppress(Killed):
+        run(model, out, log=log, **flags)
 
 
 def repaired(folder: Path) -> None:

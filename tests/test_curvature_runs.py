@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import tiny
-from broken import TINY, Killed, files, kill, run
+import torch
+from broken import TINY, Killed, kill, killed_after, run, weights
 from safetensors.torch import load_file
 
 import llmquant
 from llmquant.blocks import snapshots
 from llmquant.cli.app import main
-from llmquant.errors import RecipeError, ResumeError
+from llmquant.errors import RecipeError, ResumeError, SourceError
 from llmquant.preflight.estimate import estimate
 from llmquant.recipe import RunOptions, make_recipe
 
@@ -50,10 +51,6 @@ def test_it_runs_by_default_and_changes_codes(out: Path, lines: list[str], model
     assert weights(tmp_path / "full") == weights(out)
 
 
-def weights(folder: Path) -> dict[str, bytes]:
-    return {name: data for name, data in files(folder).items() if name.endswith(".safetensors")}
-
-
 def test_hidden_states_and_gradients_go_to_files_where_memory_has_no_room(
     out: Path, model: Path, tmp_path: Path
 ) -> None:
@@ -62,21 +59,12 @@ def test_hidden_states_and_gradients_go_to_files_where_memory_has_no_room(
 
 
 # -- resumed -------------------------------------------------------------------------------------------
-def killed_at(start: str, model: Path, out: Path, log: Callable[[str], None] | None = None) -> None:
-    def stop(line: str) -> None:
-        if line.startswith(start):
-            kill()
-
-    with contextlib.suppress(Killed):
-        run(model, out, log=stop, **FLAGS)
-
-
 @pytest.mark.parametrize("damage", [None, "a byte", "gone"])
 def test_a_killed_run_goes_on_with_what_was_measured(
     damage: str | None, out: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(snapshots, "MIN_SECONDS", math.inf)
-    killed_at("block 1/", model, tmp_path / "out")
+    killed_after(1, model, tmp_path / "out", **FLAGS)
     stored, lines = tmp_path / "out.partial" / "curvature-1", list[str]()
     if damage == "gone":
         stored.unlink()
@@ -148,12 +136,45 @@ def test_plan_counts_it(model: Path, tmp_path: Path) -> None:
     assert plans["auto"].disk["curvature"] == stored + (n_blocks + 1) * n_tokens * 64 * 4
 
 
+def test_one_window_goes_through_however_long(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmquant.curvature._MOST_TOKENS", 8)
+    run(model, tmp_path / "out", log=(lines := list[str]()).append, **FLAGS)
+    assert "curvature: 32 tokens forwards and backwards through 3 blocks" in lines
+
+
+def test_a_block_that_autograd_refuses_is_one_line_before_the_work(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: torch.ones(1, requires_grad=True).numpy())
+    with monkeypatch.context() as patch:
+        patch.setattr("llmquant.curvature.head_gradient", lambda hidden, *rest: hidden)
+        with pytest.raises(SourceError, match=r"block 2: no gradients go through it \(.*\); use --curvature off"):
+            run(model, tmp_path / "out", **FLAGS)
+    assert list(tmp_path.iterdir()) == []
+    run(model, tmp_path / "out", **FLAGS, curvature="off")
+
+
+def test_linears_that_no_prediction_depends_on_are_named_and_solved_without(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmquant.curvature.head_gradient", lambda hidden, *rest: torch.zeros_like(hidden))
+    run(model, tmp_path / "out", log=(lines := list[str]()).append, **FLAGS)
+    (said,) = [line for line in lines if line.startswith("curvature: no prediction")]
+    assert "3 x model.layers.*.mlp.down_proj" in said
+    assert said.endswith("; solved without it")
+    run(model, tmp_path / "off", **FLAGS, curvature="off")
+    assert weights(tmp_path / "out") == weights(tmp_path / "off")
+
+
 def test_parked_forwards_have_none(
     tiny_model: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gemma, lines = tiny_model("gemma4"), list[str]()
     run(gemma, tmp_path / "out", log=lines.append, **FLAGS, eval_data="none", seq_len=32)
     assert "no curvature: no gradients go through parked forwards" in lines
+    rounded = {"method": "rtn", "eval_data": "builtin", "seq_len": 32, "curvature": "full"}  # which has no use for one
+    run(gemma, tmp_path / "rtn", log=(said := list[str]()).append, **FLAGS | rounded)
+    assert not [line for line in said if "curvature" in line]
     recipe = make_recipe(str(gemma), flags=TINY | FLAGS | {"curvature": "full"})
     with pytest.raises(RecipeError, match="curvature full: no gradients go through parked forwards; use"):
         llmquant.quantize(gemma, recipe, tmp_path / "full")

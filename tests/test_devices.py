@@ -1,6 +1,5 @@
 """Runs on an accelerator, by the pretend one: every feature goes through it, and gives what it gives on the CPU."""
 
-import contextlib
 import json
 import math
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from broken import TINY, Killed, files, kill, run
+from broken import TINY, killed_after, run, weights
 from pretend_device import on_pretend_device
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -59,10 +58,6 @@ def on_cpu(model: Path, short_runs: None, same_products: None, tmp_path_factory:
     out = tmp_path_factory.mktemp("cpu") / "out"
     run(model, out, device="cpu", **ALL_LANES, **EXACT)
     return out
-
-
-def weights(out: Path) -> dict[str, bytes]:
-    return {name: data for name, data in files(out).items() if name.endswith((".safetensors", ".gguf"))}
 
 
 def report(out: Path) -> dict[str, Any]:
@@ -178,15 +173,6 @@ def test_a_run_in_the_dtype_of_the_checkpoint_has_a_noise_floor(model: Path, tmp
 
 
 # -- interrupted and short of memory -----------------------------------------------------------------------
-def killed_after(blocks: int, model: Path, out: Path, **flags: Any) -> None:
-    def log(line: str) -> None:
-        if line.startswith(f"block {blocks}/"):
-            kill()
-
-    with contextlib.suppress(Killed):
-        run(model, out, log=log, **flags)
-
-
 @on_pretend_device
 @pytest.mark.parametrize("name", ["compressed-tensors", "fake"])
 def test_a_killed_run_goes_through_finished_blocks_with_what_is_on_the_disk(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from broken import TINY, Killed, files, kill, run
+from broken import TINY, Killed, files, kill, run, weights
 from transformers import AutoModelForCausalLM
 
 import llmquant
@@ -54,10 +54,6 @@ def out(gemma: Path, lines: list[str], short_runs: None, tmp_path_factory: pytes
 def report(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "report.json").read_text())
     return found
-
-
-def weights(folder: Path) -> dict[str, bytes]:
-    return {name: data for name, data in files(folder).items() if name.endswith(".safetensors")}
 
 
 @torch.no_grad()

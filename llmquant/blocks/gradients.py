@@ -1,14 +1,14 @@
 """One block backwards: gradients at the outputs of its linears, summed up for their solver."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from llmquant.blocks.solve import Curvature
 from llmquant.formats import LinearSpec
 from llmquant.model.block import Block
 from llmquant.quant.curvature import OutputHessian, row_blocks
+from llmquant.quant.solvers import Curvature
 
 
 class BlockGradients:
@@ -27,22 +27,40 @@ class BlockGradients:
                 total.add(torch.cat(parts, -1))
         return entering
 
+    @property
+    def unmoved(self) -> list[str]:
+        """The modules of stacks on which no gradient was found."""
+        pairs = zip(self._stacks, self._sums, strict=True)
+        return [spec.module for specs, total in pairs if not total.n_tokens for spec in specs]
+
     def tensors(self) -> dict[str, Tensor]:
-        """H_O by `<first module of the stack>.<number of the block of rows>`, in bfloat16 on the CPU. Call it once."""
-        of_stacks = {specs[0].module: total.means() for specs, total in zip(self._stacks, self._sums, strict=True)}
-        return {f"{name}.{i}": H_bb.bfloat16().cpu() for name, all_ in of_stacks.items() for i, H_bb in enumerate(all_)}
+        """H_O by `<first module of the stack>.<number of the block of rows>`, in bfloat16 on the CPU; not of unmoved
+        ones. Call it once."""
+        return {
+            f"{specs[0].module}.{number}": H_bb.bfloat16().cpu()
+            for specs, total in zip(self._stacks, self._sums, strict=True)
+            if total.n_tokens
+            for number, H_bb in enumerate(total.means())
+        }
 
 
 def curvature_from(
-    tensors: dict[str, Tensor], stacks: Sequence[Sequence[LinearSpec]], device: torch.device
+    tensors: Mapping[str, Tensor], stacks: Sequence[Sequence[LinearSpec]], device: torch.device
 ) -> dict[str, Curvature]:
     """What the solver takes, by the first module of each stack, from what `BlockGradients.tensors` gave."""
     found = {}
     for specs in stacks:
-        first, rows = specs[0].module, row_blocks(_heights(specs))
-        of_stack = [tensors[f"{first}.{i}"].to(device, torch.float32) for i in range(len(rows))]
-        found[first] = tuple((at.to(device), H_bb) for at, H_bb in zip(rows, of_stack, strict=True))
+        named = {f"{specs[0].module}.{number}": rows for number, rows in enumerate(row_blocks(_heights(specs)))}
+        if named.keys() <= tensors.keys():
+            found[specs[0].module] = tuple(
+                (rows.to(device), tensors[name].to(device, torch.float32)) for name, rows in named.items()
+            )
     return found
+
+
+def entries_of(specs: Sequence[LinearSpec]) -> int:
+    """Entries of the H_O of a stack."""
+    return sum(len(rows) ** 2 for rows in row_blocks(_heights(specs)))
 
 
 def _heights(specs: Sequence[LinearSpec]) -> list[int]:

@@ -6,14 +6,14 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 from llmquant.blocks.forwards import BlockForwards, CalibrationStreams, Step, Wave
-from llmquant.blocks.solve import Curvature, Solved, solve_step
+from llmquant.blocks.solve import Solved, solve_step
 from llmquant.formats import LinearSpec
 from llmquant.memory import SLACK, trim
 from llmquant.model.block import Block
 from llmquant.model.experts import Gather
 from llmquant.model.paused import pausing
 from llmquant.quant.hessian import LENT, Hessian, default_propagation, pooled
-from llmquant.quant.solvers import DATA_FREE
+from llmquant.quant.solvers import DATA_FREE, Curvature
 from llmquant.recipe import Recipe
 
 

@@ -16,7 +16,7 @@ from llmquant.model.block import Block
 from llmquant.quant.grid import QuantizedWeight, QuantScheme
 from llmquant.quant.hessian import Hessian
 from llmquant.quant.matmul import matmul
-from llmquant.quant.solvers import SOLVERS, LayerTask, Solution, SolveOptions
+from llmquant.quant.solvers import SOLVERS, Curvature, LayerTask, Solution, SolveOptions
 from llmquant.quant.solvers.refine import default_sweeps
 from llmquant.recipe import Recipe
 
@@ -28,9 +28,6 @@ class Solved:
     spec: LinearSpec
     weight: QuantizedWeight | None
     report: LayerReport
-
-
-Curvature = tuple[tuple[Tensor, Tensor], ...]  # of a stack of linears: (rows, their H_O) of every block of rows
 
 
 def stacks(specs: Sequence[LinearSpec]) -> list[list[LinearSpec]]:

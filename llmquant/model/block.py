@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmquant.errors import SourceError, option
 from llmquant.formats import LinearSpec
 from llmquant.model.experts import Experts
 from llmquant.model.meta import is_linear
@@ -168,7 +169,7 @@ class Block:
         hidden   [B, T, D], what enters the block
         grad     [B, T, D], the gradient of some scalar at what leaves it
         Returns that scalar's gradient at what enters, and at the outputs [..., O] of `linears`, by name: a list, as a
-        linear may run several times; 0 where nothing depends on it.
+        linear may run several times; 0 where nothing depends on it. SourceError where autograd refuses.
         """
         outputs: dict[str, list[Tensor]] = {name: [] for name in linears}
 
@@ -187,11 +188,19 @@ class Block:
             grads = torch.autograd.grad(
                 leaving, [entering, *found], grad.to(leaving), allow_unused=True, materialize_grads=True
             )
+        except RuntimeError as error:  # an operation without a derivative, or one that writes over what it needs
+            raise SourceError(
+                f"{self.where}: block {self.index}",
+                f"no gradients go through it ({' '.join(str(error).split())[:200]})",
+                remedy=f"use {option('curvature')} off",
+            ) from None
         finally:
             for handle in handles:
                 handle.remove()
         at = {id(output): g for output, g in zip(found, grads[1:], strict=True)}
-        return grads[0], {name: [at.get(id(o), torch.zeros_like(o)) for o in outputs[name]] for name in linears}
+        return grads[0], {
+            name: [at[id(o)] if id(o) in at else torch.zeros_like(o) for o in outputs[name]] for name in linears
+        }
 
 
 def _rows_first(spec: LinearSpec, weight: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from llmquant import job
 from llmquant.checkpoint import stored_forms
+from llmquant.curvature import CurvaturePass
 from llmquant.errors import CalibrationError, LLMQuantError, OutputError, flag, option
 from llmquant.formats.runtimes import RUNTIMES, lint, opens
 from llmquant.job import Draft, windows
@@ -146,26 +147,26 @@ def estimate(
             found.warn(str(finding))
     tokens = _tokens(found, draft)
     sizes = draft.stream_sizes(tokens.calibration, tokens.evaluation)
+    curvature = CurvaturePass(draft, tokens.calibration)
     if said := job.said_of_experts(draft, tokens.calibration):
         found.warn(said)
     found.attempt(lambda: draft.refuse_parked(tokens.calibration, tokens.evaluation))
-    _memory(found, draft, tokens, sizes)
+    _memory(found, draft, curvature, tokens, sizes)
     found.disk = {
         "output": draft.output_bytes(),
         "streams in files": draft.spilled_bytes(sizes),
         "snapshots of streams, where there is room": draft.snapshot_bytes(sizes),
-        "curvature": draft.curvature_bytes(tokens.calibration),
+        "curvature": curvature.disk_bytes,
         "download into the Hub's cache": source.download_bytes(),
     }
-    needed = draft.needed_bytes(sizes) + found.disk["curvature"]
+    needed = draft.needed_bytes(sizes) + curvature.disk_bytes
     found.attempt(lambda: _check_target(found, draft.target, options.overwrite, needed))
-    _time(found, work_of(draft, tokens, len(lanes)), skeleton)
+    _time(found, work_of(draft, curvature, tokens, len(lanes)), skeleton)
     if not timed or found.exit_code:
         return found
-    trial = found.attempt(lambda: try_block(draft, tokens, len(lanes)))
+    trial = found.attempt(lambda: try_block(draft, curvature, tokens, len(lanes)))
     if trial is not None:
-        n_curvature = draft.curvature_tokens(tokens.calibration)
-        _replace_time(found, trial.seconds(len(skeleton.blocks), tokens, len(lanes), n_curvature))
+        _replace_time(found, trial.seconds(len(skeleton.blocks), tokens, len(lanes), curvature.n_tokens))
     return found
 
 
@@ -221,9 +222,9 @@ def _tokens(found: Estimate, draft: Draft) -> Tokens:
     return Tokens(n_calibration, n_evaluation, *lengths)
 
 
-def _memory(found: Estimate, draft: Draft, tokens: Tokens, sizes: dict[str, int]) -> None:
+def _memory(found: Estimate, draft: Draft, curvature: CurvaturePass, tokens: Tokens, sizes: dict[str, int]) -> None:
     """The bounds, and what is wrong with them here."""
-    bound = memory_bound(draft, tokens, sizes)
+    bound = memory_bound(draft, curvature, tokens, sizes)
     found.memory, found.device_memory = bound.host, bound.device
     total, physical = sum(found.memory.values()), physical_memory()
     if physical is not None and total > physical:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llmquant.curvature import CurvaturePass
 from llmquant.job import Draft
 from llmquant.model.skeleton import Skeleton
 from llmquant.plan import Plan
@@ -60,7 +61,7 @@ class Work:
         }
 
 
-def work_of(draft: Draft, tokens: Tokens, n_lanes: int) -> Work:
+def work_of(draft: Draft, curvature: CurvaturePass, tokens: Tokens, n_lanes: int) -> Work:
     """The work of a run with `n_lanes` evaluation lanes."""
     plan, skeleton, recipe = draft.plan, draft.skeleton, draft.recipe
     shares = {name: share for block in skeleton.blocks for name, share in block.shares.items()}
@@ -78,10 +79,9 @@ def work_of(draft: Draft, tokens: Tokens, n_lanes: int) -> Work:
     forward_flops += 2.0 * evaluated * (block_weights + attention * tokens.eval_seq_len)
     forward_flops += 2.0 * evaluated * skeleton.vocab_size * skeleton.hidden_size
     # The curvature pass: forwards, and once more with gradients of what they read, which cost as much again.
-    n_curvature = draft.curvature_tokens(tokens.calibration)
-    forward_flops += 6.0 * n_curvature * (block_weights + attention * tokens.seq_len)
-    forward_flops += 4.0 * n_curvature * skeleton.vocab_size * skeleton.hidden_size
-    forward_flops += 2.0 * n_curvature * sum(draft.curvature_entries())
+    forward_flops += 6.0 * curvature.n_tokens * (block_weights + attention * tokens.seq_len)
+    forward_flops += 4.0 * curvature.n_tokens * skeleton.vocab_size * skeleton.hidden_size
+    forward_flops += 1.0 * curvature.n_tokens * sum(curvature.entries)  # half of a symmetric product
     n_calibration = tokens.calibration
     solve_flops, columns = 0.0, 0
     for rows, width, share in _inputs(plan, skeleton) if n_calibration else ():

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from llmquant.blocks.forwards import entries_of_experts
+from llmquant.curvature import CurvaturePass
 from llmquant.job import Draft
 from llmquant.preflight.flops import Tokens
 from llmquant.text.windows import windows_per_batch
@@ -35,7 +36,7 @@ class _Sizes:
     batch: int  # hidden states of one batch
 
 
-def memory_bound(draft: Draft, tokens: Tokens, streams: dict[str, int]) -> MemoryBound:
+def memory_bound(draft: Draft, curvature: CurvaturePass, tokens: Tokens, streams: dict[str, int]) -> MemoryBound:
     """The bound of a run with these `tokens` and `streams` (name -> bytes).
 
     On a CPU: base + 2 blocks + 8 bytes x widest input squared + largest outer tensor + a batch's activations + at most
@@ -55,7 +56,7 @@ def memory_bound(draft: Draft, tokens: Tokens, streams: dict[str, int]) -> Memor
         "largest embedding or head": sizes.outer * width,
         "activations of a batch": sizes.activations * width,
     }
-    if entries := max(draft.curvature_entries()):  # summed up or solved with; what autograd keeps of a batch
+    if entries := max(curvature.entries):  # summed up or solved with; what autograd keeps of a batch
         work |= {
             "curvature of the largest block": 2 * 4 * entries,
             "a batch's activations for gradients": 2 * sizes.activations * width,

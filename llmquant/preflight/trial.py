@@ -10,9 +10,10 @@ from torch import Tensor
 from llmquant.blocks.forwards import CalibrationStreams
 from llmquant.blocks.gradients import BlockGradients, curvature_from
 from llmquant.blocks.quantize import quantize_block
-from llmquant.blocks.solve import Curvature
+from llmquant.curvature import CurvaturePass
 from llmquant.job import Draft
 from llmquant.preflight.flops import Tokens
+from llmquant.quant.solvers import Curvature
 from llmquant.text.windows import Windows, windows_per_batch
 
 _BATCHES = 3  # the longer of two timings; what it takes longer than one batch is the cost of two
@@ -37,14 +38,14 @@ class Trial:
         }
 
 
-def try_block(draft: Draft, tokens: Tokens, n_lanes: int) -> Trial:
+def try_block(draft: Draft, planned: CurvaturePass, tokens: Tokens, n_lanes: int) -> Trial:
     """Time block 0. Reads its weights and the embedding, which a Hub source downloads; writes nothing.
 
     Which tokens does not matter to the clock, so no text and no tokenizer are needed.
     """
     skeleton, recipe, products, calibrated = draft.skeleton, draft.recipe, draft.products, draft.calibrated
     specs = [row.spec for row in draft.plan.block(0) if row.spec is not None]
-    stacks = draft.curved_stacks(skeleton.blocks[0]) if draft.curved else []
+    stacks = planned.stacks[0]
     curvature: dict[str, Curvature] = {}
     generator = torch.Generator().manual_seed(0)
 
