@@ -12,17 +12,19 @@ from llmquant import versions
 if TYPE_CHECKING:
     from llmquant.comparison import compare, evaluate
     from llmquant.errors import LLMQuantError
+    from llmquant.finetuning import finetune
     from llmquant.pipeline import quantize
     from llmquant.recipe import Recipe, make_recipe
     from llmquant.report.data import Report
 
 __version__ = versions.VERSION
-__all__ = ["LLMQuantError", "Recipe", "Report", "compare", "evaluate", "make_recipe", "quantize"]
+__all__ = ["LLMQuantError", "Recipe", "Report", "compare", "evaluate", "finetune", "make_recipe", "quantize"]
 
 _HOME = {
     "LLMQuantError": "errors",
     "compare": "comparison",
     "evaluate": "comparison",
+    "finetune": "finetuning",
     "Recipe": "recipe",
     "make_recipe": "recipe",
     "quantize": "pipeline",

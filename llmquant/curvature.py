@@ -25,6 +25,7 @@ from llmquant.job import Draft, Job, stream_bytes
 from llmquant.log import Progress
 from llmquant.memory import trim
 from llmquant.model.block import Block
+from llmquant.model.head import gradient_at_head
 from llmquant.model.streams import Stream, Streams, spilled
 from llmquant.quant.solvers import CURVED, Curvature
 from llmquant.run_dir import RunDir
@@ -32,7 +33,6 @@ from llmquant.source.names import kinds
 
 _MOST_TOKENS = 2**13  # more take disk and time, and bring nothing: eval/LOG.md
 _NOTHING = 1e-30  # a probability that no gradient feels
-_LOGITS_AT_ONCE = 2**24  # 64 MB in float32, a few times
 
 
 class CurvaturePass:
@@ -47,6 +47,7 @@ class CurvaturePass:
     def __init__(self, draft: Draft, calibration_tokens: int) -> None:
         blocks = draft.skeleton.blocks
         wanted = bool(calibration_tokens) and draft.recipe.curvature != "off" and not draft.parked
+        wanted = wanted and draft.finished is None
         self.stacks = [_stacks(draft, block) if wanted else [] for block in blocks]
         window = min(draft.recipe.seq_len, draft.skeleton.context or draft.recipe.seq_len)
         n_windows = min(calibration_tokens // window, max(1, _MOST_TOKENS // window))
@@ -119,26 +120,20 @@ def _to_gradients(job: Job, last: Stream) -> None:
 def head_gradient(hidden: Tensor, logits_of: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:
     """d sum(log p(label)) / d hidden [B, T, D], a label of every token drawn from p = softmax(logits).
 
-    d log p(label) / d logits = onehot(label) - p, so only the head itself is differentiated.
+    d log p(label) / d logits = onehot(label) - p.
     """
-    hidden_ND, parts, start, count = hidden.flatten(0, -2), [], 0, 1
-    while start < len(hidden_ND):
-        with torch.enable_grad():
-            part = hidden_ND[start : start + count].detach().requires_grad_()
-            logits_NV = logits_of(part)
+
+    def slope(logits_NV: Tensor, tokens: slice) -> Tensor:
         # 1. A label of each token: where the sum of p passes a random number.
-        p_NV = logits_NV.detach().softmax(1)
+        p_NV = logits_NV.softmax(1)
         random_N = torch.rand(len(p_NV), 1, generator=generator).to(p_NV)
         sums_NV = p_NV.cumsum(1)
         label_N = torch.searchsorted(sums_NV, random_N * sums_NV[:, -1:]).clamp_(max=p_NV.shape[1] - 1)
-        # 2. Its gradient, through the head. Products of numbers below 1e-38 would take fifty times as long.
+        # 2. Its slope. Products of numbers below 1e-38 would take fifty times as long.
         slope_NV = p_NV.masked_fill_(p_NV < _NOTHING, 0).neg_()
-        slope_NV.scatter_add_(1, label_N, torch.ones_like(random_N))
-        (gradient_ND,) = torch.autograd.grad(logits_NV, part, slope_NV)
-        # 3. A token whose logits are not finite has no gradient.
-        parts.append(torch.where(torch.isfinite(gradient_ND), gradient_ND, 0))
-        start, count = start + count, max(1, _LOGITS_AT_ONCE // p_NV.shape[1])
-    return torch.cat(parts).view_as(hidden)
+        return slope_NV.scatter_add_(1, label_N, torch.ones_like(random_N))
+
+    return gradient_at_head(hidden, logits_of, slope)
 
 
 def _backwards(sums: BlockGradients, before: Stream, behind: Stream) -> None:

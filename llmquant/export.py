@@ -8,23 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llmquant.checkpoint import PackedSource, open_checkpoint
 from llmquant.errors import FormatError, SourceError, option
+from llmquant.finished import canonical, open_packed, read_report
 from llmquant.formats import FORMATS, LinearSpec
-from llmquant.formats.facts import FACTS
 from llmquant.job import draft_model
 from llmquant.log import SILENT, Log, Progress, progress_of
 from llmquant.output.containers import open_output
 from llmquant.paths import shown_name
 from llmquant.plan import Plan, Row, lay_out
-from llmquant.quant.grid import QuantizedWeight, QuantScheme
+from llmquant.quant.grid import QuantScheme
 from llmquant.recipe import Recipe, parse_size
 from llmquant.report.card import make_card
 from llmquant.report.data import RunReport, WeightFile
 from llmquant.report.parts import runtimes_of
-from llmquant.report.plain import parse_file, plain
+from llmquant.report.plain import plain
 from llmquant.run_dir import RunDir
 from llmquant.source.names import natural_key
 
@@ -46,7 +44,7 @@ def export(
     Raises SourceError where `model` holds no integer grid, FormatError where the format cannot hold it.
     """
     source = open_packed(model, trust_remote_code=trust_remote_code)
-    measured = parse_file(RunReport, source.local("report.json"), SourceError)
+    measured = read_report(source)
     progress = progress_of(log)
     exporter = Export(source, format_name, progress, gguf_pre)
     run = RunDir(Path(out), overwrite=overwrite, needed_bytes=exporter.plan.output_bytes + source.side_bytes)
@@ -68,25 +66,6 @@ def export_beside(
         assert isinstance(source, PackedSource)
         source.name = shown_name(run.out)
         Export(source, name, SILENT).write(run, max_shard_bytes, log, f"{name}/")
-
-
-def open_packed(model: str | Path, *, trust_remote_code: bool = False) -> PackedSource:
-    """A checkpoint that llmquant wrote and whose linears are on integer grids."""
-    source = open_checkpoint(model, trust_remote_code=trust_remote_code)
-    if not isinstance(source, PackedSource):
-        raise SourceError(
-            source.name,
-            "is not quantized, or dense again (fake)",
-            expected="codes that llmquant wrote",
-            remedy=f"write the format that you want in the run itself, with {option('format')}",
-        )
-    if source.method in FACTS and FACTS[source.method].one_file:
-        raise SourceError(
-            source.name, "is a GGUF file", expected="safetensors", remedy="export the checkpoint that it was made from"
-        )
-    if "report.json" not in source.files():
-        raise SourceError(source.name, "no report.json", expected="a checkpoint that llmquant wrote")
-    return source
 
 
 class Export:
@@ -122,27 +101,12 @@ class Export:
         spec = LinearSpec(key, module, kind, (linear.shape[0], linear.shape[1]), linear.dtype, scheme)
         return Row(key, "quantized", f"quantized in {self.source.method}", dtype, linear.shape, None, spec)
 
-    def canonical(self, spec: LinearSpec) -> QuantizedWeight:
-        """Codes, scales and zeros of one linear, exactly as they are stored."""
-        linear = self.source.packed[spec.key]
-        assert linear.grid is not None
-        grid = linear.grid(self.source.stored.read)
-        zeros = None if spec.scheme.symmetric or grid.zeros_OG is None else grid.zeros_OG.contiguous().to(torch.int8)
-        in_order = torch.arange(spec.shape[1]) // spec.scheme.group(spec.shape[1])
-        try:
-            if grid.group_I is not None and not torch.equal(grid.group_I, in_order):
-                raise ValueError("its groups are not in the order of the columns")
-            codes = grid.codes_OI.contiguous().to(torch.int8)
-            return QuantizedWeight(codes, grid.scales_OG.contiguous().float(), spec.scheme, zeros)
-        except ValueError as error:
-            raise SourceError(spec.key, str(error), expected="a grid as llmquant makes it") from None
-
     def write(self, run: RunDir, max_shard_bytes: int, log: Progress, folder: str = "") -> None:
         """All files of the format into `folder` of the output ("" or a name with a slash), verified."""
         self.output.open(run, max_shard_bytes, folder)
         for row in self.plan.rows:
             if row.spec is not None:
-                self.output.quantized(run, row.spec, self.canonical(row.spec))
+                self.output.quantized(run, row.spec, canonical(self.source, row.spec))
             else:
                 self.output.copied(run, row)
         run.tensors.finish()

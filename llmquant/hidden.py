@@ -13,7 +13,7 @@ from llmquant.errors import ResumeError, option
 from llmquant.formats import LinearSpec
 from llmquant.job import Job
 from llmquant.lanes.baselines import dequantized
-from llmquant.lanes.scores import ORIGINAL, OURS, Lanes
+from llmquant.lanes.scores import BEFORE, ORIGINAL, OURS, Lanes
 from llmquant.model.block import Block
 from llmquant.model.streams import Stream, Streams
 
@@ -26,9 +26,9 @@ class HiddenStates:
     """
 
     def __init__(self, job: Job, streams: Streams) -> None:
-        self._job = job
+        self._job, self._streams = job, streams
         self.calibration: CalibrationStreams | None = None
-        if job.calibration is not None:
+        if job.calibration is not None and job.finished is None:
             original = streams.new("calibration (original)") if job.recipe.propagation != 0 else None
             quantized = streams.new("calibration")
             self.calibration = CalibrationStreams(quantized, original, streams.spare_bytes, job.products)
@@ -68,12 +68,17 @@ class HiddenStates:
         if self.lanes is not None:
             self.lanes.advance(ORIGINAL, block.forward)
             specs = [*self.specs(block), *self.borrowed(block)]
-            for name in self._job.lanes[2:]:
+            for name in self._job.baselines:
                 with block.holding(dequantized(name, block, specs)):
                     self.lanes.advance(name, block.forward)
 
     def advance_ours(self, block: Block) -> None:
-        """Our lane through a block that holds its quantized weights."""
+        """Our lane through a block that holds its quantized weights; with a recovery, what they were before it."""
+        if self.lanes is not None:
+            self.lanes.advance(BEFORE if BEFORE in self._job.lanes else OURS, block.forward)
+
+    def advance_recovered(self, block: Block) -> None:
+        """Our lane through a block that holds what a recovery made of it."""
         if self.lanes is not None:
             self.lanes.advance(OURS, block.forward)
 
@@ -92,6 +97,17 @@ class HiddenStates:
         if calibration is not None:
             calibration.quantized.update(calibrate)
         self.advance_ours(block)
+
+    def forget_calibration(self) -> None:
+        """Behind the last block nobody reads it."""
+        for stream in (self.calibration.quantized, self.calibration.original) if self.calibration is not None else ():
+            if stream is not None:
+                stream.close()
+        self.calibration = None
+
+    def spare_bytes(self, budget: int) -> int:
+        """What is left of the memory for hidden states."""
+        return max(0, budget - self._streams.in_memory)
 
     def checksums(self) -> dict[str, str]:
         return {name: stream.checksum() for name, stream in self.streams().items()}

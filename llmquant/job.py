@@ -18,10 +18,12 @@ from llmquant.blocks.snapshots import snapshot_bytes
 from llmquant.checkpoint import as_original
 from llmquant.coverage import enough_batches
 from llmquant.errors import CalibrationError, FormatError, RecipeError, option
+from llmquant.finished import Finished
 from llmquant.formats import FORMATS
+from llmquant.formats.facts import FACTS
 from llmquant.formats.runtimes import refuse_runtimes
 from llmquant.lanes.baselines import pick_baselines
-from llmquant.lanes.scores import ORIGINAL, OURS
+from llmquant.lanes.scores import BEFORE, ORIGINAL, OURS
 from llmquant.log import Progress
 from llmquant.memory import physical_memory
 from llmquant.model.devices import device_memory, pick_device, pick_dtype, pick_products
@@ -61,6 +63,7 @@ class Draft:
     products: torch.dtype  # of calibration forwards and Hessians
     openings: Mapping[str, Opening]  # of every format that is written: what stock transformers does with it
     chosen: Mapping[str, str]  # what was chosen where the recipe said auto, in words
+    finished: Finished | None  # whose codes are taken over
 
     @property
     def plan(self) -> Plan:
@@ -70,6 +73,11 @@ class Draft:
     def calibrated(self) -> bool:
         """Whether some linear's solver wants calibration text."""
         return self.plan.calibrated
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """The lanes that are neither the original's nor ours."""
+        return tuple(name for name in self.lanes if name not in (ORIGINAL, OURS, BEFORE))
 
     @property
     def target(self) -> Path:
@@ -86,7 +94,7 @@ class Draft:
     def stream_sizes(self, calibration_tokens: int, evaluation_tokens: int) -> dict[str, int]:
         """Bytes of every stream, calibration first: it is read most often."""
         sizes = {}
-        if self.calibrated:
+        if self.calibrated and self.finished is None:
             sizes["calibration"] = stream_bytes(self.skeleton, calibration_tokens, self.recipe.seq_len)
             if self.recipe.propagation != 0:
                 sizes["calibration (original)"] = sizes["calibration"]
@@ -159,16 +167,24 @@ def draft(
     if dense := mostly_dense(plan.rows):
         log.line("; not quantized: ".join(dense))
     products = attempt(lambda: pick_products(recipe.products, skeleton.device, skeleton.dtype, plan.most_bits))
-    lanes = (ORIGINAL, OURS, *pick_baselines(recipe, plan.mean_bits)) if recipe.eval_data != "none" else ()
+    ours = (OURS, BEFORE) if recipe.recover != "off" else (OURS,)
+    lanes = (ORIGINAL, *ours, *pick_baselines(recipe, plan.mean_bits)) if recipe.eval_data != "none" else ()
     exports = attempt(lambda: check_exports(recipe.exports, source, skeleton, plan))
     openings = {name: Opening() for name in recipe.exports} | {recipe.format: output.opening} | (exports or {})
     attempt(lambda: refuse_closed(options.runtimes, plan, openings, log))
-    drawn = Draft(recipe, options, source, skeleton, output, lanes, products or skeleton.dtype, openings, chosen)
+    finished = None
+    if options.codes is not None:
+        finished = Finished(options.codes, trust_remote_code=options.trust_remote_code)
+        finished.refuse_other(plan.specs)
+    products = products or skeleton.dtype
+    drawn = Draft(recipe, options, source, skeleton, output, lanes, products, openings, chosen, finished)
     if drawn.parked:
         log.line(said_of_parked(drawn.parked))
         if recipe.curvature != "off" and any(spec.method in CURVED for spec in plan.specs):
             attempt(lambda: refuse_uncurved(recipe))
             log.line("no curvature: no gradients go through parked forwards")
+    if recipe.recover != "off":
+        attempt(lambda: refuse_recovery(drawn))
     return drawn
 
 
@@ -217,6 +233,9 @@ def prepare(model: str | Path, recipe: Recipe, options: RunOptions, log: Progres
     """Open, check, plan, and cut the texts; every error that can be known before hours of work is raised here."""
     stored = open_source(model, options.revision, trust_remote_code=options.trust_remote_code)
     drawn = draft(stored, recipe, options, log=log)
+    if drawn.finished is not None:
+        outside = [row.name for row in drawn.plan.block(None) if row.spec is None]
+        drawn.finished.refuse_other_weights(drawn.source, outside)
     calibration, evaluation = windows(drawn, log)
     if calibration is not None and recipe.samples == "auto":
         most, calibration = calibration, as_many_as_needed(drawn, calibration, log)
@@ -319,6 +338,19 @@ def refuse_uncurved(recipe: Recipe) -> None:
         )
 
 
+def refuse_recovery(draft: Draft) -> None:
+    """RecipeError where a recipe that asks for a recovery cannot have one."""
+    got = ""
+    if draft.parked:
+        got, remedy = "no gradients go through parked forwards", f"use {option('recover')} off"
+    elif not draft.calibrated:
+        got, remedy = f"no calibration text is read by {option('method')} {draft.recipe.method}", "use gptq"
+    elif any(FACTS[name].dense for name in draft.recipe.formats):
+        got, remedy = "the format fake holds no scales", f"use another {option('format')}"
+    if got:
+        raise RecipeError(f"{option('recover')} {draft.recipe.recover}", got, remedy=remedy)
+
+
 def stream_bytes(skeleton: Skeleton, n_tokens: int, seq_len: int) -> int:
     """Bytes of a stream of `n_tokens` tokens in windows of at most `seq_len`."""
     length = min(seq_len, skeleton.context or seq_len)
@@ -374,6 +406,7 @@ def fingerprint(job: Job, weights: str) -> dict[str, str]:
         "plan": [row.as_dict() for row in job.plan.rows],
         "lanes": job.lanes,
         "versions": versions(),
+        "codes": None if job.finished is None else job.finished.source.stored.local("manifest.json").read_text("utf-8"),
         "instruction set": torch.backends.cpu.get_cpu_capability(),
         "device": job.skeleton.device.type,
         "dtype": str(job.skeleton.dtype),

@@ -1,7 +1,7 @@
 """The way through the program: prepare -> one block at a time -> verified output -> report."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,6 +15,7 @@ from llmquant.blocks.measure import LayerReport
 from llmquant.blocks.quantize import quantize_block
 from llmquant.blocks.snapshots import Snapshots
 from llmquant.blocks.solve import Solved, solve_alone
+from llmquant.blocks.training import BlockTraining
 from llmquant.comparison import noise_floor
 from llmquant.curvature import CurvaturePass, measure_curvature
 from llmquant.export import export_beside
@@ -30,13 +31,15 @@ from llmquant.output.check_files import check_config
 from llmquant.paths import shown_name
 from llmquant.quant.grid import QuantizedWeight
 from llmquant.recipe import Recipe, RunOptions, make_recipe, parse_size
+from llmquant.recovery import Recovery, RecoveryPlan
 from llmquant.report.card import make_card
-from llmquant.report.data import Cost, LaneReport, Report, load_report
+from llmquant.report.data import Cost, LaneReport, RecoveryReport, Report, load_report
 from llmquant.report.html import make_html
 from llmquant.report.tables import compared
 from llmquant.result import lane_reports, run_report
 from llmquant.run_dir import RunDir
 
+Settled = Sequence[tuple[LinearSpec, Tensor]]  # linears that run with an earlier block's weights, and those
 _SPARE = 100_000_000  # bytes that every run has room for
 
 
@@ -72,11 +75,11 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
         output = job.output
         n_tokens = [0 if text is None else text.n_tokens for text in (job.calibration, job.evaluation)]
         sizes = job.stream_sizes(*n_tokens)
-        curvature = CurvaturePass(job, n_tokens[0])
+        curvature, recovery = CurvaturePass(job, n_tokens[0]), RecoveryPlan(job, n_tokens[0])
         run = RunDir(
             job.target,
             overwrite=options.overwrite,
-            needed_bytes=job.needed_bytes(sizes) + curvature.disk_bytes,
+            needed_bytes=job.needed_bytes(sizes) + curvature.disk_bytes + recovery.disk_bytes,
             streams_bytes=job.snapshot_bytes(sizes),
             resume=options.resume,
             fingerprint=fingerprint(job, refuse_damaged_weights(job.source)),
@@ -99,7 +102,7 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
         with watch.stage("curvature"):
             measure_curvature(job, curvature, run, log)
         output.open(run, parse_size("max_shard_size", recipe.max_shard_size))
-        layers, lanes = _Pass(job, run, curvature, streams, watch, log).go()
+        layers, recovered, lanes = _Pass(job, run, curvature, recovery, streams, watch, log).go()
         run.tensors.finish()
         with watch.stage("verify"):
             output.finish(run)
@@ -108,7 +111,7 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
             size = parse_size("max_shard_size", recipe.max_shard_size)
             export_beside(recipe.exports, run, size, log, trust_remote_code=options.trust_remote_code)
         floor = None if job.evaluation is None else noise_floor(job.source, job.skeleton, job.evaluation, watch)
-        facts = run_report(job, layers, lanes, floor, run.weight_files())
+        facts = run_report(job, layers, recovered, lanes, floor, run.weight_files())
         report = Report(facts, Cost(**watch.cost()), run.out)
         if not FORMATS[recipe.format].facts.one_file:  # which holds its config itself
             check_config(run.path, recipe.format, facts.tensors)
@@ -138,17 +141,25 @@ class _Pass:
     """THE loop: one pass over the weights, one block in memory."""
 
     def __init__(
-        self, job: Job, run: RunDir, curvature: CurvaturePass, streams: Streams, watch: Stopwatch, log: Progress
+        self,
+        job: Job,
+        run: RunDir,
+        curvature: CurvaturePass,
+        recovery: RecoveryPlan,
+        streams: Streams,
+        watch: Stopwatch,
+        log: Progress,
     ) -> None:
-        self.curvature = curvature
+        self.curvature, self.recovery = curvature, recovery
         self.job, self.run, self.watch, self.log = job, run, watch, log
         self.blocks, self.output, self.record = job.skeleton.blocks, job.output, job.output.record
         self.hidden = HiddenStates(job, streams)
+        self.training = Recovery(recovery, job.calibration, self._codes)
         for name in streams.spilled:
             log.line(f"--max-ram: the {name} stream is kept in a file")
         self.snapshots = Snapshots(run, {} if job.parked else self.hidden.streams(), log)
 
-    def go(self) -> tuple[list[LayerReport], dict[str, LaneReport]]:
+    def go(self) -> tuple[list[LayerReport], RecoveryReport | None, dict[str, LaneReport]]:
         trim()
         with self.watch.stage("embed"):
             self.hidden.embed()
@@ -173,7 +184,8 @@ class _Pass:
             if self.snapshots.due():
                 with self.watch.stage("snapshot"):
                     self.snapshots.save()
-        return layers, self._score()
+        recovered = self._recover() if self.recovery.groups else None
+        return layers, recovered, self._score()
 
     def _foreign(self, *, write: bool) -> list[LayerReport]:
         """Quantize the linears that no block runs (MTP heads, if a rule names them); a resumed run reports."""
@@ -192,19 +204,33 @@ class _Pass:
         with self.watch.stage("evaluate"):
             hidden.advance_others(block)
         with self.watch.stage("quantize"):
-            more, block.store = hidden.more_follow(block), self._store
             settled = [(spec, self._written(spec)) for spec in hidden.borrowed(block)]
-            curvature = self.curvature.of(self.run, block)
-            solved = quantize_block(
-                block, specs, self.job.recipe, hidden.calibration, settled, curvature=curvature, advance=more
-            )
+            solved = self._solved(block, specs, settled)
         with self.watch.stage("evaluate"):
             hidden.advance_ours(block)
         with self.watch.stage("write"):
             for item in solved:
                 if item.weight is not None:
                     self.output.quantized(self.run, item.spec, item.weight)
-        return [self._with_borrowers(item) for item in solved]
+        return solved
+
+    def _solved(self, block: Block, specs: Sequence[LinearSpec], settled: Settled) -> list[Solved]:
+        """The linears of a block, quantized, or as an earlier run quantized them; the block holds them afterwards."""
+        if (finished := self.job.finished) is None:
+            block.store, advance = self._store, self.hidden.more_follow(block)
+            curvature = self.curvature.of(self.run, block)
+            streams = self.hidden.calibration
+            solved = quantize_block(
+                block, specs, self.job.recipe, streams, settled, curvature=curvature, advance=advance
+            )
+            return [self._with_borrowers(item) for item in solved]
+        weights = {spec: finished.weight(spec) for spec in finished.in_order(specs)}
+        view = FORMATS[self.job.recipe.format]
+        for spec, weight in weights.items():
+            block.set_weight(spec, partial(view.loaded, spec, weight))
+        for spec, weight_OI in settled:
+            block.set_weight(spec, weight_OI)
+        return [Solved(spec, weight, finished.layer(spec)) for spec, weight in weights.items()]
 
     def _with_borrowers(self, item: Solved) -> Solved:
         """A note where other blocks run with this weight, too."""
@@ -254,11 +280,47 @@ class _Pass:
             self.hidden.replay(block, self._written)
 
     def _written(self, spec: LinearSpec) -> Tensor:
-        """A quantized linear, dequantized from the disk."""
+        """A quantized linear as the loop left it, dequantized from the disk."""
         stored = self.output.read(self.run, spec)
         if not isinstance(stored, Tensor):
+            index = self.job.skeleton.block_of(spec.param)
+            if self.run.recovery.steps is not None and index is not None:  # which may have written over its scales
+                stored = self.training.blocks[index].quantized(spec, self.training.values(self.run, 0, index), stored)
             stored = FORMATS[self.job.recipe.format].loaded(spec, stored)
         return stored.float()
+
+    def _codes(self, spec: LinearSpec) -> QuantizedWeight:
+        stored = self.output.read(self.run, spec)
+        assert not isinstance(stored, Tensor)  # `refuse_recovery`
+        return stored
+
+    def _recover(self) -> RecoveryReport:
+        """Train scales, norms and biases; our lane through the result, which is then written."""
+        run, training = self.run, self.training
+        if run.recovery.steps is None and self.snapshots.on:  # an interrupted training shall not go through all blocks
+            with self.watch.stage("snapshot"):
+                self.snapshots.save()
+        self.hidden.forget_calibration()
+        with self.watch.stage("recover"):
+            found = training.train(run, self.hidden.spare_bytes(self.job.options.stream_budget), self.log)
+        run.tensors.change()
+        for index, of_block in enumerate(training.blocks):
+            values = training.values(run, found.step, index)
+            with self.watch.stage("evaluate"), of_block.loaded(values):
+                self.hidden.advance_recovered(of_block.block)
+            with self.watch.stage("write"):
+                self._change(of_block, values)
+            trim()
+        return found
+
+    def _change(self, of_block: BlockTraining, values: Mapping[str, Tensor]) -> None:
+        """Write what is trained in a block over what the loop left."""
+        for row in self.job.plan.block(of_block.block.index):
+            param = self.job.skeleton.param_of.get(row.name)
+            if row.spec is not None and row.spec.param in of_block.scales:
+                self.output.quantized(self.run, row.spec, of_block.quantized(row.spec, values))
+            elif param is not None and param in of_block.vectors:
+                self.output.copied(self.run, row, of_block.vector(param, values))
 
     def _copy(self, block: int | None) -> None:
         """Write the tensors of a block (None: outside the blocks) that stay as they are."""

@@ -28,6 +28,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "order": ("descending", "natural"),
     "passes": ("step", "block"),
     "curvature": ("off", "auto", "full"),
+    "recover": ("off", "scales", "norms", "all"),
     "on_bad_layer": ("fail", "rtn"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
     "products": ("auto", "float32", "bfloat16"),
@@ -57,6 +58,7 @@ class Recipe:
     curvature: str = (
         "auto"  # whether errors count as the model's predictions weigh them; auto: where it can be measured
     )
+    recover: str = "off"  # what is trained end to end behind the last block: scales, norms and biases, or all of these
     passes: str = "step"  # Hessians after each step of a block, or all in one pass per block
     on_bad_layer: str = "fail"
     # calibration text
@@ -156,6 +158,7 @@ class RunOptions:
     resume    continue an interrupted run of the same job: "auto", "required", or "never" (discard it)
     runtimes  that must open the result (names of `formats.runtimes.RUNTIMES`), or FormatError before any work
     trust_remote_code   Python code of the checkpoint may be run (`source/remote_code.py`)
+    codes     a finished checkpoint of the same model, whose codes are taken over: nothing is solved
     """
 
     out: str | Path | None = None
@@ -165,6 +168,7 @@ class RunOptions:
     resume: str = "auto"
     runtimes: tuple[str, ...] = ()
     trust_remote_code: bool = False
+    codes: str | Path | None = None
 
     def __post_init__(self) -> None:
         parse_size("max_ram", self.max_ram)

@@ -7,7 +7,7 @@ from llmquant.blocks.measure import LayerReport
 from llmquant.checkpoint import stored_forms
 from llmquant.job import Job
 from llmquant.lanes.baselines import BASELINES
-from llmquant.lanes.scores import ORIGINAL, OURS, Figures, TokenScores, figures
+from llmquant.lanes.scores import BEFORE, ORIGINAL, OURS, Figures, TokenScores, figures
 from llmquant.report.data import (
     SCHEMA_VERSION,
     Compute,
@@ -15,6 +15,7 @@ from llmquant.report.data import (
     Model,
     OriginalCard,
     RecipeFacts,
+    RecoveryReport,
     RunReport,
     TextWindows,
     WeightFile,
@@ -27,6 +28,7 @@ from llmquant.report.plain import parse
 def run_report(
     job: Job,
     layers: Sequence[LayerReport],
+    recovered: RecoveryReport | None,
     lanes: Mapping[str, LaneReport],
     floor: Figures | None,
     files: Mapping[str, Mapping[str, Any]],
@@ -59,6 +61,7 @@ def run_report(
         calibration=None if job.calibration is None else TextWindows(**job.calibration.as_dict()),
         evaluation=None if job.evaluation is None else evaluation_report(job.evaluation, lanes, floor),
         chosen=dict(job.chosen) or None,
+        recovery=recovered,
         runtimes={name: runtimes_of(job.plan, name, job.openings[name].findings) for name in formats},
         files={name: WeightFile(**facts) for name, facts in files.items()},
         layers=tuple(parse(Layer, layer.as_dict(), layer.name) for layer in layers),
@@ -88,7 +91,7 @@ def _size(job: Job, lane: str) -> tuple[float, int]:
     weights = sum(spec.shape[0] * spec.shape[1] for spec in specs)
     if lane == ORIGINAL:
         return 8 * dense / weights, total
-    if lane == OURS:
+    if lane in (OURS, BEFORE):
         return job.plan.bits_per_weight(job.recipe.format), job.plan.output_bytes
     bits = sum(spec.shape[0] * BASELINES[lane].row_bits(spec.shape[1], spec.scheme) for spec in specs)
     return bits / weights, total - dense + int(bits / 8)

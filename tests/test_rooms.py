@@ -24,11 +24,13 @@ RANK = {
     **dict.fromkeys(("checkpoint", "plan", "lanes", "blocks", "coverage"), 8),
     "report": 9,
     "output": 10,
+    "finished": 10,
     "job": 11,
-    **dict.fromkeys(("hub", "export", "comparison", "result", "hidden", "curvature"), 12),
+    **dict.fromkeys(("hub", "export", "comparison", "result", "hidden", "curvature", "recovery"), 12),
     **dict.fromkeys(("pipeline", "preflight"), 13),
-    "cli": 14,
-    **dict.fromkeys(("__init__", "__main__"), 15),
+    "finetuning": 14,
+    "cli": 15,
+    **dict.fromkeys(("__init__", "__main__"), 16),
 }
 
 

@@ -21,11 +21,11 @@ class BlockGradients:
     def through(self, hidden: Tensor, gradient: Tensor) -> Tensor:
         """Add a batch that enters as `hidden` and has this gradient behind the block; its gradient before it."""
         modules = [spec.module for specs in self._stacks for spec in specs]
-        entering, at_outputs = self._block.gradients(hidden, gradient, modules, self._products)
+        found = self._block.gradients(hidden, gradient, self._products, linears=modules)
         for specs, total in zip(self._stacks, self._sums, strict=True):
-            for parts in zip(*(at_outputs[spec.module] for spec in specs), strict=False):
+            for parts in zip(*(found.at_outputs[spec.module] for spec in specs), strict=False):
                 total.add(torch.cat(parts, -1))
-        return entering
+        return found.entering
 
     @property
     def unmoved(self) -> list[str]:

@@ -32,16 +32,16 @@ class Snapshots:
 
     def __init__(self, run: RunDir, streams: Mapping[str, Stream], log: Progress) -> None:
         self._run, self._streams, self._log = run, streams, log
-        self._on = bool(streams)
+        self.on = bool(streams)
         self._next = time.monotonic() + MIN_SECONDS
-        if self._on and not run.room_for_streams:
-            self._on = False
+        if self.on and not run.room_for_streams:
+            self.on = False
             log.line(
                 "no snapshots of streams: the disk has no room for them; a resumed run goes through all blocks again"
             )
 
     def due(self) -> bool:
-        return self._on and time.monotonic() >= self._next
+        return self.on and time.monotonic() >= self._next
 
     def save(self) -> None:
         """Keep the streams as they are after the last committed block.
@@ -51,7 +51,7 @@ class Snapshots:
         """
         begin = time.monotonic()
         if problem := self._run.keep_streams(self._bytes()):
-            self._on = False
+            self.on = False
             self._log.line(f"no snapshot of streams after block {len(self._run.records)}, nor later: {problem}")
         now = time.monotonic()
         self._next = now + max(MIN_SECONDS, PAUSE * (now - begin))

@@ -9,6 +9,7 @@ from llmquant.cli import look
 from llmquant.cli.compare import compare, evaluate
 from llmquant.cli.console import say
 from llmquant.cli.export import export
+from llmquant.cli.finetune import finetune
 from llmquant.cli.options import EXAMPLES, JUDGE, MAKE, PUBLISH, RUN_EXAMPLES
 from llmquant.cli.progress import JsonLines
 from llmquant.cli.push import push
@@ -39,6 +40,9 @@ app.command(rich_help_panel=JUDGE, epilog="Example:  llmquant compare ./a-W4A16-
     compare
 )
 app.command(rich_help_panel=MAKE, epilog="Example:  llmquant export ./out --format gguf --out ./out-gguf")(export)
+app.command(
+    rich_help_panel=MAKE, epilog="Example:  llmquant finetune ./demo-W4A16-G128 --reference demo --recover norms"
+)(finetune)
 app.command(rich_help_panel=PUBLISH, epilog="Example:  llmquant push ./demo-W4A16-G128 --repo user/demo-W4A16-G128")(
     push
 )

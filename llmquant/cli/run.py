@@ -125,6 +125,12 @@ def run(
             _SOLVER,
         ),
     ] = None,
+    recover: Annotated[
+        Optional[str],
+        recipe_option(
+            "Train end to end behind the last block: scales, norms (with biases), or all of these", "recover", _SOLVER
+        ),
+    ] = None,
     passes: Annotated[
         Optional[str], recipe_option("Hessians after each step of a block, or in one pass per block", "passes", _SOLVER)
     ] = None,

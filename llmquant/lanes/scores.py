@@ -27,7 +27,8 @@ from llmquant.memory import SLACK, trim
 from llmquant.model.streams import Stream, Streams
 from llmquant.text.windows import Windows
 
-ORIGINAL, OURS = "original", "llmquant"  # names of the two lanes of every run
+ORIGINAL, OURS = "original", "llmquant"  # names of the two lanes of every run,
+BEFORE = "before recovery"  # and of a third one, where ours is trained
 Array = NDArray[np.float64]
 _LOGITS_AT_ONCE = 2**22  # numbers in one chunk of logits: 16 MB in float32
 

@@ -14,7 +14,9 @@ Shapes: B batch, T time, D hidden, O out_features, I in_features.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import cached_property, partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,6 +31,21 @@ from llmquant.model.tape import Call, own_forward
 from llmquant.model.weights import Value, Weights
 from llmquant.quant.grid import QuantizedWeight
 from llmquant.quant.matmul import forwards_in
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of one scalar, in one batch.
+
+    entering     at what enters the block, [B, T, D]
+    at_outputs   at the outputs [..., O] of linears, by name: a list, as a linear may run several times
+    of_params    of parameters, by name, as the module holds them
+    0 where the scalar does not depend on it.
+    """
+
+    entering: Tensor
+    at_outputs: dict[str, list[Tensor]]
+    of_params: dict[str, Tensor]
 
 
 class Block:
@@ -98,12 +115,15 @@ class Block:
 
     # -- weights -------------------------------------------------------------------------------------------
     @contextmanager
-    def loaded(self) -> Iterator["Block"]:
-        """The block with its weights in memory, for the length of a `with`; some experts only while they are used."""
+    def loaded(self, instead: Mapping[str, Value] = MappingProxyType({})) -> Iterator["Block"]:
+        """The block with its weights in memory, for the length of a `with`; some experts only while they are used.
+
+        instead   parameter name -> what it is given, in the module's own layout, and not read
+        """
         for owner, experts in self._experts.items():
             if self._weights.on_demand.intersection(self.params):
                 experts.present = partial(self._present, owner)
-        with self._weights.loaded(self.params):
+        with self._weights.loaded(self.params, instead):
             yield self
 
     def _present(self, owner: str, expert: int, leaves: Sequence[str]) -> AbstractContextManager[None]:
@@ -162,14 +182,21 @@ class Block:
             return self.calls[tuple(batch.shape[:2])](self.module, batch.to(self.device))
 
     def gradients(
-        self, hidden: Tensor, grad: Tensor, linears: Sequence[str], products: torch.dtype
-    ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-        """One batch backwards through the block, by autograd. Its forwards must not be parked.
+        self,
+        hidden: Tensor,
+        grad: Tensor,
+        products: torch.dtype,
+        *,
+        linears: Sequence[str] = (),
+        params: Sequence[str] = (),
+    ) -> Gradients:
+        """One batch backwards through the loaded block, by autograd. Its forwards must not be parked.
 
         hidden   [B, T, D], what enters the block
         grad     [B, T, D], the gradient of some scalar at what leaves it
-        Returns that scalar's gradient at what enters, and at the outputs [..., O] of `linears`, by name: a list, as a
-        linear may run several times; 0 where nothing depends on it. SourceError where autograd refuses.
+        linears  at whose outputs its gradient is wanted, and
+        params   of which it is, by their names in the model
+        SourceError where autograd refuses.
         """
         outputs: dict[str, list[Tensor]] = {name: [] for name in linears}
 
@@ -179,14 +206,15 @@ class Block:
 
         modules = self.linears
         handles = [modules[name].register_forward_hook(partial(keep, name)) for name in linears]
+        leaves = [self._weights.get(name).requires_grad_() for name in params]
         try:
             with torch.enable_grad(), forwards_in(products, self.dtype):
                 entering = hidden.to(self.device).detach().requires_grad_()
                 # A copy goes in: a block may add to its hidden states in place, which a leaf does not allow.
                 leaving = self.calls[tuple(hidden.shape[:2])](self.module, entering.clone())
             found = [output for name in linears for output in outputs[name] if output.requires_grad]
-            grads = torch.autograd.grad(
-                leaving, [entering, *found], grad.to(leaving), allow_unused=True, materialize_grads=True
+            of_entering, *grads = torch.autograd.grad(
+                leaving, [entering, *leaves, *found], grad.to(leaving), allow_unused=True, materialize_grads=True
             )
         except RuntimeError as error:  # an operation without a derivative, or one that writes over what it needs
             raise SourceError(
@@ -197,10 +225,13 @@ class Block:
         finally:
             for handle in handles:
                 handle.remove()
-        at = {id(output): g for output, g in zip(found, grads[1:], strict=True)}
-        return grads[0], {
+            for leaf in leaves:
+                leaf.requires_grad_(False)
+        at = {id(output): g for output, g in zip(found, grads[len(leaves) :], strict=True)}
+        at_outputs = {
             name: [at[id(o)] if id(o) in at else torch.zeros_like(o) for o in outputs[name]] for name in linears
         }
+        return Gradients(of_entering, at_outputs, dict(zip(params, grads, strict=False)))
 
 
 def _rows_first(spec: LinearSpec, weight: Tensor) -> Tensor:

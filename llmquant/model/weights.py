@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -78,10 +79,12 @@ class Weights:
                 self._set(name, torch.empty_like(self._there(name), device="meta"))
 
     @contextmanager
-    def loaded(self, names: Sequence[str]) -> Iterator[None]:
-        """`names` in memory for the length of a `with`."""
+    def loaded(self, names: Sequence[str], instead: Mapping[str, Value] = MappingProxyType({})) -> Iterator[None]:
+        """`names` in memory for the length of a `with`; those in `instead` are given that, and not read."""
         try:
-            self.load(names)
+            self.load(name for name in names if name not in instead)
+            for name, value in instead.items():
+                self.place(name, value)
             yield
         finally:
             self.free(names)
@@ -131,6 +134,14 @@ class Weights:
             self._set(name, value)
         else:
             self._makers[name] = value
+
+    def place(self, name: str, value: Value) -> None:
+        """`put` on the device and in the compute dtype. What makes a tensor is called now, unless that is on demand."""
+        if not isinstance(value, Tensor):
+            if name in self.on_demand:
+                return self.put(name, value)
+            value = value()
+        self.put(name, value.to(self.device, self.compute_dtype(name)))
 
     def _there(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")

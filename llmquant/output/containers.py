@@ -52,8 +52,8 @@ class Output(Protocol):
     def quantized(self, run: RunDir, spec: LinearSpec, weight: QuantizedWeight) -> None:
         """Write a linear."""
 
-    def copied(self, run: RunDir, row: Row) -> None:
-        """Write a tensor that is not quantized."""
+    def copied(self, run: RunDir, row: Row, tensor: Tensor | None = None) -> None:
+        """Write a tensor that is not quantized: as the source holds it, or another one."""
 
     def read(self, run: RunDir, spec: LinearSpec) -> QuantizedWeight | Tensor:
         """A linear that was written before; a dense weight_OI where the format holds no codes."""
@@ -120,8 +120,8 @@ class Shards:
         for name, tensor in self.format.tensors(spec, weight).items():
             run.tensors.write(name, tensor)
 
-    def copied(self, run: RunDir, row: Row) -> None:
-        tensor = self.source.read_finite(row.name)
+    def copied(self, run: RunDir, row: Row, tensor: Tensor | None = None) -> None:
+        tensor = self.source.read_finite(row.name) if tensor is None else tensor
         self.record.copied(row.name, tensor)
         run.tensors.write(row.name, tensor)
 
@@ -202,9 +202,10 @@ class GGUFFile:
         (blocks,) = self.format.tensors(spec, weight).values()
         run.tensors.write(self.names[spec.key], self.model.rows(spec.key, blocks))
 
-    def copied(self, run: RunDir, row: Row) -> None:
+    def copied(self, run: RunDir, row: Row, tensor: Tensor | None = None) -> None:
         key = row.name
-        tensor = self.computed[key] if key in self.computed else self.source.read_finite(key)
+        if tensor is None:
+            tensor = self.computed[key] if key in self.computed else self.source.read_finite(key)
         # By the reader's own rules, and in the checkpoint's order of rows, into which the reader puts them.
         self.record.copied(key, self.expected.order.as_stored(key, tensor))
         run.tensors.write(self.names[key], self.model.rows(key, self.model.dense(key, tensor)))

@@ -23,9 +23,10 @@ from llmquant.model.skeleton import Skeleton
 from llmquant.paths import expanded
 from llmquant.plan import Row
 from llmquant.preflight.flops import Tokens, Work, matmul_rate, work_of
-from llmquant.preflight.memory_bound import memory_bound
+from llmquant.preflight.memory_bound import MemoryBound, memory_bound
 from llmquant.preflight.trial import try_block
 from llmquant.recipe import Recipe, RunOptions
+from llmquant.recovery import RecoveryPlan
 from llmquant.run_dir import RunDir
 from llmquant.source.names import without_numbers
 from llmquant.source.resolve import open_source
@@ -147,26 +148,29 @@ def estimate(
             found.warn(str(finding))
     tokens = _tokens(found, draft)
     sizes = draft.stream_sizes(tokens.calibration, tokens.evaluation)
-    curvature = CurvaturePass(draft, tokens.calibration)
+    curvature, recovery = CurvaturePass(draft, tokens.calibration), RecoveryPlan(draft, tokens.calibration)
     if said := job.said_of_experts(draft, tokens.calibration):
         found.warn(said)
     found.attempt(lambda: draft.refuse_parked(tokens.calibration, tokens.evaluation))
-    _memory(found, draft, curvature, tokens, sizes)
+    _memory(found, memory_bound(draft, curvature, recovery, tokens, sizes), draft)
     found.disk = {
         "output": draft.output_bytes(),
         "streams in files": draft.spilled_bytes(sizes),
         "snapshots of streams, where there is room": draft.snapshot_bytes(sizes),
         "curvature": curvature.disk_bytes,
+        "recovery": recovery.disk_bytes,
         "download into the Hub's cache": source.download_bytes(),
     }
-    needed = draft.needed_bytes(sizes) + curvature.disk_bytes
+    needed = draft.needed_bytes(sizes) + curvature.disk_bytes + recovery.disk_bytes
     found.attempt(lambda: _check_target(found, draft.target, options.overwrite, needed))
-    _time(found, work_of(draft, curvature, tokens, len(lanes)), skeleton)
+    _time(found, work_of(draft, curvature, recovery, tokens, len(lanes)), skeleton)
     if not timed or found.exit_code:
         return found
-    trial = found.attempt(lambda: try_block(draft, curvature, tokens, len(lanes)))
+    trial = found.attempt(lambda: try_block(draft, curvature, recovery, tokens, len(lanes)))
     if trial is not None:
-        _replace_time(found, trial.seconds(len(skeleton.blocks), tokens, len(lanes), curvature.n_tokens))
+        _replace_time(
+            found, trial.seconds(len(skeleton.blocks), tokens, len(lanes), curvature.n_tokens, recovery.forwards)
+        )
     return found
 
 
@@ -222,9 +226,8 @@ def _tokens(found: Estimate, draft: Draft) -> Tokens:
     return Tokens(n_calibration, n_evaluation, *lengths)
 
 
-def _memory(found: Estimate, draft: Draft, curvature: CurvaturePass, tokens: Tokens, sizes: dict[str, int]) -> None:
+def _memory(found: Estimate, bound: MemoryBound, draft: Draft) -> None:
     """The bounds, and what is wrong with them here."""
-    bound = memory_bound(draft, curvature, tokens, sizes)
     found.memory, found.device_memory = bound.host, bound.device
     total, physical = sum(found.memory.values()), physical_memory()
     if physical is not None and total > physical:

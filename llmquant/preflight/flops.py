@@ -16,6 +16,7 @@ from llmquant.job import Draft
 from llmquant.model.skeleton import Skeleton
 from llmquant.plan import Plan
 from llmquant.quant.solvers.refine import default_sweeps
+from llmquant.recovery import RecoveryPlan
 
 # Seconds per weight of the grid search and the column loop, which memory bounds, not FLOPs: 2.0e-7 to 3.2e-7 on one
 # core, for layers of 512 x 256 to 4096 x 1024. An accelerator has some fifty times the bandwidth; not measured.
@@ -61,7 +62,7 @@ class Work:
         }
 
 
-def work_of(draft: Draft, curvature: CurvaturePass, tokens: Tokens, n_lanes: int) -> Work:
+def work_of(draft: Draft, curvature: CurvaturePass, recovery: RecoveryPlan, tokens: Tokens, n_lanes: int) -> Work:
     """The work of a run with `n_lanes` evaluation lanes."""
     plan, skeleton, recipe = draft.plan, draft.skeleton, draft.recipe
     shares = {name: share for block in skeleton.blocks for name, share in block.shares.items()}
@@ -82,6 +83,13 @@ def work_of(draft: Draft, curvature: CurvaturePass, tokens: Tokens, n_lanes: int
     forward_flops += 6.0 * curvature.n_tokens * (block_weights + attention * tokens.seq_len)
     forward_flops += 4.0 * curvature.n_tokens * skeleton.vocab_size * skeleton.hidden_size
     forward_flops += 1.0 * curvature.n_tokens * sum(curvature.entries)  # half of a symmetric product
+    # The recovery: the original once; in every step forwards and, by gradients of what is read and of weights, three
+    # more; the head of both models, backwards through one. What is held out goes forwards only.
+    steps = recovery.n_steps * recovery.n_tokens / max(1, len(recovery.groups))
+    held = (recovery.n_steps + 1) * recovery.held_tokens
+    once = recovery.n_tokens + recovery.held_tokens
+    forward_flops += 2.0 * (once + 4 * steps + held) * (block_weights + attention * tokens.seq_len)
+    forward_flops += 2.0 * (3 * steps + 2 * held) * skeleton.vocab_size * skeleton.hidden_size
     n_calibration = tokens.calibration
     solve_flops, columns = 0.0, 0
     for rows, width, share in _inputs(plan, skeleton) if n_calibration else ():

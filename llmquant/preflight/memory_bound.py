@@ -9,6 +9,7 @@ from llmquant.blocks.forwards import entries_of_experts
 from llmquant.curvature import CurvaturePass
 from llmquant.job import Draft
 from llmquant.preflight.flops import Tokens
+from llmquant.recovery import RecoveryPlan
 from llmquant.text.windows import windows_per_batch
 
 _BASE_BYTES = 600_000_000  # interpreter, torch, transformers, tokenizer
@@ -36,7 +37,9 @@ class _Sizes:
     batch: int  # hidden states of one batch
 
 
-def memory_bound(draft: Draft, curvature: CurvaturePass, tokens: Tokens, streams: dict[str, int]) -> MemoryBound:
+def memory_bound(
+    draft: Draft, curvature: CurvaturePass, recovery: RecoveryPlan, tokens: Tokens, streams: dict[str, int]
+) -> MemoryBound:
     """The bound of a run with these `tokens` and `streams` (name -> bytes).
 
     On a CPU: base + 2 blocks + 8 bytes x widest input squared + largest outer tensor + a batch's activations + at most
@@ -59,6 +62,14 @@ def memory_bound(draft: Draft, curvature: CurvaturePass, tokens: Tokens, streams
     if entries := max(curvature.entries):  # summed up or solved with; what autograd keeps of a batch
         work |= {
             "curvature of the largest block": 2 * 4 * entries,
+            "a batch's activations for gradients": 2 * sizes.activations * width,
+        }
+    if entries := max(recovery.entries):
+        in_memory = max(in_memory, min(budget, in_memory + recovery.stream_bytes))
+        kept = {"streams in memory": in_memory}
+        work |= {
+            "gradients of the largest block": 2 * 4 * sizes.block,
+            "states of what is trained in it": 2 * 12 * entries,
             "a batch's activations for gradients": 2 * sizes.activations * width,
         }
     paused = {"paused forwards": min(max(0, budget - in_memory), 2 * held) if sizes.widest else 0}

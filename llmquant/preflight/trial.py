@@ -14,6 +14,7 @@ from llmquant.curvature import CurvaturePass
 from llmquant.job import Draft
 from llmquant.preflight.flops import Tokens
 from llmquant.quant.solvers import Curvature
+from llmquant.recovery import RecoveryPlan
 from llmquant.text.windows import Windows, windows_per_batch
 
 _BATCHES = 3  # the longer of two timings; what it takes longer than one batch is the cost of two
@@ -27,18 +28,23 @@ class Trial:
     calibration_token: float
     evaluation_token: float
     curvature_token: float
+    training_token: float
 
-    def seconds(self, n_blocks: int, tokens: Tokens, n_lanes: int, n_curvature: int) -> dict[str, float]:
-        """Of all blocks, by part; the first block stands for the others. `n_curvature` tokens go backwards, too."""
+    def seconds(
+        self, n_blocks: int, tokens: Tokens, n_lanes: int, n_curvature: int, n_training: int
+    ) -> dict[str, float]:
+        """Of all blocks, by part; the first block stands for the others. So many tokens go backwards, too: for the
+        curvature, and in all steps of the training, a forward alone counted as the fourth of one."""
         return {
             "curvature": n_blocks * n_curvature * self.curvature_token,
+            "recovery": n_blocks * n_training * self.training_token,
             "solving": n_blocks * self.solving,
             "calibration": n_blocks * tokens.calibration * self.calibration_token,
             "evaluation": n_blocks * n_lanes * tokens.evaluation * self.evaluation_token,
         }
 
 
-def try_block(draft: Draft, planned: CurvaturePass, tokens: Tokens, n_lanes: int) -> Trial:
+def try_block(draft: Draft, planned: CurvaturePass, recovery: RecoveryPlan, tokens: Tokens, n_lanes: int) -> Trial:
     """Time block 0. Reads its weights and the embedding, which a Hub source downloads; writes nothing.
 
     Which tokens does not matter to the clock, so no text and no tokenizer are needed.
@@ -74,6 +80,18 @@ def try_block(draft: Draft, planned: CurvaturePass, tokens: Tokens, n_lanes: int
             curvature.update(curvature_from(sums.tensors(), stacks, block.device))
         return took
 
+    def training_seconds() -> float:
+        """One batch forwards and backwards through the block, as a step of the training does it."""
+        batch = skeleton.embed(batches(tokens.seq_len, 1)[0])
+        assert isinstance(batch, Tensor)  # nor a recovery
+        params = [spec.param for spec in specs]
+        with skeleton.blocks[0].loaded() as block:
+            block.gradients(batch, batch, products, params=params)
+            return seconds(
+                lambda: (block.forward(batch, products), block.gradients(batch, batch, products, params=params)),
+                skeleton.device,
+            )
+
     def lane_seconds() -> float:
         """One evaluation batch through the block."""
         batch = skeleton.embed(batches(tokens.eval_seq_len, 1)[0])
@@ -88,8 +106,9 @@ def try_block(draft: Draft, planned: CurvaturePass, tokens: Tokens, n_lanes: int
         per_batch = max(0.0, (several - one) / (_BATCHES - 1))
         solving = max(0.0, one - per_batch)
     lane = lane_seconds() if n_lanes else 0.0
+    training = training_seconds() if recovery.groups else 0.0
     in_batch, in_lane = (windows_per_batch(n) * n for n in (tokens.seq_len, tokens.eval_seq_len))
-    return Trial(solving, per_batch / in_batch, lane / in_lane, backwards / in_batch)
+    return Trial(solving, per_batch / in_batch, lane / in_lane, backwards / in_batch, training / in_batch)
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -145,6 +145,19 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class RecoveryReport:
+    """The training behind the loop: KL on windows of the calibration text that it did not see, before it and after the
+    step that was kept; 0: none was better, and nothing was changed."""
+
+    n_steps: int
+    step: int
+    n_tokens: int
+    held_out_tokens: int
+    kl_before: float
+    kl_after: float
+
+
+@dataclass(frozen=True)
 class Runtime:
     """What the lint says of one runtime: does it open the checkpoint, and at what price."""
 
@@ -164,6 +177,7 @@ class RunReport:
     """report.json of a run or an export.
 
     chosen          what was chosen where the recipe said auto, in words, by the recipe's names
+    recovery        what training brought, where the recipe asked for it
     runtimes        which of them open it, by format, then by runtime
     files           those of weights
     exported_from   the format that was measured, where this checkpoint is an export of it
@@ -178,6 +192,7 @@ class RunReport:
     calibration: TextWindows | None
     evaluation: Evaluation | None
     chosen: dict[str, str] | None = None
+    recovery: RecoveryReport | None = None
     runtimes: dict[str, dict[str, Runtime]] = field(default_factory=dict)
     files: dict[str, WeightFile] = field(default_factory=dict)
     layers: tuple[Layer, ...]

@@ -5,7 +5,7 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 
-from llmquant.lanes.scores import ORIGINAL, OURS
+from llmquant.lanes.scores import BEFORE, ORIGINAL, OURS
 from llmquant.report.data import LaneReport, RunReport
 from llmquant.report.ledger import Layer, mostly_dense
 from llmquant.report.tables import infinite_perplexity
@@ -13,6 +13,7 @@ from llmquant.report.tables import infinite_perplexity
 LABELS = {
     ORIGINAL: "the original",
     OURS: "llmquant",
+    BEFORE: "itself before recovery",
     "rtn": "plain rounding",
     "bnb-nf4": "bitsandbytes NF4",
     "bnb-int8": "bitsandbytes INT8",

@@ -4,7 +4,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -16,6 +16,7 @@ from llmquant.run_dir.curvature_files import CurvatureFiles
 from llmquant.run_dir.disk import FULL, Disk, disk_error, fsync_path, lock, replace_file
 from llmquant.run_dir.journal import Journal, Record
 from llmquant.run_dir.manifest import COST, MANIFEST, facts, files_in, json_bytes, sha256
+from llmquant.run_dir.recovery_files import RecoveryFiles
 from llmquant.run_dir.shards import INDEX, lay_out_shards
 from llmquant.run_dir.stream_files import PREFIX, StreamFiles
 from llmquant.run_dir.target import allocated, check_exchange, check_space, check_target
@@ -38,6 +39,7 @@ class RunDir:
     tensors      the files of weights: read and write tensors by its methods
     streams      the snapshots that earlier blocks left
     curvature    H_O of every block, where it was measured
+    recovery     what a training behind the last block has reached
     room_for_streams   whether the disk has room for `streams_bytes` more; a run without that room is never refused
     finished     the earlier run was killed after its last commit: `out` is complete, and nothing is left to do
     threads      how many threads the run was started with: another number adds up products in another order
@@ -66,6 +68,7 @@ class RunDir:
         self._fingerprint = dict(fingerprint or {})
         self.tensors, self.streams = TensorFiles(self._disk, self.path), StreamFiles(self._disk, self.partial)
         self.curvature = CurvatureFiles(self._disk, self.partial)
+        self.recovery = RecoveryFiles(self._disk, self.partial)
         self._given: set[str] = set()  # files beside the weights
         self._weights: dict[str, dict[str, Any]] = {}  # sizes and hashes that `weight_files` has taken
         self._lock: int | None = None
@@ -74,7 +77,7 @@ class RunDir:
             if not (self.partial / _JOB).is_file():
                 self._check_remains()
                 self._check_target()
-            needed = needed_bytes - allocated(self.path) - self.curvature.allocated
+            needed = needed_bytes - allocated(self.path) - self.curvature.allocated - self.recovery.allocated
             free = check_space(self.out, needed)
             self.room_for_streams = free >= needed + streams_bytes - allocated(self.partial, f"{PREFIX}*")
         except OSError as error:  # a name that is too long, a folder that may not be entered
@@ -174,6 +177,7 @@ class RunDir:
         self.records, self.threads = [r["body"] for r in records if r["kind"] == "block"], job["threads"]
         self.streams.find([record for record in records if record["kind"] == "streams"])
         self.curvature.find([record for record in records if record["kind"] == "curvature"])
+        self.recovery.find([record for record in records if record["kind"] == "recovery"])
         self._journal.cut_torn_line()
         return True
 
@@ -264,6 +268,10 @@ class RunDir:
     def finish_curvature(self) -> None:
         """The curvature of all blocks is there (`curvature.put`): from now on an interrupted run keeps it."""
         self.curvature.finish(self._append)
+
+    def finish_recovery(self, step: int, losses: Sequence[float], *, done: bool) -> None:
+        """The states of all blocks after a step are there (`recovery.put`), or the last loss is known."""
+        self.recovery.finish(step, losses, self._append, done=done)
 
     def _append(self, record: Record) -> None:
         if self._journal is None:

@@ -1,4 +1,5 @@
-"""The files of the output that hold tensors. Each tensor has a fixed place from the start, and is written once."""
+"""The files of the output that hold tensors. Each has a fixed place from the start, and is written once: by the loop,
+and, once the loop is behind, by what changes finished tensors."""
 
 import contextlib
 import os
@@ -21,6 +22,7 @@ class TensorFiles:
         self._places: dict[str, TensorInfo] = {}
         self._fds: dict[str, int] = {}
         self._unwritten: set[str] = set()
+        self._changing: set[str] = set()  # written, and may be written once more
         self._since: list[str] = []  # written since the last sync
 
     def begin(self, file: str, head: bytes, places: Mapping[str, TensorInfo]) -> None:
@@ -64,7 +66,11 @@ class TensorFiles:
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one planned tensor to its place. VerifyError unless dtype and shape are the planned ones, and once."""
         place = self._places[name]
-        if tensor.dtype != place.dtype or tuple(tensor.shape) != place.shape or name not in self._unwritten:
+        if (
+            tensor.dtype != place.dtype
+            or tuple(tensor.shape) != place.shape
+            or name not in self._unwritten | self._changing
+        ):
             raise VerifyError(
                 name, f"{tensor.dtype} {tuple(tensor.shape)}", expected=f"{place.dtype} {place.shape}, once"
             )
@@ -72,7 +78,12 @@ class TensorFiles:
             data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
             write_all(self._disk, self._fds[place.file], data.data, place.start)
         self._unwritten.discard(name)
+        self._changing.discard(name)
         self._since.append(name)
+
+    def change(self) -> None:
+        """From now on, every tensor that was written may be written once more."""
+        self._changing = self._places.keys() - self._unwritten
 
     def sync(self) -> list[str]:
         """Make everything durable that was written since the last call. Returns the names of those tensors."""

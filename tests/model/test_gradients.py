@@ -29,8 +29,9 @@ def streamed(skeleton: Skeleton) -> tuple[Tensor, dict[str, Tensor]]:
     for block in reversed(skeleton.blocks):
         with block.loaded():
             modules = [name for names in block.steps for name in names]
-            gradient, found = block.gradients(hidden.pop(), gradient, modules, torch.float32)
-            at_outputs |= {name: sum(parts) for name, parts in found.items() if parts}  # type: ignore[misc]
+            found = block.gradients(hidden.pop(), gradient, torch.float32, linears=modules)
+            gradient = found.entering
+            at_outputs |= {name: sum(parts) for name, parts in found.at_outputs.items() if parts}  # type: ignore[misc]
     assert all(tensor.is_meta for _, tensor in skeleton.model.named_parameters()), "a block was not freed"
     return gradient, at_outputs
 

@@ -1,0 +1,78 @@
+"""The `finetune` command."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from llmquant.cli.console import show_report
+from llmquant.cli.options import DATA, DEVICE, TRUST, Debug, Quiet, recipe_option
+from llmquant.cli.progress import progress, stoppable
+from llmquant.cli.spellings import count
+from llmquant.log import calm_libraries
+from llmquant.recipe import Recipe, RunOptions
+
+_JOB, _CALIB, _EVAL, _RUN = "What", "Training text", "Evaluation", "Where and with what"
+
+
+def finetune(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint that llmquant wrote: a folder or a Hub id")],
+    reference: Annotated[
+        Optional[str],
+        typer.Option(help="The original model (default: what the checkpoint's report names)", rich_help_panel=_JOB),
+    ] = None,
+    out: Annotated[
+        Optional[Path], typer.Option(help="Folder to write [dim]\\[default: ./<name>-recovered]", rich_help_panel=_JOB)
+    ] = None,
+    recover: Annotated[
+        str, typer.Option(help="What is trained: scales, norms (with biases), or all of these", rich_help_panel=_JOB)
+    ] = "all",
+    calibration: Annotated[
+        Optional[str], typer.Option(help=f"Text: {DATA} [dim]\\[default: the checkpoint's own]", rich_help_panel=_CALIB)
+    ] = None,
+    samples: Annotated[Optional[int], typer.Option(help="Windows", rich_help_panel=_CALIB)] = None,
+    seq_len: Annotated[Optional[int], typer.Option(help="Tokens in a window", rich_help_panel=_CALIB)] = None,
+    seed: Annotated[Optional[int], typer.Option(help="Chooses the windows", rich_help_panel=_CALIB)] = None,
+    eval_data: Annotated[
+        Optional[str],
+        typer.Option(help="Held-out text, or none [dim]\\[default: the checkpoint's own]", rich_help_panel=_EVAL),
+    ] = None,
+    eval_tokens: Annotated[Optional[str], typer.Option(help="Tokens to score, or full", rich_help_panel=_EVAL)] = None,
+    eval_seq_len: Annotated[Optional[int], typer.Option(help="Tokens in a window", rich_help_panel=_EVAL)] = None,
+    baselines: Annotated[
+        Optional[str],
+        recipe_option("More lanes: auto, none, or some of rtn,bnb-nf4,bnb-int8", "baselines", _EVAL),
+    ] = None,
+    device: Annotated[Optional[str], recipe_option(DEVICE, "device", _RUN)] = None,
+    dtype: Annotated[Optional[str], recipe_option("Compute dtype", "dtype", _RUN)] = None,
+    max_ram: Annotated[
+        str,
+        typer.Option(help="What hidden states may hold before they go to files", rich_help_panel=_RUN),
+    ] = "4GB",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST, rich_help_panel=_RUN)] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an output folder that llmquant wrote", rich_help_panel=_RUN)
+    ] = False,
+    resume: Annotated[
+        str,
+        typer.Option(
+            help="Go on with an interrupted run of the same job: auto, required, or never (throw it away)",
+            rich_help_panel=_RUN,
+        ),
+    ] = "auto",
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train scales, norms and biases of a finished checkpoint against the original; its codes stay."""
+    fields = {
+        name: value for name, value in locals().items() if name in Recipe.__dataclass_fields__ and value is not None
+    }
+    if eval_tokens is not None:
+        fields["eval_tokens"] = count(eval_tokens)
+    calm_libraries()
+    from llmquant.finetuning import finetune_with
+
+    options = RunOptions(out, None, max_ram, overwrite, resume, (), trust_remote_code, checkpoint)
+    with progress(quiet, False) as log, stoppable():
+        report = finetune_with(reference, fields, options, log)
+    show_report(report)
