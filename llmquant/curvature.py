@@ -98,8 +98,8 @@ def measure_curvature(job: Job, planned: CurvaturePass, run: RunDir, log: Progre
         # 2. Backwards.
         unmoved: list[str] = []
         for block in reversed(blocks):
-            sums = BlockGradients(block, planned.stacks[block.index], job.products)
             with block.loaded():
+                sums = BlockGradients(block, planned.stacks[block.index], job.products, job.candidates)
                 _backwards(sums, borders[block.index], borders[block.index + 1])
             run.curvature.put(block.index, sums.tensors())
             unmoved += sums.unmoved

@@ -68,9 +68,13 @@ class Finished:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What decided it, as far as this version knows it, by the names of a recipe; other formats left out."""
-        known = {field.name for field in fields(Recipe)} - {"exports"}
-        return {name: value for name, value in dict(self.report.recipe).items() if name in known}
+        """What decided it, by the names of a recipe that this version knows. Without its other formats, and
+        with the rules that its target led to in the place of that."""
+        known = {field.name for field in fields(Recipe)} - {"exports", "target_bpw", "target_size"}
+        values: dict[str, Any] = {name: value for name, value in dict(self.report.recipe).items() if name in known}
+        if self.report.allocation is not None:
+            values["rules"] = [*values.get("rules", ()), *self.report.allocation.rules]
+        return values
 
     @cached_property
     def _layers(self) -> dict[str, LayerReport]:

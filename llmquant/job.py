@@ -20,7 +20,7 @@ from llmquant.coverage import enough_batches
 from llmquant.errors import CalibrationError, FormatError, RecipeError, option
 from llmquant.finished import Finished
 from llmquant.formats import FORMATS
-from llmquant.formats.facts import FACTS
+from llmquant.formats.facts import FACTS, WIDTHS
 from llmquant.formats.runtimes import refuse_runtimes
 from llmquant.lanes.baselines import pick_baselines
 from llmquant.lanes.scores import BEFORE, ORIGINAL, OURS
@@ -32,6 +32,7 @@ from llmquant.model.streams import spilled
 from llmquant.output.containers import Output, open_output
 from llmquant.output.opens import Opening
 from llmquant.plan import Plan, make_plan
+from llmquant.quant.grid import QuantScheme
 from llmquant.quant.solvers import CURVED
 from llmquant.recipe import Recipe, RunOptions
 from llmquant.report.ledger import mostly_dense
@@ -47,6 +48,7 @@ from llmquant.treatments import UNFIT, with_group_size
 from llmquant.versions import versions
 
 T = TypeVar("T")
+_MORE_GROUPS = (32,)  # sizes that linears of fewer bits than 8 may have where bits are chosen for each
 _USUAL_SAMPLES = Recipe().most_samples
 
 
@@ -78,6 +80,23 @@ class Draft:
     def baselines(self) -> tuple[str, ...]:
         """The lanes that are neither the original's nor ours."""
         return tuple(name for name in self.lanes if name not in (ORIGINAL, OURS, BEFORE))
+
+    @property
+    def candidates(self) -> tuple[QuantScheme, ...]:
+        """Schemes of which one is chosen for each stack of linears, where the recipe has a target; else none."""
+        recipe = self.recipe
+        if not recipe.has_target:
+            return ()
+        assert isinstance(recipe.group_size, int)
+        held = [FACTS[name] for name in recipe.formats]
+        groups = dict.fromkeys((recipe.group_size, *_MORE_GROUPS))
+        return tuple(
+            QuantScheme(bits, group, recipe.symmetric)
+            for bits in WIDTHS
+            for group in groups
+            if all(bits in facts.bits and group in facts.groups for facts in held)
+            and (group == recipe.group_size or (bits < 8 and (recipe.group_size == -1 or group < recipe.group_size)))
+        )
 
     @property
     def target(self) -> Path:
@@ -158,7 +177,19 @@ def draft(
     chosen = {"group_size": group_size} if group_size else {}
     if group_size:
         log.line(f"--group-size auto: {group_size}")
-    plan = make_plan(skeleton.source, skeleton, recipe, auto=bool(group_size))
+    return planned(recipe, options, skeleton, chosen, log, attempt)
+
+
+def planned(
+    recipe: Recipe,
+    options: RunOptions,
+    skeleton: Skeleton,
+    chosen: Mapping[str, str],
+    log: Progress,
+    attempt: Callable[..., Any] = refuse,
+) -> Draft:
+    """The draft of a model whose recipe names its group size; `chosen` says what was chosen where it did not."""
+    plan = make_plan(skeleton.source, skeleton, recipe, auto="group_size" in chosen)
     if unfit := [row.name.removesuffix(".weight") for row in plan.rows if UNFIT in row.reason]:
         log.line(f"--unfit keep: {len(unfit)} linears stay in 16 bit: {kinds(unfit)}")
     source = skeleton.source.listed(row.name for row in plan.rows)
@@ -185,6 +216,8 @@ def draft(
             log.line("no curvature: no gradients go through parked forwards")
     if recipe.recover != "off":
         attempt(lambda: refuse_recovery(drawn))
+    if recipe.has_target:
+        attempt(lambda: refuse_target(drawn))
     return drawn
 
 
@@ -349,6 +382,20 @@ def refuse_recovery(draft: Draft) -> None:
         got, remedy = "the format fake holds no scales", f"use another {option('format')}"
     if got:
         raise RecipeError(f"{option('recover')} {draft.recipe.recover}", got, remedy=remedy)
+
+
+def refuse_target(draft: Draft) -> None:
+    """RecipeError where bits cannot be chosen for each linear."""
+    recipe, got = draft.recipe, ""
+    if unmixed := [name for name in recipe.formats if not FACTS[name].mixes]:
+        got, remedy = f"{unmixed[0]} knows one scheme for all layers", f"use {option('format')} compressed-tensors"
+    elif draft.parked:
+        got, remedy = "no gradients go through parked forwards", f"use {option('bits')} and {option('rules')}"
+    elif recipe.curvature == "off" or not any(spec.method in CURVED for spec in draft.plan.specs):
+        got, remedy = f"nothing is measured with {option('curvature')} off or without text", "leave those out"
+    if got:
+        name = "target_bpw" if recipe.target_size is None else "target_size"
+        raise RecipeError(f"{option(name)} {getattr(recipe, name)}", got, remedy=remedy)
 
 
 def stream_bytes(skeleton: Skeleton, n_tokens: int, seq_len: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmquant.allocation import Target, allocate
 from llmquant.blocks.measure import LayerReport
 from llmquant.blocks.quantize import quantize_block
 from llmquant.blocks.snapshots import Snapshots
@@ -76,10 +77,12 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
         n_tokens = [0 if text is None else text.n_tokens for text in (job.calibration, job.evaluation)]
         sizes = job.stream_sizes(*n_tokens)
         curvature, recovery = CurvaturePass(job, n_tokens[0]), RecoveryPlan(job, n_tokens[0])
+        target = Target(job, curvature) if recipe.has_target else None
+        more = curvature.disk_bytes + recovery.disk_bytes + (target.more_bytes if target is not None else 0)
         run = RunDir(
             job.target,
             overwrite=options.overwrite,
-            needed_bytes=job.needed_bytes(sizes) + curvature.disk_bytes + recovery.disk_bytes,
+            needed_bytes=job.needed_bytes(sizes) + more,
             streams_bytes=job.snapshot_bytes(sizes),
             resume=options.resume,
             fingerprint=fingerprint(job, refuse_damaged_weights(job.source)),
@@ -101,6 +104,11 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
                 compare_with_stock(job.skeleton, text.ids[0], streams.in_memory + _SPARE, log.line)
         with watch.stage("curvature"):
             measure_curvature(job, curvature, run, log)
+        asked, allocation = job.recipe, None
+        if target is not None:
+            with watch.stage("allocate"):
+                job, allocation = allocate(job, run, target, log)
+            output, recovery = job.output, RecoveryPlan(job, n_tokens[0])
         output.open(run, parse_size("max_shard_size", recipe.max_shard_size))
         layers, recovered, lanes = _Pass(job, run, curvature, recovery, streams, watch, log).go()
         run.tensors.finish()
@@ -111,7 +119,7 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
             size = parse_size("max_shard_size", recipe.max_shard_size)
             export_beside(recipe.exports, run, size, log, trust_remote_code=options.trust_remote_code)
         floor = None if job.evaluation is None else noise_floor(job.source, job.skeleton, job.evaluation, watch)
-        facts = run_report(job, layers, recovered, lanes, floor, run.weight_files())
+        facts = run_report(job, asked, layers, allocation, recovered, lanes, floor, run.weight_files())
         report = Report(facts, Cost(**watch.cost()), run.out)
         if not FORMATS[recipe.format].facts.one_file:  # which holds its config itself
             check_config(run.path, recipe.format, facts.tensors)

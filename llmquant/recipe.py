@@ -45,6 +45,8 @@ class Recipe:
     symmetric: bool = True
     rules: tuple[Rule, ...] = ()  # for some of the linears: the first that matches decides, see rules.py
     ignore: tuple[str, ...] = ()
+    target_bpw: float | None = None  # bits per weight that the linears may take: bits and groups of each are chosen
+    target_size: str | None = None  # or bytes of all tensors
     unfit: str = "fail"  # what to do with linears that groups do not divide or a format cannot hold
     format: str = DEFAULT
     exports: tuple[str, ...] = ()  # further formats, each written into a folder of its name
@@ -104,6 +106,12 @@ class Recipe:
             raise RecipeError(option("device"), repr(self.device), expected="auto, cpu, cuda, cuda:N, mps, xpu, ...")
         for pattern in self.ignore:
             Ignored(pattern)
+        if self.target_bpw is not None and not 0 < self.target_bpw < 16:
+            raise RecipeError(option("target_bpw"), f"{self.target_bpw}", expected="bits, above 0 and below 16")
+        if self.target_size is not None:
+            parse_size("target_size", self.target_size)
+            if self.target_bpw is not None:
+                raise RecipeError(option("target_size"), f"beside {option('target_bpw')}", expected="one of them")
         parse_size("max_shard_size", self.max_shard_size)
 
     def _check_formats(self) -> None:
@@ -140,8 +148,16 @@ class Recipe:
         return _MOST_SAMPLES if isinstance(self.samples, str) else self.samples
 
     @property
+    def has_target(self) -> bool:
+        """Whether bits and groups are chosen for each linear."""
+        return self.target_bpw is not None or self.target_size is not None
+
+    @property
     def scheme_name(self) -> str:
-        """As in the names of published checkpoints: W4A16-G128, W8A16-channel; -mixed where rules set other schemes."""
+        """As in the names of published checkpoints: W4A16-G128, W8A16-channel; -mixed where rules set other schemes,
+        4.5bpw or 5GB where that was the target."""
+        if self.has_target:
+            return self.target_size or f"{self.target_bpw:g}bpw"
         group = {-1: "channel", "auto": "auto"}.get(self.group_size, f"G{self.group_size}")
         own = {name: getattr(self, name) for name in ("bits", "group_size", "symmetric")}
         mixed = any(own != {name: rule.settings.get(name, value) for name, value in own.items()} for rule in self.rules)
@@ -241,6 +257,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "refit": (bool,),
     "sweeps": (int, type(None)),
     "damp": (float, int, type(None)),
+    "target_bpw": (float, int, type(None)),
+    "target_size": (str, type(None)),
     "propagation": (float, int, str),
     "ignore": (list, tuple),
     "exports": (list, tuple),

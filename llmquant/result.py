@@ -8,8 +8,10 @@ from llmquant.checkpoint import stored_forms
 from llmquant.job import Job
 from llmquant.lanes.baselines import BASELINES
 from llmquant.lanes.scores import BEFORE, ORIGINAL, OURS, Figures, TokenScores, figures
+from llmquant.recipe import Recipe
 from llmquant.report.data import (
     SCHEMA_VERSION,
+    AllocationReport,
     Compute,
     LaneReport,
     Model,
@@ -27,7 +29,9 @@ from llmquant.report.plain import parse
 
 def run_report(
     job: Job,
+    asked: Recipe,
     layers: Sequence[LayerReport],
+    allocation: AllocationReport | None,
     recovered: RecoveryReport | None,
     lanes: Mapping[str, LaneReport],
     floor: Figures | None,
@@ -35,6 +39,7 @@ def run_report(
 ) -> RunReport:
     """report.json: nothing in it differs between two runs of the same job on one machine.
 
+    asked   the recipe without the rules that a target size led to
     files   size and digest of every file of weights, by name
     """
     formats = (job.recipe.format, *job.recipe.exports)
@@ -49,7 +54,7 @@ def run_report(
             left_behind=job.source.left_behind or None,
         ),
         versions=library_versions(),
-        recipe=cast(RecipeFacts, job.recipe.as_dict()),
+        recipe=cast(RecipeFacts, asked.as_dict()),
         compute=Compute(
             device=job.skeleton.device.type,
             dtype=str(job.skeleton.dtype).removeprefix("torch."),
@@ -61,6 +66,7 @@ def run_report(
         calibration=None if job.calibration is None else TextWindows(**job.calibration.as_dict()),
         evaluation=None if job.evaluation is None else evaluation_report(job.evaluation, lanes, floor),
         chosen=dict(job.chosen) or None,
+        allocation=allocation,
         recovery=recovered,
         runtimes={name: runtimes_of(job.plan, name, job.openings[name].findings) for name in formats},
         files={name: WeightFile(**facts) for name, facts in files.items()},

@@ -27,10 +27,11 @@ RANK = {
     "finished": 10,
     "job": 11,
     **dict.fromkeys(("hub", "export", "comparison", "result", "hidden", "curvature", "recovery"), 12),
-    **dict.fromkeys(("pipeline", "preflight"), 13),
-    "finetuning": 14,
-    "cli": 15,
-    **dict.fromkeys(("__init__", "__main__"), 16),
+    "allocation": 13,
+    **dict.fromkeys(("pipeline", "preflight"), 14),
+    "finetuning": 15,
+    "cli": 16,
+    **dict.fromkeys(("__init__", "__main__"), 17),
 }
 
 

@@ -93,7 +93,8 @@ def main(
     """
     options = parser.parse_args()
     given = {name: getattr(options, name) for name in ("eval_data", "eval_tokens", "eval_seq_len")}
-    recipe = llmquant.make_recipe(options.model, flags={k: v for k, v in given.items() if v is not None})
+    flags = {"bits": options.bits, "group_size": options.group_size} | {k: v for k, v in given.items() if v is not None}
+    recipe = llmquant.make_recipe(options.model, flags=flags)
     source = open_source("demo" if options.model == "demo" else expanded(options.model, SourceError).resolve())
     group = "channel" if options.group_size == -1 else f"G{options.group_size}"
     out = options.out or Path(f"{source.folder.name}-{tool}-W{options.bits}A16-{group}-dense")

@@ -8,23 +8,45 @@ from torch import Tensor
 from llmquant.formats import LinearSpec
 from llmquant.model.block import Block
 from llmquant.quant.curvature import OutputHessian, row_blocks
+from llmquant.quant.grid import QuantScheme
+from llmquant.quant.sensitivity import Sensitivity
 from llmquant.quant.solvers import Curvature
 
 
 class BlockGradients:
-    """H_O of the `stacks` of a loaded block: linears that share an input, a scheme and a solver."""
+    """H_O of the `stacks` of a loaded block: linears that share an input, a scheme and a solver.
 
-    def __init__(self, block: Block, stacks: Sequence[Sequence[LinearSpec]], products: torch.dtype) -> None:
+    schemes   of which one will be chosen for each stack: how much the predictions would feel each is measured, too
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        stacks: Sequence[Sequence[LinearSpec]],
+        products: torch.dtype,
+        schemes: Sequence[QuantScheme] = (),
+    ) -> None:
         self._block, self._stacks, self._products = block, stacks, products
         self._sums = [OutputHessian(_heights(specs), block.device, products) for specs in stacks]
+        self._felt: list[Sensitivity] = []
+        if schemes:
+            weights = [torch.cat([block.weight(spec) for spec in specs]) for specs in stacks]
+            self._felt = [
+                Sensitivity(weight_OI, fitting(specs, schemes))
+                for weight_OI, specs in zip(weights, stacks, strict=True)
+            ]
 
     def through(self, hidden: Tensor, gradient: Tensor) -> Tensor:
         """Add a batch that enters as `hidden` and has this gradient behind the block; its gradient before it."""
         modules = [spec.module for specs in self._stacks for spec in specs]
         found = self._block.gradients(hidden, gradient, self._products, linears=modules)
-        for specs, total in zip(self._stacks, self._sums, strict=True):
-            for parts in zip(*(found.at_outputs[spec.module] for spec in specs), strict=False):
-                total.add(torch.cat(parts, -1))
+        for number, specs in enumerate(self._stacks):
+            inputs = found.inputs[specs[0].module]
+            for x, *parts in zip(inputs, *(found.at_outputs[spec.module] for spec in specs), strict=False):
+                g = torch.cat(parts, -1)
+                self._sums[number].add(g)
+                if self._felt:
+                    self._felt[number].add(x, g)
         return found.entering
 
     @property
@@ -35,13 +57,17 @@ class BlockGradients:
 
     def tensors(self) -> dict[str, Tensor]:
         """H_O by `<first module of the stack>.<number of the block of rows>`, in bfloat16 on the CPU; not of unmoved
-        ones. Call it once."""
-        return {
+        ones. With schemes, too, `<first module> losses` and ` importance` of its inputs. Call it once."""
+        found = {
             f"{specs[0].module}.{number}": H_bb.bfloat16().cpu()
             for specs, total in zip(self._stacks, self._sums, strict=True)
             if total.n_tokens
             for number, H_bb in enumerate(total.means())
         }
+        for specs, felt in zip(self._stacks, self._felt, strict=bool(self._felt)):
+            found[f"{specs[0].module} losses"] = torch.tensor(felt.losses(), dtype=torch.float64)
+            found[f"{specs[0].module} importance"] = felt.importance_I.cpu()
+        return found
 
 
 def curvature_from(
@@ -56,6 +82,11 @@ def curvature_from(
                 (rows.to(device), tensors[name].to(device, torch.float32)) for name, rows in named.items()
             )
     return found
+
+
+def fitting(specs: Sequence[LinearSpec], schemes: Sequence[QuantScheme]) -> list[QuantScheme]:
+    """Those of `schemes` whose groups divide the inputs of a stack."""
+    return [scheme for scheme in schemes if all(scheme.divides(spec.shape[1]) for spec in specs)]
 
 
 def entries_of(specs: Sequence[LinearSpec]) -> int:

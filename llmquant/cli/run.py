@@ -41,6 +41,17 @@ def run(
             _JOB,
         ),
     ] = None,
+    target_bpw: Annotated[
+        Optional[float],
+        typer.Option(
+            help="Choose bits and groups for each linear, so that all take so many bits per weight",
+            rich_help_panel=_JOB,
+        ),
+    ] = None,
+    target_size: Annotated[
+        Optional[str],
+        typer.Option(help="The same, so that all tensors take so many bytes: 5GB", rich_help_panel=_JOB),
+    ] = None,
     asymmetric: Annotated[
         bool,
         typer.Option(

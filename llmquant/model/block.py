@@ -39,12 +39,14 @@ class Gradients:
 
     entering     at what enters the block, [B, T, D]
     at_outputs   at the outputs [..., O] of linears, by name: a list, as a linear may run several times
+    inputs       what these linears read then, [..., I]
     of_params    of parameters, by name, as the module holds them
     0 where the scalar does not depend on it.
     """
 
     entering: Tensor
     at_outputs: dict[str, list[Tensor]]
+    inputs: dict[str, list[Tensor]]
     of_params: dict[str, Tensor]
 
 
@@ -199,10 +201,12 @@ class Block:
         SourceError where autograd refuses.
         """
         outputs: dict[str, list[Tensor]] = {name: [] for name in linears}
+        read: dict[str, list[Tensor]] = {name: [] for name in linears}
 
         def keep(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor):  # and not what a router makes of it
                 outputs[name].append(output)
+                read[name].append(inputs[0].detach())
 
         modules = self.linears
         handles = [modules[name].register_forward_hook(partial(keep, name)) for name in linears]
@@ -231,7 +235,7 @@ class Block:
         at_outputs = {
             name: [at[id(o)] if id(o) in at else torch.zeros_like(o) for o in outputs[name]] for name in linears
         }
-        return Gradients(of_entering, at_outputs, dict(zip(params, grads, strict=False)))
+        return Gradients(of_entering, at_outputs, read, dict(zip(params, grads, strict=False)))
 
 
 def _rows_first(spec: LinearSpec, weight: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from llmquant import job
+from llmquant.allocation import Target
 from llmquant.checkpoint import stored_forms
 from llmquant.curvature import CurvaturePass
 from llmquant.errors import CalibrationError, LLMQuantError, OutputError, flag, option
@@ -149,19 +150,25 @@ def estimate(
     tokens = _tokens(found, draft)
     sizes = draft.stream_sizes(tokens.calibration, tokens.evaluation)
     curvature, recovery = CurvaturePass(draft, tokens.calibration), RecoveryPlan(draft, tokens.calibration)
+    more = 0
+    if recipe.has_target and (target := found.attempt(lambda: Target(draft, curvature))) is not None:
+        found.bits_per_weight = target.budget / target.n_weights
+        more = target.more_bytes
+        found.output_bytes += more
+        found.assumptions.append("--target-bpw or --target-size: bits and groups by linear are chosen in the run")
     if said := job.said_of_experts(draft, tokens.calibration):
         found.warn(said)
     found.attempt(lambda: draft.refuse_parked(tokens.calibration, tokens.evaluation))
     _memory(found, memory_bound(draft, curvature, recovery, tokens, sizes), draft)
     found.disk = {
-        "output": draft.output_bytes(),
+        "output": draft.output_bytes() + more,
         "streams in files": draft.spilled_bytes(sizes),
         "snapshots of streams, where there is room": draft.snapshot_bytes(sizes),
         "curvature": curvature.disk_bytes,
         "recovery": recovery.disk_bytes,
         "download into the Hub's cache": source.download_bytes(),
     }
-    needed = draft.needed_bytes(sizes) + curvature.disk_bytes + recovery.disk_bytes
+    needed = draft.needed_bytes(sizes) + curvature.disk_bytes + recovery.disk_bytes + more
     found.attempt(lambda: _check_target(found, draft.target, options.overwrite, needed))
     _time(found, work_of(draft, curvature, recovery, tokens, len(lanes)), skeleton)
     if not timed or found.exit_code:

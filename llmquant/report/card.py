@@ -14,7 +14,7 @@ from llmquant.report.command import command_of
 from llmquant.report.data import Evaluation, RunReport, TextWindows
 from llmquant.report.plain import plain
 from llmquant.report.tables import describe_evaluation, lanes_table
-from llmquant.report.verdict import health, verdict
+from llmquant.report.verdict import health, said_of_choices, verdict
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -60,7 +60,7 @@ def make_card(name: str, report: RunReport, base_model: str | None = None) -> st
         licensed=report.model.card.license is not None,
         command=_plain(command_of(report)),
         settings=", ".join(_setting(key, value) for key, value in recipe.items() if value not in (None, [], "")),
-        chosen=[f"For {name} auto chose {_plain(what)}" for name, what in (report.chosen or {}).items()],
+        chosen=[_plain(said) for said in said_of_choices(report)],
         calibration=_calibration(report.calibration),
         packages=", ".join(f"{package} {version}" for package, version in report.versions.items()),
     )

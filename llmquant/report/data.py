@@ -145,6 +145,27 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class AllocationReport:
+    """Which schemes were chosen for a target size, and why.
+
+    linears     how many have each scheme
+    rules       that say so, behind those of the recipe
+    kept        mixed: chosen by linear; or uniform, where that measured better
+    uniform     the best scheme for all within the target; None: there is none
+    predicted   by the curvature, of rounding: nats for each token, by the same two names
+    measured    KL of rounding on windows of the calibration text
+    """
+
+    bits_per_weight: float
+    linears: dict[str, int]
+    rules: tuple[str, ...]
+    kept: Literal["mixed", "uniform"]
+    uniform: str | None
+    predicted: dict[str, float]
+    measured: dict[str, float]
+
+
+@dataclass(frozen=True)
 class RecoveryReport:
     """The training behind the loop: KL on windows of the calibration text that it did not see, before it and after the
     step that was kept; 0: none was better, and nothing was changed."""
@@ -177,6 +198,7 @@ class RunReport:
     """report.json of a run or an export.
 
     chosen          what was chosen where the recipe said auto, in words, by the recipe's names
+    allocation      which schemes a target size led to
     recovery        what training brought, where the recipe asked for it
     runtimes        which of them open it, by format, then by runtime
     files           those of weights
@@ -192,6 +214,7 @@ class RunReport:
     calibration: TextWindows | None
     evaluation: Evaluation | None
     chosen: dict[str, str] | None = None
+    allocation: AllocationReport | None = None
     recovery: RecoveryReport | None = None
     runtimes: dict[str, dict[str, Runtime]] = field(default_factory=dict)
     files: dict[str, WeightFile] = field(default_factory=dict)

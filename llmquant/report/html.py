@@ -17,7 +17,7 @@ from llmquant.report.command import command_of
 from llmquant.report.data import Evaluation, RunReport
 from llmquant.report.ledger import Layer, TensorRow
 from llmquant.report.tables import compared, describe_evaluation, lanes_table
-from llmquant.report.verdict import health, verdict
+from llmquant.report.verdict import health, said_of_choices, verdict
 from llmquant.source.names import place_of
 
 _FOLDER = Path(__file__).parent
@@ -59,6 +59,7 @@ def make_html(name: str, report: RunReport) -> str:
         report=report,
         verdict=verdict(report),
         health=health(report),
+        chosen=said_of_choices(report),
         command=command_of(report),
         depth=_depth(report.layers),
         worst=_worst(report.layers),

@@ -78,6 +78,24 @@ def _standing(ours: LaneReport, other: LaneReport) -> str:
     return "better than" if difference > 0 else "worse than"
 
 
+def said_of_choices(report: RunReport) -> list[str]:
+    """What was chosen where the recipe did not say it, in sentences."""
+    said = [f"For {name} auto chose {what}" for name, what in (report.chosen or {}).items()]
+    if (found := report.allocation) is not None:
+        schemes = ", ".join(f"{count} linears {name}" for name, count in found.linears.items())
+        kl = f"rounded so, the calibration text has KL {found.measured[found.kept]:.2g}"
+        if found.uniform is not None and found.kept == "mixed":
+            kl += f", with {found.uniform} for all {found.measured['uniform']:.2g}"
+        said.append(f"For the target size were chosen {schemes}; {kl}")
+    if (trained := report.recovery) is not None:
+        brought = f"KL {trained.kl_before:.2g} to {trained.kl_after:.2g}" if trained.step else "no better state"
+        said.append(
+            f"Training of {report.recipe.get('recover')} took {trained.n_steps} steps and brought, on "
+            f"{trained.held_out_tokens} tokens left out of it, {brought}"
+        )
+    return said
+
+
 def health(report: RunReport) -> list[str]:
     """What a careful reader would want to know; empty where nothing is unusual."""
     forms = report.model.stored_as or {}

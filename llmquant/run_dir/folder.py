@@ -39,6 +39,7 @@ class RunDir:
     tensors      the files of weights: read and write tensors by its methods
     streams      the snapshots that earlier blocks left
     curvature    H_O of every block, where it was measured
+    allocation   what was measured of the schemes for a target size; None: nothing yet
     recovery     what a training behind the last block has reached
     room_for_streams   whether the disk has room for `streams_bytes` more; a run without that room is never refused
     finished     the earlier run was killed after its last commit: `out` is complete, and nothing is left to do
@@ -62,6 +63,7 @@ class RunDir:
         self.partial = Path(f"{self.out}.partial")
         self.path = self.partial / "output"
         self.records: list[Record] = []
+        self.allocation: Record | None = None
         self.finished = False
         self.threads = threads
         self._overwrite, self._resume, self._disk = overwrite, resume, disk or Disk()
@@ -177,6 +179,7 @@ class RunDir:
         self.records, self.threads = [r["body"] for r in records if r["kind"] == "block"], job["threads"]
         self.streams.find([record for record in records if record["kind"] == "streams"])
         self.curvature.find([record for record in records if record["kind"] == "curvature"])
+        self.allocation = next((r["body"] for r in records if r["kind"] == "allocation"), None)
         self.recovery.find([record for record in records if record["kind"] == "recovery"])
         self._journal.cut_torn_line()
         return True
@@ -268,6 +271,11 @@ class RunDir:
     def finish_curvature(self) -> None:
         """The curvature of all blocks is there (`curvature.put`): from now on an interrupted run keeps it."""
         self.curvature.finish(self._append)
+
+    def keep_allocation(self, body: Record) -> None:
+        """Keep what was measured of schemes: plain data."""
+        self._append({"kind": "allocation", "body": body})
+        self.allocation = body
 
     def finish_recovery(self, step: int, losses: Sequence[float], *, done: bool) -> None:
         """The states of all blocks after a step are there (`recovery.put`), or the last loss is known."""

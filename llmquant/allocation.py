@@ -1,0 +1,247 @@
+"""Which linears get more bits: chosen so that the predictions change least, within a size.
+
+The curvature pass has measured what every candidate scheme would cost the predictions, stack by stack: linears that
+share an input, as servers fuse them (q, k, v; gate, up). Here
+
+    choose     the knapsack of these costs within the target; 16 bit is a candidate, too
+    measure    the divergence itself, of rounding by the allocation and by the best uniform scheme within the target, on
+               a few windows of the calibration text
+    rules      of the better one: the loop knows nothing else of an allocation
+
+What a rule of the recipe decides, and experts, stay as the recipe says, and count.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor
+
+from llmquant.blocks.gradients import fitting
+from llmquant.curvature import CurvaturePass
+from llmquant.errors import RecipeError, option
+from llmquant.formats import FORMATS, LinearSpec
+from llmquant.job import Draft, Job, planned, stream_bytes
+from llmquant.lanes.scores import ORIGINAL, Lanes
+from llmquant.log import SILENT, Progress
+from llmquant.model.block import Block
+from llmquant.model.streams import Streams
+from llmquant.model.weights import Value
+from llmquant.quant.grid import QuantScheme
+from llmquant.quant.knapsack import Choice, choose
+from llmquant.quant.sensitivity import rounded
+from llmquant.recipe import Recipe, parse_size
+from llmquant.report.data import AllocationReport
+from llmquant.rules import Rule
+from llmquant.run_dir import RunDir
+
+_MIXED, _UNIFORM = "mixed", "uniform"
+_TOKENS = 2**12  # that both are measured on
+
+Schemes = Mapping[str, QuantScheme | None]  # by module; None: 16 bit
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A stack of linears, and what each scheme for it costs: bits, and nats for each token."""
+
+    specs: Sequence[LinearSpec]
+    schemes: Sequence[QuantScheme | None]
+    choices: Sequence[Choice]
+
+
+class Target:
+    """What a draft's target size leaves to choose.
+
+    stacks   of every block: those that the recipe's rules leave open
+    budget   bits that all quantized linears may take
+    fixed    bits of those that are not open
+    RecipeError where even the smallest schemes take more.
+    """
+
+    def __init__(self, draft: Draft, curvature: CurvaturePass) -> None:
+        self._draft, recipe = draft, draft.recipe
+        self._view, specs = FORMATS[recipe.format], draft.plan.specs
+        bound = {row.spec.module for row in draft.plan.rows if row.spec is not None and row.by_rule}
+        self.stacks = [
+            [stack for stack in of_block if bound.isdisjoint(spec.module for spec in stack)]
+            for of_block in curvature.stacks
+        ]
+        self.n_weights = sum(spec.shape[0] * spec.shape[1] for spec in specs)
+        left_open = {spec.module for of_block in self.stacks for stack in of_block for spec in stack}
+        self.fixed = sum(self._view.weight_bits(spec) for spec in specs if spec.module not in left_open)
+        if recipe.target_bpw is not None:
+            self.budget = int(recipe.target_bpw * self.n_weights)
+        else:
+            others = 8 * draft.plan.output_bytes - sum(self._view.weight_bits(spec) for spec in specs)
+            self.budget = 8 * parse_size("target_size", str(recipe.target_size)) - others
+        costs = [min(self._costs(stack)) for of_block in self.stacks for stack in of_block]
+        if (missing := self.fixed + sum(costs) - self.budget) > 0:
+            raise self._too_small(missing)
+
+    @property
+    def more_bytes(self) -> int:
+        """That the target allows beyond the recipe's own bits."""
+        bits = sum(self._view.weight_bits(spec) for spec in self._draft.plan.specs)
+        return max(0, self.budget - bits) // 8
+
+    def schemes(self, stack: Sequence[LinearSpec]) -> list[QuantScheme | None]:
+        """That one of can be chosen for a stack; None: 16 bit."""
+        return [*fitting(stack, self._draft.candidates), None]
+
+    def _costs(self, stack: Sequence[LinearSpec]) -> list[int]:
+        """Bits of a stack in each of its schemes."""
+        dense = sum(8 * spec.dtype.itemsize * spec.shape[0] * spec.shape[1] for spec in stack)
+        packed = [
+            sum(self._view.weight_bits(replace(spec, scheme=scheme)) for spec in stack)
+            for scheme in fitting(stack, self._draft.candidates)
+        ]
+        return [*packed, dense]
+
+    def units(self, run: RunDir) -> list[Unit]:
+        """All open stacks, with what the curvature pass has measured of them."""
+        found = []
+        for index, of_block in enumerate(self.stacks):
+            tensors = run.curvature.of(index)
+            for stack in of_block:
+                losses = [*tensors[f"{stack[0].module} losses"].tolist(), 0.0]
+                choices = [Choice(*pair) for pair in zip(self._costs(stack), losses, strict=True)]
+                found.append(Unit(stack, self.schemes(stack), choices))
+        return found
+
+    def _too_small(self, missing: int) -> RecipeError:
+        recipe = self._draft.recipe
+        if recipe.target_bpw is not None:
+            name, least = "target_bpw", f"{(self.budget + missing) / self.n_weights:.3f}"
+        else:
+            size = parse_size("target_size", str(recipe.target_size)) - (-missing // 8)
+            name, least = "target_size", f"{size} bytes"
+        expected = f"at least {least}, which the smallest schemes and all that is not open take"
+        return RecipeError(option(name), f"{getattr(recipe, name)}", expected=expected)
+
+
+def allocate(job: Job, run: RunDir, target: Target, log: Progress) -> tuple[Job, AllocationReport]:
+    """The job with a scheme for each linear, within the recipe's target, and what is known of the choice."""
+    units, budget = target.units(run), target.budget - target.fixed
+    picks = choose([unit.choices for unit in units], budget)
+    assert picks is not None  # the target is not too small
+    uniform = _best_uniform(units, budget)
+    options = {_MIXED: picks} | ({_UNIFORM: uniform} if uniform is not None else {})
+    losses = {name: sum(_chosen(units, option)) for name, option in options.items()}
+    found = run.allocation
+    if found is None:
+        measured = _measured(job, run, {name: _schemes(units, option) for name, option in options.items()})
+        found = {"measured": measured, "kept": min(measured, key=lambda name: measured[name])}
+        run.keep_allocation(found)
+    kept = options[found["kept"]]
+    counts = Counter(_said(scheme) for module, scheme in _schemes(units, kept).items())
+    rules = _rules(units, kept)
+    bits = target.fixed + sum(unit.choices[pick].cost for unit, pick in zip(units, kept, strict=True))
+    report = AllocationReport(
+        bits_per_weight=bits / target.n_weights,
+        linears=dict(sorted(counts.items())),
+        rules=tuple(map(str, rules)),
+        kept=found["kept"],
+        uniform=None if uniform is None else _said(next(iter(_schemes(units, uniform).values()))),
+        predicted=losses,
+        measured=dict(found["measured"]),
+    )
+    for name in options:
+        log.line(f"allocation: {name}, KL {found['measured'][name]:.5f} by rounding, {losses[name]:.5f} predicted")
+    log.line(
+        f"allocation: {found['kept']}, {report.bits_per_weight:.3f} bits per weight: "
+        + ", ".join(f"{count} x {name}" for name, count in report.linears.items())
+    )
+    return _with_rules(job, rules), report
+
+
+def _best_uniform(units: Sequence[Unit], budget: int) -> list[int] | None:
+    """The largest scheme that all units can have within the budget; None where there is none."""
+    common = set.intersection(*({scheme for scheme in unit.schemes if scheme is not None} for unit in units))
+    fits = []
+    for scheme in common:
+        picks = [list(unit.schemes).index(scheme) for unit in units]
+        cost = sum(unit.choices[pick].cost for unit, pick in zip(units, picks, strict=True))
+        if cost <= budget:
+            fits.append((sum(_chosen(units, picks)), picks))
+    return min(fits)[1] if fits else None
+
+
+def _chosen(units: Sequence[Unit], picks: Sequence[int]) -> list[float]:
+    return [unit.choices[pick].loss for unit, pick in zip(units, picks, strict=True)]
+
+
+def _schemes(units: Sequence[Unit], picks: Sequence[int]) -> dict[str, QuantScheme | None]:
+    return {spec.module: unit.schemes[pick] for unit, pick in zip(units, picks, strict=True) for spec in unit.specs}
+
+
+def _said(scheme: QuantScheme | None) -> str:
+    """As in the names of recipes.
+
+    >>> _said(QuantScheme(4, 128)), _said(QuantScheme(8, -1)), _said(None)
+    ('W4 g128', 'W8 by row', '16 bit')
+    """
+    if scheme is None:
+        return "16 bit"
+    return f"W{scheme.bits} " + ("by row" if scheme.group_size == -1 else f"g{scheme.group_size}")
+
+
+def _rules(units: Sequence[Unit], picks: Sequence[int]) -> list[Rule]:
+    """One for every linear that is not as the recipe's own fields say."""
+    rules = []
+    for unit, pick in zip(units, picks, strict=True):
+        scheme = unit.schemes[pick]
+        for spec in unit.specs:
+            if scheme is None:
+                rules.append(Rule(f"glob:{spec.module}", keep=True))
+            elif scheme != spec.scheme:
+                rules.append(Rule(f"glob:{spec.module}", bits=scheme.bits, group_size=scheme.group_size))
+    return rules
+
+
+def _with_rules(job: Job, rules: Sequence[Rule]) -> Job:
+    recipe: Recipe = replace(job.recipe, rules=(*job.recipe.rules, *rules))
+    drawn = planned(recipe, job.options, job.skeleton, job.chosen, SILENT)
+    facts = vars(drawn) | {"products": job.products}  # that of the passes before
+    return Job(**facts, calibration=job.calibration, evaluation=job.evaluation, card=job.card)
+
+
+def _measured(job: Job, run: RunDir, options: Mapping[str, Schemes]) -> dict[str, float]:
+    """KL(original || rounded by an allocation), nats for each token of a few windows."""
+    assert job.calibration is not None
+    n_windows = max(1, _TOKENS // job.calibration.ids.shape[1])
+    windows = replace(job.calibration, ids=job.calibration.ids[-n_windows:])
+    names = (ORIGINAL, *options)
+    sizes = dict.fromkeys(names, stream_bytes(job.skeleton, windows.n_tokens, job.recipe.seq_len))
+    with Streams(sizes, job.options.stream_budget, run.scratch) as streams:
+        lanes = Lanes(names, windows, streams)
+        job.skeleton.record(windows.batches(), lanes.start)
+        for block in job.skeleton.blocks:
+            tensors = run.curvature.of(block.index)
+            with block.loaded():
+                lanes.advance(ORIGINAL, block.forward)
+                for name, schemes in options.items():
+                    with block.holding(_rounded(job, block, schemes, tensors)):
+                        lanes.advance(name, block.forward)
+        with job.skeleton.head() as logits_of:
+            scores = lanes.score(lambda lane, hidden: logits_of(hidden))
+    return {name: float(scores[name].kl[scores[name].finite].mean()) for name in options}
+
+
+def _rounded(job: Job, block: Block, schemes: Schemes, tensors: Mapping[str, Tensor]) -> dict[str, Value]:
+    """The block's linears rounded to nearest by `schemes`."""
+    importance = {name.removesuffix(" importance"): x for name, x in tensors.items() if name.endswith(" importance")}
+    found: dict[str, Value] = {}
+    for names in block.steps:
+        first = next((importance[name] for name in names if name in importance), None)
+        for name in names:
+            spec = next((spec for spec in job.plan.specs if spec.module == name), None)
+            scheme = schemes.get(name)
+            if spec is not None and scheme is not None and first is not None:
+                found[spec.param] = block.changed(spec, partial(_round, first.to(block.device), scheme))
+    return found
+
+
+def _round(importance_I: Tensor, scheme: QuantScheme, weight_OI: Tensor) -> Tensor:
+    return rounded(weight_OI, importance_I, scheme).dequantize()
