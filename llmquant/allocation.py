@@ -4,8 +4,8 @@ The curvature pass has measured what every candidate scheme would cost the predi
 share an input, as servers fuse them (q, k, v; gate, up). Here
 
     choose     the knapsack of these costs within the target; 16 bit is a candidate, too
-    measure    the divergence itself, of rounding by the allocation and by the best uniform scheme within the target, on
-               a few windows of the calibration text
+    measure    the divergence itself, of the allocation and of the best uniform scheme within the target: the loop, on a
+               few windows of the calibration text, scored on a few others
     rules      of the better one: the loop knows nothing else of an allocation
 
 What a rule of the recipe decides, and experts, stay as the recipe says, and count.
@@ -14,23 +14,20 @@ What a rule of the recipe decides, and experts, stay as the recipe says, and cou
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
-from torch import Tensor
-
+from llmquant.blocks.forwards import CalibrationStreams
 from llmquant.blocks.gradients import fitting
+from llmquant.blocks.quantize import quantize_block
 from llmquant.curvature import CurvaturePass
 from llmquant.errors import RecipeError, option
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.job import Draft, Job, planned, stream_bytes
 from llmquant.lanes.scores import ORIGINAL, Lanes
 from llmquant.log import SILENT, Progress
-from llmquant.model.block import Block
+from llmquant.memory import trim
 from llmquant.model.streams import Streams
-from llmquant.model.weights import Value
 from llmquant.quant.grid import QuantScheme
 from llmquant.quant.knapsack import Choice, choose
-from llmquant.quant.sensitivity import rounded
 from llmquant.recipe import Recipe, parse_size
 from llmquant.report.data import AllocationReport
 from llmquant.rules import Rule
@@ -105,8 +102,8 @@ class Target:
         for index, of_block in enumerate(self.stacks):
             tensors = run.curvature.of(index)
             for stack in of_block:
-                losses = [*tensors[f"{stack[0].module} losses"].tolist(), 0.0]
-                choices = [Choice(*pair) for pair in zip(self._costs(stack), losses, strict=True)]
+                losses = tensors[f"{stack[0].module} losses"] * tensors[f"{stack[0].module} left"]
+                choices = [Choice(*pair) for pair in zip(self._costs(stack), [*losses.tolist(), 0.0], strict=True)]
                 found.append(Unit(stack, self.schemes(stack), choices))
         return found
 
@@ -121,7 +118,9 @@ class Target:
         return RecipeError(option(name), f"{getattr(recipe, name)}", expected=expected)
 
 
-def allocate(job: Job, run: RunDir, target: Target, log: Progress) -> tuple[Job, AllocationReport]:
+def allocate(
+    job: Job, run: RunDir, curvature: CurvaturePass, target: Target, log: Progress
+) -> tuple[Job, AllocationReport]:
     """The job with a scheme for each linear, within the recipe's target, and what is known of the choice."""
     units, budget = target.units(run), target.budget - target.fixed
     picks = choose([unit.choices for unit in units], budget)
@@ -131,7 +130,7 @@ def allocate(job: Job, run: RunDir, target: Target, log: Progress) -> tuple[Job,
     losses = {name: sum(_chosen(units, option)) for name, option in options.items()}
     found = run.allocation
     if found is None:
-        measured = _measured(job, run, {name: _schemes(units, option) for name, option in options.items()})
+        measured = _measured(job, run, curvature, {name: _schemes(units, option) for name, option in options.items()})
         found = {"measured": measured, "kept": min(measured, key=lambda name: measured[name])}
         run.keep_allocation(found)
     kept = options[found["kept"]]
@@ -148,7 +147,7 @@ def allocate(job: Job, run: RunDir, target: Target, log: Progress) -> tuple[Job,
         measured=dict(found["measured"]),
     )
     for name in options:
-        log.line(f"allocation: {name}, KL {found['measured'][name]:.5f} by rounding, {losses[name]:.5f} predicted")
+        log.line(f"allocation: {name}, KL {found['measured'][name]:.5f} on a few windows, {losses[name]:.5f} predicted")
     log.line(
         f"allocation: {found['kept']}, {report.bits_per_weight:.3f} bits per weight: "
         + ", ".join(f"{count} x {name}" for name, count in report.linears.items())
@@ -207,41 +206,41 @@ def _with_rules(job: Job, rules: Sequence[Rule]) -> Job:
     return Job(**facts, calibration=job.calibration, evaluation=job.evaluation, card=job.card)
 
 
-def _measured(job: Job, run: RunDir, options: Mapping[str, Schemes]) -> dict[str, float]:
-    """KL(original || rounded by an allocation), nats for each token of a few windows."""
+def _measured(job: Job, run: RunDir, curvature: CurvaturePass, options: Mapping[str, Schemes]) -> dict[str, float]:
+    """KL(original || quantized) of a few windows, nats for each token: the solver with these schemes, on a few others."""
     assert job.calibration is not None
-    n_windows = max(1, _TOKENS // job.calibration.ids.shape[1])
-    windows = replace(job.calibration, ids=job.calibration.ids[-n_windows:])
+    ids, length = job.calibration.ids, job.calibration.ids.shape[1]
+    windows = replace(job.calibration, ids=ids[-max(1, _TOKENS // length) :])
+    text = replace(job.calibration, ids=ids[: max(1, curvature.n_tokens // length)])
     names = (ORIGINAL, *options)
-    sizes = dict.fromkeys(names, stream_bytes(job.skeleton, windows.n_tokens, job.recipe.seq_len))
+    sizes = {f"text, {name}": stream_bytes(job.skeleton, text.n_tokens, job.recipe.seq_len) for name in options}
+    sizes |= dict.fromkeys(names, stream_bytes(job.skeleton, windows.n_tokens, job.recipe.seq_len))
     with Streams(sizes, job.options.stream_budget, run.scratch) as streams:
+        texts = {name: CalibrationStreams(streams.new(f"text, {name}"), products=job.products) for name in options}
         lanes = Lanes(names, windows, streams)
         job.skeleton.record(windows.batches(), lanes.start)
+        for of_one in texts.values():
+            job.skeleton.record(text.batches(), of_one.append)
         for block in job.skeleton.blocks:
-            tensors = run.curvature.of(block.index)
+            felt = curvature.of(run, block)
+            specs = [row.spec for row in job.plan.block(block.index) if row.spec is not None]
             with block.loaded():
                 lanes.advance(ORIGINAL, block.forward)
                 for name, schemes in options.items():
-                    with block.holding(_rounded(job, block, schemes, tensors)):
+                    chosen = [_with_scheme(spec, schemes) for spec in specs]
+                    with block.restored(specs):
+                        present = [spec for spec in chosen if spec is not None]
+                        quantize_block(block, present, job.recipe, texts[name], curvature=felt)
                         lanes.advance(name, block.forward)
+            trim()
         with job.skeleton.head() as logits_of:
             scores = lanes.score(lambda lane, hidden: logits_of(hidden))
     return {name: float(scores[name].kl[scores[name].finite].mean()) for name in options}
 
 
-def _rounded(job: Job, block: Block, schemes: Schemes, tensors: Mapping[str, Tensor]) -> dict[str, Value]:
-    """The block's linears rounded to nearest by `schemes`."""
-    importance = {name.removesuffix(" importance"): x for name, x in tensors.items() if name.endswith(" importance")}
-    found: dict[str, Value] = {}
-    for names in block.steps:
-        first = next((importance[name] for name in names if name in importance), None)
-        for name in names:
-            spec = next((spec for spec in job.plan.specs if spec.module == name), None)
-            scheme = schemes.get(name)
-            if spec is not None and scheme is not None and first is not None:
-                found[spec.param] = block.changed(spec, partial(_round, first.to(block.device), scheme))
-    return found
-
-
-def _round(importance_I: Tensor, scheme: QuantScheme, weight_OI: Tensor) -> Tensor:
-    return rounded(weight_OI, importance_I, scheme).dequantize()
+def _with_scheme(spec: LinearSpec, schemes: Schemes) -> LinearSpec | None:
+    """A linear with the scheme that is tried; None: 16 bit. Those that are not open keep their own."""
+    if spec.module not in schemes:
+        return spec
+    scheme = schemes[spec.module]
+    return None if scheme is None else replace(spec, scheme=scheme)

@@ -107,7 +107,7 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
         asked, allocation = job.recipe, None
         if target is not None:
             with watch.stage("allocate"):
-                job, allocation = allocate(job, run, target, log)
+                job, allocation = allocate(job, run, curvature, target, log)
             output, recovery = job.output, RecoveryPlan(job, n_tokens[0])
         output.open(run, parse_size("max_shard_size", recipe.max_shard_size))
         layers, recovered, lanes = _Pass(job, run, curvature, recovery, streams, watch, log).go()

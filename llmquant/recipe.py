@@ -1,4 +1,4 @@
-"""Everything that decides the output: defaults < recipe file < flags, frozen into a Recipe."""
+"""Everything that decides the output: defaults < preset < recipe file < flags, frozen into a Recipe."""
 
 import re
 import tomllib
@@ -16,10 +16,18 @@ from llmquant.rules import SETTINGS, Ignored, Rule, make_rules, split_patterns
 _MOST_SAMPLES = 512  # windows, where experts decide how many
 DEMO_DEFAULTS: dict[str, Any] = {"seq_len": 512, "eval_data": "builtin", "eval_tokens": 32768, "eval_seq_len": 512}
 
+# How much time quality may take: what each preset changes. README has what that costs and brings.
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {"curvature": "off", "propagation": 0, "sweeps": 0, "passes": "block"},
+    "default": {},
+    "best": {"recover": "all"},
+}
+
 FORMAT_NAMES = tuple(FACTS)
 EXPORTABLE = formats_that(lambda facts: facts.exportable)
 
 CHOICES: dict[str, tuple[Any, ...]] = {
+    "preset": tuple(PRESETS),
     **{name: SETTINGS[name] for name in ("method", "bits")},
     "group_size": ("auto", *SETTINGS["group_size"]),
     "unfit": ("fail", "keep"),
@@ -39,6 +47,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 class Recipe:
     """A quantization job. TOML files hold the same names; `llmquant run --help` says what each means."""
 
+    preset: str = "default"  # what PRESETS says stands for all that is not said
     method: str = "gptq"
     bits: int = 4
     group_size: int | str = "auto"  # -1: one group per row; auto: the largest that divides all inputs
@@ -198,12 +207,13 @@ class RunOptions:
 
 
 def make_recipe(model: str, file: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe for `model`: defaults, then the recipe `file` (a path or a name in pipelines/), then `flags`."""
+    """The recipe for `model`: defaults, then what the preset changes, then the recipe `file` (a path or a name in
+    pipelines/), then `flags`. The preset is named by a flag or the file."""
     values: dict[str, Any] = dict(DEMO_DEFAULTS) if model == "demo" else {}
     if file is not None:
         values |= load_recipe(file)
     values |= flags or {}
-    return from_mapping(values)
+    return from_mapping(PRESETS.get(values.get("preset", ""), {}) | values)
 
 
 def from_mapping(values: Mapping[str, Any]) -> Recipe:

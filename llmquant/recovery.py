@@ -38,7 +38,8 @@ from llmquant.text.windows import Windows
 
 _HELD_OUT = 8  # every so many windows, one
 _STEP_TOKENS = 2**13
-_RATE = 1e-3  # relative, at its peak
+# Relative, at its peak: of scales, which are many and whose gradients are mostly noise, and of norms and biases.
+_SCALES_RATE, _VECTORS_RATE = 3e-4, 1e-3
 _PASSES = 2  # over the text
 _NOTHING = 1e-30  # a probability that no gradient feels
 _MOMENTS = (" m", " v")  # after the name of what they are of
@@ -235,7 +236,7 @@ class Recovery:
         if last:
             return run.finish_recovery(step, losses, done=True)
         # 3. Backwards.
-        rate = rate_of(step, planned.n_steps, _RATE)
+        share = rate_of(step, planned.n_steps, 1.0)
         for index, block in reversed(list(enumerate(self.blocks))):
             state = _state(files.of(step, index))
             with block.loaded({name: trained.value for name, trained in state.items()}):
@@ -243,7 +244,8 @@ class Recovery:
                 borders[index].update(lambda hidden: block.backwards(hidden, next(gradients)))  # noqa: B023
                 for name, trained in state.items():
                     if name in block.sums:
-                        trained.step(block.sums[name], rate, step + 1)
+                        peak = _SCALES_RATE if name in block.scales else _VECTORS_RATE
+                        trained.step(block.sums[name], share * peak, step + 1)
             files.put(step + 1, index, _tensors(state))
             borders[index + 1].close()
             trim()

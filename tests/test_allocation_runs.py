@@ -80,7 +80,7 @@ def test_a_size_in_bytes_counts_all_tensors(model: Path, tmp_path: Path) -> None
 def test_the_uniform_scheme_is_kept_where_it_measures_better(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(allocation, "_measured", lambda job, run, options: {"mixed": 2.0, "uniform": 1.0})
+    monkeypatch.setattr(allocation, "_measured", lambda *inputs: {"mixed": 2.0, "uniform": 1.0})
     run(model, tmp_path / "out", **FLAGS)
     assert report(tmp_path / "out")["allocation"]["kept"] == "uniform"
     run(model, tmp_path / "plain", **FLAGS | {"target_bpw": None, "bits": 3, "group_size": 32})

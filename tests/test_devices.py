@@ -14,7 +14,7 @@ from pretend_device import on_pretend_device
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import llmquant
-from llmquant import job
+from llmquant import job, recovery
 from llmquant.blocks import snapshots
 from llmquant.blocks.measure import _square
 from llmquant.cli.app import main
@@ -27,6 +27,7 @@ from llmquant.quant.grid import QuantScheme
 from llmquant.quant.solvers import LayerTask
 from llmquant.quant.solvers.rtn import solve_rtn
 from llmquant.recipe import make_recipe
+from llmquant.run_dir.recovery_files import RecoveryFiles
 from llmquant.source.resolve import open_source
 
 pytestmark = pytest.mark.usefixtures("on_cpu")  # which imports all that a run needs before a test forks
@@ -64,6 +65,8 @@ def report(out: Path) -> dict[str, Any]:
     """What was computed: without the name of the device."""
     data: dict[str, Any] = json.loads((out / "report.json").read_text())
     del data["recipe"]["device"], data["compute"]["device"]
+    if (allocation := data.get("allocation")) is not None:  # sums over rows, in the order that each device likes
+        allocation["predicted"] = {name: f"{loss:.6g}" for name, loss in allocation["predicted"].items()}
     return data
 
 
@@ -131,6 +134,24 @@ def test_every_way_of_solving_is_that_of_the_cpu(
 def test_layers_of_gpt2_lie_transposed_on_it(tmp_path: Path) -> None:
     model = tiny.build(tmp_path / "gpt2", tiny.GPT2_ARCHITECTURE, n_layer=2, n_embd=32, n_inner=64)
     on_both(model, tmp_path, format="fake", baselines="none")
+
+
+@on_pretend_device
+def test_a_target_size_is_reached_on_it(model: Path, tmp_path: Path) -> None:
+    on_both(model, tmp_path, target_bpw=4.2, baselines="none")
+
+
+@on_pretend_device
+@pytest.mark.parametrize("memory", [None, 1], ids=["all", "on demand"])
+def test_it_is_trained_on_it(memory: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last step is kept, whatever it brought; the scales of experts stay, their weights pass gradients on."""
+    monkeypatch.setattr(job, "device_memory", lambda device: memory)
+    monkeypatch.setattr(RecoveryFiles, "best", property(lambda files: files.steps))
+    monkeypatch.setattr(recovery, "_STEP_TOKENS", 64)
+    moe = "Qwen3MoeConfig", {**tiny.LLAMA, **tiny.EXPERTS, "head_dim": 8}
+    for name, kind in {"moe": moe, "dense": tiny.ARCHITECTURES["qwen2"]}.items():
+        built = tiny.build(tmp_path / name / "model", kind, **SMALL)
+        on_both(built, tmp_path / name, recover="all", samples=8, baselines="none")
 
 
 @on_pretend_device

@@ -34,7 +34,8 @@ def fast(short_runs: None) -> Iterator[None]:
     """Two steps in a pass over the text, and large ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recovery, "_STEP_TOKENS", 384)
-        patch.setattr(recovery, "_RATE", 0.02)
+        patch.setattr(recovery, "_SCALES_RATE", 0.02)
+        patch.setattr(recovery, "_VECTORS_RATE", 0.02)
         patch.setattr(recovery, "_HELD_OUT", 4)
         yield
 
@@ -119,7 +120,8 @@ def test_what_is_written_is_what_was_measured(out: Path, model: Path) -> None:
 def test_where_no_step_is_better_nothing_is_changed(
     before: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recovery, "_RATE", 0.9)
+    monkeypatch.setattr(recovery, "_SCALES_RATE", 0.9)
+    monkeypatch.setattr(recovery, "_VECTORS_RATE", 0.9)
     report = run(model, tmp_path / "out", log=(lines := list[str]()).append, **FLAGS)
     assert report.data["recovery"]["step"] == 0
     assert "recovery: no step brought the loss down; nothing is changed" in lines

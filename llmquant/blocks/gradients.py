@@ -9,8 +9,8 @@ from llmquant.formats import LinearSpec
 from llmquant.model.block import Block
 from llmquant.quant.curvature import OutputHessian, row_blocks
 from llmquant.quant.grid import QuantScheme
-from llmquant.quant.sensitivity import Sensitivity
-from llmquant.quant.solvers import Curvature
+from llmquant.quant.sensitivity import Sensitivity, left
+from llmquant.quant.solvers import Curvature, SolveOptions
 
 
 class BlockGradients:
@@ -32,7 +32,7 @@ class BlockGradients:
         if schemes:
             weights = [torch.cat([block.weight(spec) for spec in specs]) for specs in stacks]
             self._felt = [
-                Sensitivity(weight_OI, fitting(specs, schemes))
+                Sensitivity(weight_OI, fitting(specs, schemes), products)
                 for weight_OI, specs in zip(weights, stacks, strict=True)
             ]
 
@@ -57,7 +57,8 @@ class BlockGradients:
 
     def tensors(self) -> dict[str, Tensor]:
         """H_O by `<first module of the stack>.<number of the block of rows>`, in bfloat16 on the CPU; not of unmoved
-        ones. With schemes, too, `<first module> losses` and ` importance` of its inputs. Call it once."""
+        ones. With schemes, also `<first module> losses` by scheme, and what the solver leaves of them: ` left`. Call
+        it once."""
         found = {
             f"{specs[0].module}.{number}": H_bb.bfloat16().cpu()
             for specs, total in zip(self._stacks, self._sums, strict=True)
@@ -65,8 +66,11 @@ class BlockGradients:
             for number, H_bb in enumerate(total.means())
         }
         for specs, felt in zip(self._stacks, self._felt, strict=bool(self._felt)):
-            found[f"{specs[0].module} losses"] = torch.tensor(felt.losses(), dtype=torch.float64)
-            found[f"{specs[0].module} importance"] = felt.importance_I.cpu()
+            blocks = [found[name].float() for name in found if name.rpartition(".")[0] == specs[0].module]
+            remaining = felt.left_by_inputs() * left_by_outputs(blocks)
+            losses = torch.tensor(felt.losses(), dtype=torch.float64)
+            found[f"{specs[0].module} losses"] = losses
+            found[f"{specs[0].module} left"] = torch.tensor(remaining, dtype=torch.float64)
         return found
 
 
@@ -82,6 +86,13 @@ def curvature_from(
                 (rows.to(device), tensors[name].to(device, torch.float32)) for name, rows in named.items()
             )
     return found
+
+
+def left_by_outputs(blocks: Sequence[Tensor]) -> float:
+    """The share of a loss that feedback by the blocks of H_O leaves, by their rows."""
+    rows = [len(H_bb) for H_bb in blocks]
+    shares = [left(H_bb, SolveOptions().curvature_damp) for H_bb in blocks]
+    return sum(n * share for n, share in zip(rows, shares, strict=True)) / max(1, sum(rows)) if rows else 1.0
 
 
 def fitting(specs: Sequence[LinearSpec], schemes: Sequence[QuantScheme]) -> list[QuantScheme]:

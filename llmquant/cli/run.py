@@ -31,6 +31,9 @@ def run(
             autocompletion=recipes_like,
         ),
     ] = None,
+    preset: Annotated[
+        Optional[str], recipe_option("How much time quality may take; other options override it", "preset", _JOB)
+    ] = None,
     method: Annotated[Optional[str], recipe_option("How codes are chosen", "method", _JOB)] = None,
     bits: Annotated[Optional[int], recipe_option("Bits per code", "bits", _JOB)] = None,
     group_size: Annotated[

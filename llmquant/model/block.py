@@ -136,6 +136,10 @@ class Block:
         """Other `weights` (parameter name -> tensor in the module's own layout) for the length of a `with`."""
         return self._weights.holding(weights)
 
+    def restored(self, specs: Sequence[LinearSpec]) -> AbstractContextManager[None]:
+        """The linears `specs` as they are now, again at the end of a `with`, whatever it makes of them."""
+        return self._weights.holding({spec.param: self._weights.value(spec.param) for spec in specs})
+
     def weight(self, spec: LinearSpec) -> Tensor:
         """weight_OI of a linear, float32."""
         return _rows_first(spec, self._weights.get(spec.param))

@@ -8,7 +8,15 @@ predictions that E causes is
 
 the Fisher information in the one direction E. That is a product of the tokens' gradients with E, and neither H_I nor
 H_O; nothing is taken to be independent. E is rendered: scales are searched as the solver does it, and codes rounded to
-nearest. The solver's own error is smaller, by about as much in every layer.
+nearest.
+
+The solver's own error is smaller, and not by as much everywhere: much where inputs are correlated, hardly where they
+are not. With a factor H = U U^T its loss is a sum of U_jj^2 times squares of roundings, that of nearest codes a sum of
+H_jj times the same, on average. So each loss counts by
+
+    sum U_jj^2 / sum H_jj
+
+of H_I, and likewise of H_O.
 
 Shapes: N tokens, O out_features of all linears that share the input, I in_features.
 """
@@ -19,6 +27,7 @@ import torch
 from torch import Tensor
 
 from llmquant.quant.grid import QuantizedWeight, QuantScheme, quantize_to_grid, search_grid
+from llmquant.quant.hessian import Hessian, default_damp, factor
 from llmquant.quant.matmul import matmul
 
 
@@ -29,7 +38,10 @@ class Sensitivity:
     The first tokens that are added say which inputs matter to the search of scales.
     """
 
-    def __init__(self, weight_OI: Tensor, schemes: Sequence[QuantScheme]) -> None:
+    def __init__(
+        self, weight_OI: Tensor, schemes: Sequence[QuantScheme], products: torch.dtype = torch.float32
+    ) -> None:
+        self._inputs = Hessian(weight_OI.shape[1], weight_OI.device, products=products)
         self._weight_OI, self._schemes = weight_OI, schemes
         self._rounded: list[QuantizedWeight] = []  # a byte for each weight and scheme
         self._sums = [0.0] * len(schemes)
@@ -48,11 +60,31 @@ class Sensitivity:
         for number, weight in enumerate(self._rounded):
             E_OI = self._weight_OI - weight.dequantize()
             self._sums[number] += float((matmul(x_NI, E_OI.T) * g_NO).sum(1).square().sum())
+        self._inputs.add(x_NI)
         self.n_tokens += len(x_NI)
 
     def losses(self) -> list[float]:
-        """1/2 mean (g^T E x)^2 for each scheme, nats for each token."""
+        """1/2 mean (g^T E x)^2 of rounding for each scheme, nats for each token."""
         return [total / (2 * max(1, self.n_tokens)) for total in self._sums]
+
+    def left_by_inputs(self) -> float:
+        """The share of such a loss that feedback by H_I leaves. Call it once."""
+        n_inputs = len(self.importance_I)
+        return left(self._inputs.mean(), default_damp(self.n_tokens, n_inputs))
+
+
+def left(H: Tensor, damp: float) -> float:
+    """The share of the loss of nearest codes that feedback by a damped H leaves: sum U_jj^2 / sum H_jj; 1 where it
+    cannot be factored.
+
+    >>> left(torch.eye(3), 0.0), round(left(torch.tensor([[1.0, 0.6], [0.6, 1.0]]), 0.0), 6)
+    (1.0, 0.82)
+    """
+    order = torch.argsort(H.diagonal(), descending=True, stable=True)
+    if (factored := factor(H, damp, order)) is None:
+        return 1.0
+    squares = factored[0].square()
+    return float(squares.diagonal().sum() / squares.sum())  # sum H_jj = sum of all U_ij^2
 
 
 def rounded(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme) -> QuantizedWeight:

@@ -64,7 +64,7 @@ def scale_gradient(gradient_OI: Tensor, weight: QuantizedWeight) -> Tensor:
 
 
 def rate_of(step: int, n_steps: int, peak: float) -> float:
-    """The rate of step 0 .. n_steps - 1: up over the first tenth, then down to zero along a cosine."""
+    """The rate of step 0 .. n_steps - 1: up to `peak` over the first tenth, then down to zero along a cosine."""
     rise = max(1, n_steps // 10)
     if step < rise:
         return peak * (step + 1) / rise

@@ -152,8 +152,8 @@ class AllocationReport:
     rules       that say so, behind those of the recipe
     kept        mixed: chosen by linear; or uniform, where that measured better
     uniform     the best scheme for all within the target; None: there is none
-    predicted   by the curvature, of rounding: nats for each token, by the same two names
-    measured    KL of rounding on windows of the calibration text
+    predicted   by the curvature: nats for each token, by the same two names
+    measured    KL of a trial on a few windows of the calibration text
     """
 
     bits_per_weight: float

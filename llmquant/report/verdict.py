@@ -83,7 +83,7 @@ def said_of_choices(report: RunReport) -> list[str]:
     said = [f"For {name} auto chose {what}" for name, what in (report.chosen or {}).items()]
     if (found := report.allocation) is not None:
         schemes = ", ".join(f"{count} linears {name}" for name, count in found.linears.items())
-        kl = f"rounded so, the calibration text has KL {found.measured[found.kept]:.2g}"
+        kl = f"in a trial on few windows of the calibration text that had KL {found.measured[found.kept]:.2g}"
         if found.uniform is not None and found.kept == "mixed":
             kl += f", with {found.uniform} for all {found.measured['uniform']:.2g}"
         said.append(f"For the target size were chosen {schemes}; {kl}")
