@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import llmquant
+from llmquant.recipe import PRESETS
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "no curvature": {"curvature": "off"},
+    "fast": PRESETS["fast"],
+    "best": PRESETS["best"],
+    "norms recovered": {"recover": "norms"},
+    "scales recovered": {"recover": "scales"},
     "no error propagation": {"propagation": 0},
     "half error propagation": {"propagation": 0.5},
     "full error propagation": {"propagation": 1.0},
@@ -56,14 +61,17 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace, job: dict[str, Any], seed: int) -> list[tuple[float, list[tuple[float, float]]]]:
-    """For every variant: seconds of quantization, and for every text (KL, standard error of KL - default's)."""
+    """For every variant: seconds of curvature, quantization and recovery; for every text (KL, standard error of KL -
+    default's)."""
     with tempfile.TemporaryDirectory() as folder:
         outs, seconds = [], []
         for position, name in enumerate(arguments.variants):
             recipe = job | {"eval_data": "none", "seed": seed} | VARIANTS[name]
             outs.append(str(Path(folder) / str(position)))
             report = llmquant.quantize(arguments.model, llmquant.make_recipe(arguments.model, flags=recipe), outs[-1])
-            seconds.append(report.cost["seconds"]["quantize"])
+            seconds.append(
+                sum(report.cost["seconds"].get(stage, 0.0) for stage in ("curvature", "quantize", "recover"))
+            )
         scored = [score(arguments, outs, text) for text in arguments.texts]
     return [(second, [text[position] for text in scored]) for position, second in enumerate(seconds)]
 

@@ -207,7 +207,7 @@ def _with_rules(job: Job, rules: Sequence[Rule]) -> Job:
 
 
 def _measured(job: Job, run: RunDir, curvature: CurvaturePass, options: Mapping[str, Schemes]) -> dict[str, float]:
-    """KL(original || quantized) of a few windows, nats for each token: the solver with these schemes, on a few others."""
+    """KL(original || quantized) of a few windows, nats for each token, where a few others are what calibrates."""
     assert job.calibration is not None
     ids, length = job.calibration.ids, job.calibration.ids.shape[1]
     windows = replace(job.calibration, ids=ids[-max(1, _TOKENS // length) :])

@@ -150,7 +150,9 @@ def test_the_checkpoint_can_be_finetuned(out: Path, model: Path, tmp_path: Path)
 # -- planned, and refused ------------------------------------------------------------------------------
 def test_plan_says_what_is_known(model: Path, tmp_path: Path) -> None:
     recipe = make_recipe(str(model), flags=TINY | FLAGS)
-    found = estimate(model, recipe, RunOptions(tmp_path / "out"))
+    found = estimate(model, recipe, RunOptions(tmp_path / "out"), timed=True)
+    assert found.seconds["allocation"] > found.seconds["solving"] > 0
+    assert found.memory["schemes of the largest block"] > 0
     assert not found.exit_code
     assert found.bits_per_weight == pytest.approx(4.2, abs=1e-4)
     assert any("--target-bpw" in line for line in found.assumptions)

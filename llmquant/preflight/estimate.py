@@ -175,9 +175,8 @@ def estimate(
         return found
     trial = found.attempt(lambda: try_block(draft, curvature, recovery, tokens, len(lanes)))
     if trial is not None:
-        _replace_time(
-            found, trial.seconds(len(skeleton.blocks), tokens, len(lanes), curvature.n_tokens, recovery.forwards)
-        )
+        more_passes = curvature.n_tokens, recovery.forwards, 2 * recipe.has_target
+        _replace_time(found, trial.seconds(len(skeleton.blocks), tokens, len(lanes), *more_passes))
     return found
 
 

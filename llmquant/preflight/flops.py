@@ -103,7 +103,13 @@ def work_of(draft: Draft, curvature: CurvaturePass, recovery: RecoveryPlan, toke
         sweeps = default_sweeps(spec.scheme.bits, spec.scheme.group_size) if recipe.sweeps is None else recipe.sweeps
         solve_flops += spec.shape[0] * spec.shape[1] ** 2 * 2 * sweeps  # a product per sweep
     planned = sum(spec.shape[0] * spec.shape[1] for spec in plan.specs)
-    return Work(forward_flops, solve_flops, planned, planned if n_calibration else 0, columns)
+    # A target size: the error of every scheme for each token, then two trials of the loop on as many tokens.
+    rounds = 3 if draft.candidates else 1
+    if draft.candidates:
+        forward_flops += 2.0 * (len(draft.candidates) + 2) * curvature.n_tokens * block_weights
+        solve_flops *= rounds
+    solved = planned * rounds if n_calibration else 0
+    return Work(forward_flops, solve_flops, planned, solved, columns * rounds)
 
 
 def _inputs(plan: Plan, skeleton: Skeleton) -> Iterator[tuple[int, int, float]]:

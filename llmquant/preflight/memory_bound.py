@@ -64,6 +64,8 @@ def memory_bound(
             "curvature of the largest block": 2 * 4 * entries,
             "a batch's activations for gradients": 2 * sizes.activations * width,
         }
+    if n_schemes := len(draft.candidates):  # the weights once more, and codes by every scheme
+        work["schemes of the largest block"] = (4 + n_schemes) * sizes.block
     if entries := max(recovery.entries):
         in_memory = max(in_memory, min(budget, in_memory + recovery.stream_bytes))
         kept = {"streams in memory": in_memory}

@@ -31,12 +31,14 @@ class Trial:
     training_token: float
 
     def seconds(
-        self, n_blocks: int, tokens: Tokens, n_lanes: int, n_curvature: int, n_training: int
+        self, n_blocks: int, tokens: Tokens, n_lanes: int, n_curvature: int, n_training: int, n_trials: int = 0
     ) -> dict[str, float]:
         """Of all blocks, by part; the first block stands for the others. So many tokens go backwards, too: for the
-        curvature, and in all steps of the training, a forward alone counted as the fourth of one."""
+        curvature, and in all steps of the training, a forward alone counted as the fourth of one. `n_trials` loops on
+        the curvature's tokens choose a scheme for each linear."""
         return {
             "curvature": n_blocks * n_curvature * self.curvature_token,
+            "allocation": n_blocks * n_trials * (self.solving + n_curvature * self.calibration_token),
             "recovery": n_blocks * n_training * self.training_token,
             "solving": n_blocks * self.solving,
             "calibration": n_blocks * tokens.calibration * self.calibration_token,
@@ -74,7 +76,7 @@ def try_block(draft: Draft, planned: CurvaturePass, recovery: RecoveryPlan, toke
         batch = skeleton.embed(batches(tokens.seq_len, 1)[0])
         assert isinstance(batch, Tensor)  # parked forwards have no curvature
         with skeleton.blocks[0].loaded() as block:
-            sums = BlockGradients(block, stacks, products)
+            sums = BlockGradients(block, stacks, products, draft.candidates)
             sums.through(batch, batch)  # the first one finds its kernels
             took = seconds(lambda: (block.forward(batch, products), sums.through(batch, batch)), skeleton.device)
             curvature.update(curvature_from(sums.tensors(), stacks, block.device))

@@ -273,7 +273,14 @@ def test_a_trial_counts_blocks_tokens_and_lanes() -> None:
         solving=2.0, calibration_token=0.01, evaluation_token=0.001, curvature_token=0.1, training_token=0.5
     )
     found = measured.seconds(3, Tokens(100, 1000, 10, 10), 4, 20, 10)
-    assert found == {"curvature": 6.0, "recovery": 15.0, "solving": 6.0, "calibration": 3.0, "evaluation": 12.0}
+    assert found == {
+        "curvature": 6.0,
+        "allocation": 0.0,
+        "recovery": 15.0,
+        "solving": 6.0,
+        "calibration": 3.0,
+        "evaluation": 12.0,
+    }
 
 
 def test_time_needs_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
