@@ -19,9 +19,10 @@ from llmquant.blocks.forwards import CalibrationStreams
 from llmquant.blocks.gradients import fitting
 from llmquant.blocks.quantize import quantize_block
 from llmquant.curvature import CurvaturePass
+from llmquant.draft import Draft, planned, stream_bytes
 from llmquant.errors import RecipeError, option
 from llmquant.formats import FORMATS, LinearSpec
-from llmquant.job import Draft, Job, planned, stream_bytes
+from llmquant.job import Job
 from llmquant.lanes.scores import ORIGINAL, Lanes
 from llmquant.log import SILENT, Progress
 from llmquant.memory import trim

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from llmquant.checkpoint import bits_per_weight, open_checkpoint
+from llmquant.draft import draft_model, refuse_parked, said_of_parked, stream_bytes
 from llmquant.errors import SourceError, option
-from llmquant.job import draft_model, evaluation_text, refuse_parked, said_of_parked, stream_bytes
+from llmquant.job import evaluation_text
 from llmquant.lanes.scores import (
     ORIGINAL,
     Figures,

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from llmquant.blocks.gradients import BlockGradients, curvature_from, entries_of
 from llmquant.blocks.solve import stacks
+from llmquant.draft import Draft, stream_bytes
 from llmquant.formats import LinearSpec
-from llmquant.job import Draft, Job, stream_bytes
+from llmquant.job import Job
 from llmquant.log import Progress
 from llmquant.memory import trim
 from llmquant.model.block import Block

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from llmquant.checkpoint import PackedSource, open_checkpoint
+from llmquant.draft import draft_model
 from llmquant.errors import FormatError, SourceError, option
 from llmquant.finished import canonical, open_packed, read_report
 from llmquant.formats import FORMATS, LinearSpec
-from llmquant.job import draft_model
 from llmquant.log import SILENT, Log, Progress, progress_of
 from llmquant.output.containers import open_output
 from llmquant.paths import shown_name

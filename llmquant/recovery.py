@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from llmquant.blocks.training import BlockTraining
+from llmquant.draft import Draft, stream_bytes
 from llmquant.formats import LinearSpec
-from llmquant.job import Draft, stream_bytes
 from llmquant.log import Progress
 from llmquant.memory import trim
 from llmquant.model.head import gradient_at_head

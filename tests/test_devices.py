@@ -14,7 +14,7 @@ from pretend_device import on_pretend_device
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import llmquant
-from llmquant import job, recovery
+from llmquant import draft, recovery
 from llmquant.blocks import snapshots
 from llmquant.blocks.measure import _square
 from llmquant.cli.app import main
@@ -145,7 +145,7 @@ def test_a_target_size_is_reached_on_it(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("memory", [None, 1], ids=["all", "on demand"])
 def test_it_is_trained_on_it(memory: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last step is kept, whatever it brought; the scales of experts stay, their weights pass gradients on."""
-    monkeypatch.setattr(job, "device_memory", lambda device: memory)
+    monkeypatch.setattr(draft, "device_memory", lambda device: memory)
     monkeypatch.setattr(RecoveryFiles, "best", property(lambda files: files.steps))
     monkeypatch.setattr(recovery, "_STEP_TOKENS", 64)
     moe = "Qwen3MoeConfig", {**tiny.LLAMA, **tiny.EXPERTS, "head_dim": 8}
@@ -284,7 +284,7 @@ def test_doctor_names_it() -> None:
 @on_pretend_device
 @pytest.mark.parametrize("memory", [None, 1], ids=["all", "on demand"])
 def test_experts_lie_on_it(memory: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "device_memory", lambda device: memory)
+    monkeypatch.setattr(draft, "device_memory", lambda device: memory)
     flags = {**SMALL, **tiny.EXPERTS, "head_dim": 8}
     model = tiny.build(tmp_path / "moe", ("Qwen3MoeConfig", tiny.LLAMA | flags))
     on_both(model, tmp_path, format="compressed-tensors,gptq", baselines="rtn")

@@ -11,7 +11,7 @@ import torch
 from broken import TINY, Killed, files, kill, run
 
 import llmquant
-from llmquant import job
+from llmquant import draft, job
 from llmquant import recipe as recipes
 from llmquant.blocks import forwards
 from llmquant.cli.app import main
@@ -70,7 +70,7 @@ def test_experts_whose_hessians_do_not_fit_at_once_are_solved_in_parts(
 
 @pytest.fixture
 def on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "physical_memory", lambda: 1)
+    monkeypatch.setattr(draft, "physical_memory", lambda: 1)
 
 
 @pytest.mark.parametrize("flags", [{}, {"method": "rtn"}, {"passes": "block", "baselines": "bnb-nf4"}])
@@ -80,7 +80,7 @@ def test_experts_that_are_read_for_every_batch_give_the_same_bytes(
     said: list[str] = []
     run(model, tmp_path / "few" / "out", log=said.append, **FLAGS | flags)
     assert any(line.startswith("experts are read again for every batch") for line in said)
-    monkeypatch.setattr(job, "physical_memory", lambda: None)
+    monkeypatch.setattr(draft, "physical_memory", lambda: None)
     run(model, tmp_path / "all" / "out", **FLAGS | flags)
     assert files(tmp_path / "few" / "out") == files(tmp_path / "all" / "out")
 
@@ -99,7 +99,7 @@ def test_a_killed_run_whose_experts_are_read_for_every_batch_goes_on(
 
 
 def test_no_expert_stays_in_memory(model: Path, on_demand: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    skeleton = job.draft_model(open_source(model), make_recipe(str(model)), SILENT)
+    skeleton = draft.draft_model(open_source(model), make_recipe(str(model)), SILENT)
     hidden = skeleton.embed(torch.arange(16)[None])
     block, seen = skeleton.blocks[0], list[int]()
     experts = next(module for module in block.module.modules() if isinstance(module, Experts))

@@ -25,13 +25,14 @@ RANK = {
     "report": 9,
     "output": 10,
     "finished": 10,
-    "job": 11,
-    **dict.fromkeys(("hub", "export", "comparison", "result", "hidden", "curvature", "recovery"), 12),
-    "allocation": 13,
-    **dict.fromkeys(("pipeline", "preflight"), 14),
-    "finetuning": 15,
-    "cli": 16,
-    **dict.fromkeys(("__init__", "__main__"), 17),
+    "draft": 11,
+    "job": 12,
+    **dict.fromkeys(("hub", "export", "comparison", "result", "hidden", "curvature", "recovery"), 13),
+    "allocation": 14,
+    **dict.fromkeys(("pipeline", "preflight"), 15),
+    "finetuning": 16,
+    "cli": 17,
+    **dict.fromkeys(("__init__", "__main__"), 18),
 }
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tiny import ARCHITECTURES, LLAMA, SMALL, build
 
 import llmquant
+from llmquant.draft import draft
 from llmquant.errors import FormatError, RecipeError
-from llmquant.job import draft
 from llmquant.log import SILENT, progress_of
 from llmquant.model.skeleton import Skeleton
 from llmquant.plan import Plan, make_plan

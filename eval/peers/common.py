@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import llmquant
+from llmquant.draft import draft_model
 from llmquant.errors import SourceError
 from llmquant.formats.packing import unpack_rows
-from llmquant.job import draft_model
 from llmquant.log import SILENT, progress_of
 from llmquant.memory import peak_rss
 from llmquant.paths import expanded

@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from llmquant import job
 from llmquant.allocation import Target
 from llmquant.checkpoint import stored_forms
 from llmquant.curvature import CurvaturePass
+from llmquant.draft import Draft
+from llmquant.draft import draft as make_draft
 from llmquant.errors import CalibrationError, LLMQuantError, OutputError, flag, option
 from llmquant.formats.runtimes import RUNTIMES, lint, opens
-from llmquant.job import Draft, windows
+from llmquant.job import said_of_experts, windows
 from llmquant.log import SILENT, Lines
 from llmquant.memory import physical_memory
 from llmquant.model.devices import device_memory
@@ -132,7 +133,7 @@ def estimate(
     """
     stored = open_source(model, options.revision, trust_remote_code=options.trust_remote_code)
     found = Estimate(stored.name, stored.revision, stored.weight_bytes, recipe.as_dict())
-    draft = found.attempt(lambda: job.draft(stored, recipe, options, log=Lines(found.warn), attempt=found.attempt))
+    draft = found.attempt(lambda: make_draft(stored, recipe, options, log=Lines(found.warn), attempt=found.attempt))
     if draft is None:  # nothing else about it would make sense
         return found
     source, skeleton, plan, lanes = draft.source, draft.skeleton, draft.plan, draft.lanes
@@ -156,7 +157,7 @@ def estimate(
         more = target.more_bytes
         found.output_bytes += more
         found.assumptions.append("--target-bpw or --target-size: bits and groups by linear are chosen in the run")
-    if said := job.said_of_experts(draft, tokens.calibration):
+    if said := said_of_experts(draft, tokens.calibration):
         found.warn(said)
     found.attempt(lambda: draft.refuse_parked(tokens.calibration, tokens.evaluation))
     _memory(found, memory_bound(draft, curvature, recovery, tokens, sizes), draft)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from llmquant.curvature import CurvaturePass
-from llmquant.job import Draft
+from llmquant.draft import Draft
 from llmquant.model.skeleton import Skeleton
 from llmquant.plan import Plan
 from llmquant.quant.solvers.refine import default_sweeps

@@ -7,7 +7,7 @@ import torch
 
 from llmquant.blocks.forwards import entries_of_experts
 from llmquant.curvature import CurvaturePass
-from llmquant.job import Draft
+from llmquant.draft import Draft
 from llmquant.preflight.flops import Tokens
 from llmquant.recovery import RecoveryPlan
 from llmquant.text.windows import windows_per_batch

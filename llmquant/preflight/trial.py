@@ -11,7 +11,7 @@ from llmquant.blocks.forwards import CalibrationStreams
 from llmquant.blocks.gradients import BlockGradients, curvature_from
 from llmquant.blocks.quantize import quantize_block
 from llmquant.curvature import CurvaturePass
-from llmquant.job import Draft
+from llmquant.draft import Draft
 from llmquant.preflight.flops import Tokens
 from llmquant.quant.solvers import Curvature
 from llmquant.recovery import RecoveryPlan

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 import llmquant
 import llmquant.model.experts as experts_module
 from llmquant.checkpoint import open_original
+from llmquant.draft import draft
 from llmquant.errors import FormatError, RecipeError, SourceError
-from llmquant.job import draft
 from llmquant.log import SILENT, progress_of
 from llmquant.model.experts import Experts, form_of
 from llmquant.model.skeleton import Skeleton

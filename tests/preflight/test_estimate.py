@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import llmquant
-from llmquant import job
+from llmquant import draft
 from llmquant.cli.app import main
 from llmquant.demo import DEMO
 from llmquant.model import skeleton
@@ -134,7 +134,7 @@ def test_an_accelerators_memory_is_counted_apart(
     recipe, options = llmquant.make_recipe("x", flags=FLAGS), RunOptions(tmp_path / "out")
     here = estimate(tiny_model("llama"), recipe, options)
     assert here.device_memory == {}
-    monkeypatch.setattr(job, "pick_device", lambda device: torch.device("meta"))
+    monkeypatch.setattr(draft, "pick_device", lambda device: torch.device("meta"))
     monkeypatch.setattr(skeleton, "find_sharing", lambda *inputs: Sharing(None, ()))  # nothing runs on it
     monkeypatch.setattr(estimate_module, "_time", lambda *arguments: None)
     monkeypatch.setattr(estimate_module, "physical_memory", lambda: 3)
