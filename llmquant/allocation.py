@@ -66,6 +66,12 @@ class Target:
             [stack for stack in of_block if bound.isdisjoint(spec.module for spec in stack)]
             for of_block in curvature.stacks
         ]
+        if not any(self.stacks):
+            raise RecipeError(
+                option("target_bpw" if recipe.target_size is None else "target_size"),
+                "nothing is left to choose: all linears are experts, or decided by rules",
+                remedy=f"use {option('bits')} and {option('rules')} alone",
+            )
         self.n_weights = sum(spec.shape[0] * spec.shape[1] for spec in specs)
         left_open = {spec.module for of_block in self.stacks for stack in of_block for spec in stack}
         self.fixed = sum(self._view.weight_bits(spec) for spec in specs if spec.module not in left_open)

@@ -96,6 +96,10 @@ class Recipe:
                 raise RecipeError(option(name), f"{value!r}", expected=f"one of {', '.join(map(str, allowed))}")
         if self.samples != "auto" and (not isinstance(self.samples, int) or self.samples < 1):
             raise RecipeError(option("samples"), f"{self.samples}", expected="auto or a positive number")
+        if self.recover != "off" and self.samples == 1:
+            raise RecipeError(
+                option("samples"), f"1, with {option('recover')} {self.recover}", expected="2 or more: one is left out"
+            )
         for name in ("seq_len", "eval_seq_len"):
             if (value := getattr(self, name)) < 2:
                 raise RecipeError(option(name), str(value), expected="2 or more tokens in a window")

@@ -167,6 +167,7 @@ def test_plan_says_what_is_known(model: Path, tmp_path: Path) -> None:
         ({"target_size": "1MB"}, "target-size: beside --target-bpw"),
         ({"target_bpw": None, "target_size": "much"}, "expected a size such as"),
         ({"format": "awq", "symmetric": False}, "awq knows one scheme for all layers"),
+        ({"rules": ["proj: bits=8"]}, "nothing is left to choose: all linears are experts, or decided by rules"),
         ({"curvature": "off"}, "nothing is measured with --curvature off"),
         ({"method": "rtn"}, "nothing is measured with --curvature off or without text"),
     ],

@@ -148,7 +148,9 @@ def test_a_block_that_autograd_refuses_is_one_line_before_the_work(
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: torch.ones(1, requires_grad=True).numpy())
     with monkeypatch.context() as patch:
         patch.setattr("llmquant.curvature.head_gradient", lambda hidden, *rest: hidden)
-        with pytest.raises(SourceError, match=r"block 2: no gradients go through it \(.*\); use --curvature off"):
+        with pytest.raises(
+            SourceError, match=r"block 2: no gradients go through it \(.*\); use --curvature off and --recover off"
+        ):
             run(model, tmp_path / "out", **FLAGS)
     assert list(tmp_path.iterdir()) == []
     run(model, tmp_path / "out", **FLAGS, curvature="off")

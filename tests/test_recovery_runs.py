@@ -265,6 +265,7 @@ def test_what_cannot_be_trained_is_refused_before_the_work(
 ) -> None:
     for flags, why in (
         ({"method": "rtn"}, "recover all: no calibration text is read by --method rtn"),
+        ({"samples": 1}, "samples: 1, with --recover all; expected 2 or more"),
         ({"format": "fake"}, "recover all: the format fake holds no scales"),
     ):
         with pytest.raises(RecipeError, match=why):

@@ -228,7 +228,7 @@ class Block:
             raise SourceError(
                 f"{self.where}: block {self.index}",
                 f"no gradients go through it ({' '.join(str(error).split())[:200]})",
-                remedy=f"use {option('curvature')} off",
+                remedy=f"use {option('curvature')} off and {option('recover')} off",
             ) from None
         finally:
             for handle in handles:
