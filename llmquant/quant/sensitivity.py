@@ -31,7 +31,6 @@ from llmquant.quant.grid import QuantizedWeight, QuantScheme, quantize_to_grid, 
 from llmquant.quant.hessian import Hessian, default_damp, factor
 from llmquant.quant.matmul import matmul
 
-
 _TRUST = 0.6  # in what feedback promises
 
 
