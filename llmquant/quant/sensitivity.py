@@ -22,6 +22,7 @@ from; eval/LOG.md has the measurement.
 Shapes: N tokens, O out_features of all linears that share the input, I in_features.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -87,7 +88,8 @@ def left(H: Tensor, damp: float) -> float:
     if (factored := factor(H, damp, order)) is None:
         return 1.0
     squares = factored[0].square()
-    return float(squares.diagonal().sum() / squares.sum()) ** _TRUST  # sum H_jj = sum of all U_ij^2
+    share = float(squares.diagonal().sum() / squares.sum())  # sum H_jj = sum of all U_ij^2
+    return math.pow(share, _TRUST)
 
 
 def rounded(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme) -> QuantizedWeight:

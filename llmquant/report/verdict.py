@@ -13,7 +13,6 @@ from llmquant.report.tables import infinite_perplexity
 LABELS = {
     ORIGINAL: "the original",
     OURS: "llmquant",
-    BEFORE: "itself before recovery",
     "rtn": "plain rounding",
     "bnb-nf4": "bitsandbytes NF4",
     "bnb-int8": "bitsandbytes INT8",
@@ -54,7 +53,7 @@ def _ranked(lanes: Mapping[str, LaneReport]) -> dict[str, list[str]]:
     """The baselines by how ours stands to them."""
     ranked: dict[str, list[str]] = {"better than": [], "as good as": [], "worse than": []}
     for name, lane in lanes.items():
-        if name not in (ORIGINAL, OURS):
+        if name not in (ORIGINAL, OURS, BEFORE):
             label = f"{LABELS.get(name, name)} at {_bits(lane.bits_per_weight)}"
             ranked[_standing(lanes[OURS], lane)].append(label)
     return ranked
@@ -88,10 +87,10 @@ def said_of_choices(report: RunReport) -> list[str]:
             kl += f", with {found.uniform} for all {found.measured['uniform']:.2g}"
         said.append(f"For the target size were chosen {schemes}; {kl}")
     if (trained := report.recovery) is not None:
-        brought = f"KL {trained.kl_before:.2g} to {trained.kl_after:.2g}" if trained.step else "no better state"
+        brought = f"KL from {trained.kl_before:.3g} to {trained.kl_after:.3g}" if trained.step else "no better state"
         said.append(
-            f"Training of {report.recipe.get('recover')} took {trained.n_steps} steps and brought, on "
-            f"{trained.held_out_tokens} tokens left out of it, {brought}"
+            f"Of {trained.n_steps} steps of training (--recover {report.recipe.get('recover')}), {trained.step} were "
+            f"kept, which brought {brought} on {trained.held_out_tokens} tokens left out of it"
         )
     return said
 

@@ -33,7 +33,14 @@ def check(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", [{}, {"bits": 8}, {"method": "rtn", "eval_data": "none"}, {"eval_tokens": 64, "dtype": "bfloat16"}]
+    "flags",
+    [
+        {},
+        {"bits": 8},
+        {"method": "rtn", "eval_data": "none"},
+        {"eval_tokens": 64, "dtype": "bfloat16"},
+        {"target_bpw": 4.2, "recover": "norms"},
+    ],
 )
 def test_reports_follow_their_schemas(flags: dict[str, Any], tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -43,7 +50,14 @@ def test_reports_follow_their_schemas(flags: dict[str, Any], tiny_model: Callabl
     check("cost", cost)
     lanes = [] if report["evaluation"] is None else list(report["evaluation"]["lanes"])
     baseline = "bnb-int8" if flags.get("bits") == 8 else "bnb-nf4"
-    assert lanes == ([] if "eval_data" in flags else ["original", "llmquant", "rtn", baseline])
+    ours = ["llmquant", "before recovery"] if "recover" in flags else ["llmquant"]
+    assert lanes == ([] if "eval_data" in flags else ["original", *ours, "rtn", baseline])
+    assert ("allocation" in report, "recovery" in report) == ("target_bpw" in flags, "recover" in flags)
+    if "recover" in flags:
+        found = (out / "README.md").read_text() + (out / "report.html").read_text()
+        assert found.count("steps of training (--recover norms)") == 2
+        assert found.count("For the target size were chosen") == 2
+        assert "before recovery at" not in found
     if lanes:
         assert (report["evaluation"]["noise_floor"] is not None) is ("dtype" in flags)
 
