@@ -7,9 +7,9 @@ from typing import Any
 
 from llmquant.errors import RecipeError, option
 from llmquant.finished import Finished
-from llmquant.log import SILENT, Log, Progress, progress_of
+from llmquant.log import SILENT, Log, progress_of
 from llmquant.pipeline import quantize_with
-from llmquant.recipe import RunOptions, from_mapping
+from llmquant.recipe import Recipe, RunOptions, from_mapping
 from llmquant.report.data import Report
 
 
@@ -35,13 +35,13 @@ def finetune(
     Raises what `quantize` raises, and RecipeError where the checkpoint is not one of the original.
     """
     options = RunOptions(out, None, max_ram, overwrite, resume, (), trust_remote_code, checkpoint)
-    return finetune_with(reference, fields | {"recover": recover}, options, progress_of(log))
+    return quantize_with(*as_run(reference, fields | {"recover": recover}, options), progress_of(log))
 
 
-def finetune_with(
-    reference: str | Path | None, fields: Mapping[str, Any], options: RunOptions, log: Progress = SILENT
-) -> Report:
-    """`finetune` with its options as one object, whose `codes` are the checkpoint's."""
+def as_run(
+    reference: str | Path | None, fields: Mapping[str, Any], options: RunOptions
+) -> tuple[str | Path, Recipe, RunOptions]:
+    """The run that a `finetune` is: its model, recipe and options, whose `codes` are the checkpoint's."""
     assert options.codes is not None
     if fields["recover"] == "off":
         raise RecipeError(option("recover"), "'off'", expected="scales, norms or all")
@@ -52,4 +52,4 @@ def finetune_with(
         options = replace(options, revision=revision)
     if options.out is None:
         options = replace(options, out=f"{finished.source.name.rpartition('/')[2]}-recovered")
-    return quantize_with(reference, recipe, options, log)
+    return reference, recipe, options

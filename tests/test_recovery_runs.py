@@ -298,6 +298,14 @@ def test_the_command(before: Path, model: Path, tmp_path: Path, capsys: pytest.C
     assert "expected" in capsys.readouterr().err
 
 
+def test_a_finetune_is_planned(before: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", str(before), "--reference", str(model), "--dry-run"]) == 0
+    assert "recovery" in capsys.readouterr().out
+    recipe = make_recipe(str(model), flags=TINY | FLAGS)
+    taken_over = estimate(model, recipe, RunOptions(codes=before))
+    assert taken_over.seconds["forwards"] > taken_over.seconds["Hessians and solving"] == 0
+
+
 def test_an_interrupted_finetune_goes_on(before: Path, model: Path, tmp_path: Path) -> None:
     def log(line: str) -> None:
         if line.startswith("recovery: step 2/"):

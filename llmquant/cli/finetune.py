@@ -5,6 +5,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from llmquant.cli import look
 from llmquant.cli.console import show_report
 from llmquant.cli.options import DATA, DEVICE, TRUST, Debug, Quiet, recipe_option
 from llmquant.cli.progress import progress, stoppable
@@ -60,6 +61,9 @@ def finetune(
             rich_help_panel=_RUN,
         ),
     ] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done and what it costs", rich_help_panel=_RUN)
+    ] = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -70,9 +74,13 @@ def finetune(
     if eval_tokens is not None:
         fields["eval_tokens"] = count(eval_tokens)
     calm_libraries()
-    from llmquant.finetuning import finetune_with
+    from llmquant.finetuning import as_run
+    from llmquant.pipeline import quantize_with
 
     options = RunOptions(out, None, max_ram, overwrite, resume, (), trust_remote_code, checkpoint)
+    model, recipe, options = as_run(reference, fields, options)
+    if dry_run:
+        return look.show_plan(str(model), recipe, options, as_json=False, timed=False)
     with progress(quiet, False) as log, stoppable():
-        report = finetune_with(reference, fields, options, log)
+        report = quantize_with(model, recipe, options, log)
     show_report(report)

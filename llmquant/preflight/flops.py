@@ -76,6 +76,8 @@ def work_of(draft: Draft, curvature: CurvaturePass, recovery: RecoveryPlan, toke
     # Forwards pause at each step and go on; with one pass per block they are run again with the quantized weights.
     forwards = (1 if recipe.passes == "step" else 2) * (2 if drift else 1)
     calibrated, evaluated = tokens.calibration * forwards, tokens.evaluation * n_lanes
+    if draft.finished is not None:  # codes are taken over
+        calibrated = 0
     forward_flops = 2.0 * calibrated * (block_weights + attention * tokens.seq_len)
     forward_flops += 2.0 * evaluated * (block_weights + attention * tokens.eval_seq_len)
     forward_flops += 2.0 * evaluated * skeleton.vocab_size * skeleton.hidden_size
@@ -90,7 +92,7 @@ def work_of(draft: Draft, curvature: CurvaturePass, recovery: RecoveryPlan, toke
     once = recovery.n_tokens + recovery.held_tokens
     forward_flops += 2.0 * (once + 4 * steps + held) * (block_weights + attention * tokens.seq_len)
     forward_flops += 2.0 * (3 * steps + 2 * held) * skeleton.vocab_size * skeleton.hidden_size
-    n_calibration = tokens.calibration
+    n_calibration = 0 if draft.finished is not None else tokens.calibration
     solve_flops, columns = 0.0, 0
     for rows, width, share in _inputs(plan, skeleton) if n_calibration else ():
         columns += width

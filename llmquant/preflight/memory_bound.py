@@ -112,7 +112,7 @@ def _sizes(draft: Draft, tokens: Tokens) -> _Sizes:
         block=max(blocks.values()),
         outer=outer,
         outside=outside,
-        widest=max(spec.shape[1] for spec in plan.specs) if draft.calibrated else 0,
+        widest=max(spec.shape[1] for spec in plan.specs) if draft.calibrated and draft.finished is None else 0,
         experts=_experts(draft),
         # Residual stream, norm, attention's inputs and result; gate, up, activation and product.
         activations=batch * (8 * skeleton.hidden_size + 4 * inner),
