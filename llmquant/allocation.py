@@ -6,7 +6,7 @@ share an input, as servers fuse them (q, k, v; gate, up). Here
     choose     the knapsack of these costs within the target; 16 bit is a candidate, too
     measure    the divergence itself, of the allocation and of the best uniform scheme within the target: the loop, on a
                few windows of the calibration text, scored on a few others
-    rules      of the better one: the loop knows nothing else of an allocation
+    rules      of the mixture where it wins by more than chance, else of the uniform scheme: the loop knows nothing else
 
 What a rule of the recipe decides, and experts, stay as the recipe says, and count.
 """
@@ -14,6 +14,8 @@ What a rule of the recipe decides, and experts, stay as the recipe says, and cou
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from llmquant.blocks.forwards import CalibrationStreams
 from llmquant.blocks.gradients import fitting
@@ -23,7 +25,7 @@ from llmquant.draft import Draft, planned, stream_bytes
 from llmquant.errors import RecipeError, option
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.job import Job
-from llmquant.lanes.scores import ORIGINAL, Lanes
+from llmquant.lanes.scores import ORIGINAL, Array, Lanes, standard_error
 from llmquant.log import SILENT, Progress
 from llmquant.memory import trim
 from llmquant.model.streams import Streams
@@ -137,8 +139,9 @@ def allocate(
     losses = {name: sum(_chosen(units, option)) for name, option in options.items()}
     found = run.allocation
     if found is None:
-        measured = _measured(job, run, curvature, {name: _schemes(units, option) for name, option in options.items()})
-        found = {"measured": measured, "kept": min(measured, key=lambda name: measured[name])}
+        by_window = _measured(job, run, curvature, {name: _schemes(units, option) for name, option in options.items()})
+        measured = {name: float(kl.mean()) for name, kl in by_window.items()}
+        found = {"measured": measured, "kept": _MIXED if _wins(by_window) else _UNIFORM}
         run.keep_allocation(found)
     kept = options[found["kept"]]
     counts = Counter(_said(scheme) for module, scheme in _schemes(units, kept).items())
@@ -213,8 +216,8 @@ def _with_rules(job: Job, rules: Sequence[Rule]) -> Job:
     return Job(**facts, calibration=job.calibration, evaluation=job.evaluation, card=job.card)
 
 
-def _measured(job: Job, run: RunDir, curvature: CurvaturePass, options: Mapping[str, Schemes]) -> dict[str, float]:
-    """KL(original || quantized) of a few windows, nats for each token, where a few others are what calibrates."""
+def _measured(job: Job, run: RunDir, curvature: CurvaturePass, options: Mapping[str, Schemes]) -> dict[str, Array]:
+    """KL(original || quantized) of each of a few windows, nats for each token, where a few others calibrate."""
     assert job.calibration is not None
     ids, length = job.calibration.ids, job.calibration.ids.shape[1]
     windows = replace(job.calibration, ids=ids[-max(1, _TOKENS // length) :])
@@ -242,7 +245,20 @@ def _measured(job: Job, run: RunDir, curvature: CurvaturePass, options: Mapping[
             trim()
         with job.skeleton.head() as logits_of:
             scores = lanes.score(lambda lane, hidden: logits_of(hidden))
-    return {name: float(scores[name].kl[scores[name].finite].mean()) for name in options}
+    finite = np.logical_and.reduce([score.finite for score in scores.values()])
+    return {
+        name: np.array([kl[ok].mean() for kl, ok in zip(scores[name].kl, finite, strict=True) if ok.any()])
+        for name in options
+    }
+
+
+def _wins(by_window: Mapping[str, Array]) -> bool:
+    """Whether the mixture is better than the uniform scheme by more than chance: twice the standard error of their
+    difference, paired over windows. What wins by less on the calibration text has lost on another: eval/LOG.md."""
+    if _UNIFORM not in by_window:
+        return True
+    difference = by_window[_MIXED] - by_window[_UNIFORM]
+    return bool(difference.mean() + 2 * (standard_error(difference) or 0.0) < 0)
 
 
 def _with_scheme(spec: LinearSpec, schemes: Schemes) -> LinearSpec | None:
