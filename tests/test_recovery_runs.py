@@ -171,10 +171,11 @@ def test_an_interrupted_training_goes_on_behind_its_last_step(
     assert files(tmp_path / "out") == files(out)
 
 
-def test_a_kill_at_every_change_of_the_disk_behind_the_loop(
-    out: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("count", [8, pytest.param(1000, marks=pytest.mark.soak)])
+def test_kills_at_changes_of_the_disk_behind_the_loop(
+    count: int, out: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every third one: with those of one step, of the tensors that are written again, and of the commit."""
+    """Spread over those of one step, of the tensors that are written again, and of the commit; or at all of them."""
     with monkeypatch.context() as patch:
         on_disk(patch, counting := Counting())
         begin: list[int] = []
@@ -185,7 +186,7 @@ def test_a_kill_at_every_change_of_the_disk_behind_the_loop(
 
         run(model, tmp_path / "count" / "out", log=log, **FLAGS)
     assert begin
-    for number in range(begin[0], counting.count, 3):
+    for number in range(begin[0], counting.count, max(1, (counting.count - begin[0]) // count)):
         folder = tmp_path / str(number) / "out"
         with monkeypatch.context() as patch:
             on_disk(patch, Counting(number, kill))
