@@ -93,7 +93,7 @@ class Target:
         return max(0, self.budget - bits) // 8
 
     def schemes(self, stack: Sequence[LinearSpec]) -> list[QuantScheme | None]:
-        """That one of can be chosen for a stack; None: 16 bit."""
+        """Those that a stack may be given; None: 16 bit."""
         return [*fitting(stack, self._draft.candidates), None]
 
     def _costs(self, stack: Sequence[LinearSpec]) -> list[int]:
@@ -166,7 +166,7 @@ def allocate(
 
 
 def _best_uniform(units: Sequence[Unit], budget: int) -> list[int] | None:
-    """The largest scheme that all units can have within the budget; None where there is none."""
+    """The best scheme that all units can have within the budget; None where there is none."""
     common = set.intersection(*({scheme for scheme in unit.schemes if scheme is not None} for unit in units))
     fits = []
     for scheme in common:
@@ -217,11 +217,15 @@ def _with_rules(job: Job, rules: Sequence[Rule]) -> Job:
 
 
 def _measured(job: Job, run: RunDir, curvature: CurvaturePass, options: Mapping[str, Schemes]) -> dict[str, Array]:
-    """KL(original || quantized) of each of a few windows, nats for each token, where a few others calibrate."""
+    """KL(original || quantized) of each of a few windows, nats for each token, where a few others calibrate.
+
+    With a single window it is both.
+    """
     assert job.calibration is not None
     ids, length = job.calibration.ids, job.calibration.ids.shape[1]
-    windows = replace(job.calibration, ids=ids[-max(1, _TOKENS // length) :])
-    text = replace(job.calibration, ids=ids[: max(1, curvature.n_tokens // length)])
+    n_scored = max(1, min(_TOKENS // length, len(ids) // 2))
+    windows = replace(job.calibration, ids=ids[-n_scored:])
+    text = replace(job.calibration, ids=ids[: max(1, min(curvature.n_tokens // length, len(ids) - n_scored))])
     names = (ORIGINAL, *options)
     sizes = {f"text, {name}": stream_bytes(job.skeleton, text.n_tokens, job.recipe.seq_len) for name in options}
     sizes |= dict.fromkeys(names, stream_bytes(job.skeleton, windows.n_tokens, job.recipe.seq_len))

@@ -33,7 +33,6 @@ from llmquant.run_dir import RunDir
 from llmquant.source.names import kinds
 
 _MOST_TOKENS = 2**13  # more take disk and time, and bring nothing: eval/LOG.md
-_NOTHING = 1e-30  # a probability that no gradient feels
 
 
 class CurvaturePass:
@@ -130,9 +129,8 @@ def head_gradient(hidden: Tensor, logits_of: Callable[[Tensor], Tensor], generat
         random_N = torch.rand(len(p_NV), 1, generator=generator).to(p_NV)
         sums_NV = p_NV.cumsum(1)
         label_N = torch.searchsorted(sums_NV, random_N * sums_NV[:, -1:]).clamp_(max=p_NV.shape[1] - 1)
-        # 2. Its slope. Products of numbers below 1e-38 would take fifty times as long.
-        slope_NV = p_NV.masked_fill_(p_NV < _NOTHING, 0).neg_()
-        return slope_NV.scatter_add_(1, label_N, torch.ones_like(random_N))
+        # 2. Its slope.
+        return p_NV.neg_().scatter_add_(1, label_N, torch.ones_like(random_N))
 
     return gradient_at_head(hidden, logits_of, slope)
 

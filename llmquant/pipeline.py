@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +162,14 @@ class _Pass:
         self.job, self.run, self.watch, self.log = job, run, watch, log
         self.blocks, self.output, self.record = job.skeleton.blocks, job.output, job.output.record
         self.hidden = HiddenStates(job, streams)
-        self.training = Recovery(recovery, job.calibration, self._codes)
         for name in streams.spilled:
             log.line(f"--max-ram: the {name} stream is kept in a file")
         self.snapshots = Snapshots(run, {} if job.parked else self.hidden.streams(), log)
+
+    @cached_property
+    def training(self) -> Recovery:
+        """Of scales, norms and biases behind the loop."""
+        return Recovery(self.recovery, self.job.calibration, self._codes)
 
     def go(self) -> tuple[list[LayerReport], RecoveryReport | None, dict[str, LaneReport]]:
         trim()
@@ -305,7 +309,7 @@ class _Pass:
     def _recover(self) -> RecoveryReport:
         """Train scales, norms and biases; our lane through the result, which is then written."""
         run, training = self.run, self.training
-        if run.recovery.steps is None and self.snapshots.on:  # an interrupted training shall not go through all blocks
+        if run.recovery.steps is None:  # an interrupted training shall not go through all blocks
             with self.watch.stage("snapshot"):
                 self.snapshots.save()
         self.hidden.forget_calibration()

@@ -19,6 +19,7 @@ Shapes: B batch, T time, D hidden, N tokens, V vocabulary.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from llmquant.blocks.training import BlockTraining
 from llmquant.draft import Draft, stream_bytes
 from llmquant.formats import LinearSpec
+from llmquant.lanes.scores import LOGITS_AT_ONCE, log_probabilities
 from llmquant.log import Progress
 from llmquant.memory import trim
 from llmquant.model.head import gradient_at_head
@@ -41,9 +43,7 @@ _STEP_TOKENS = 2**13
 # Relative, at its peak: of scales, which are many and whose gradients are mostly noise, and of norms and biases.
 _SCALES_RATE, _VECTORS_RATE = 3e-4, 1e-3
 _PASSES = 2  # over the text
-_NOTHING = 1e-30  # a probability that no gradient feels
 _MOMENTS = (" m", " v")  # after the name of what they are of
-_LOGITS_AT_ONCE = 2**22  # 16 MB in float32, a few times
 
 
 class RecoveryPlan:
@@ -97,7 +97,7 @@ class RecoveryPlan:
         in_files = spilled(self.originals | self.borders, self.draft.options.stream_budget) if self.groups else {}
         return 3 * 12 * sum(self.entries) + sum(in_files.values())
 
-    @property
+    @cached_property
     def entries(self) -> list[int]:
         """Numbers that are trained, of every block."""
         if not self.groups:
@@ -236,7 +236,6 @@ class Recovery:
         if last:
             return run.finish_recovery(step, losses, done=True)
         # 3. Backwards.
-        share = rate_of(step, planned.n_steps, 1.0)
         for index, block in reversed(list(enumerate(self.blocks))):
             state = _state(files.of(step, index))
             with block.loaded({name: trained.value for name, trained in state.items()}):
@@ -245,7 +244,7 @@ class Recovery:
                 for name, trained in state.items():
                     if name in block.sums:
                         peak = _SCALES_RATE if name in block.scales else _VECTORS_RATE
-                        trained.step(block.sums[name], share * peak, step + 1)
+                        trained.step(block.sums[name], rate_of(step, planned.n_steps, peak), step + 1)
             files.put(step + 1, index, _tensors(state))
             borders[index + 1].close()
             trim()
@@ -259,20 +258,18 @@ def _to_gradient(hidden: Tensor, original: Tensor, logits_of: Callable[[Tensor],
 
     def slope(logits_NV: Tensor, tokens: slice) -> Tensor:
         with torch.no_grad():
-            slope_NV = logits_NV.softmax(1) - logits_of(original_ND[tokens]).softmax(1)
-        # Products of numbers below 1e-38 would take fifty times as long.
-        return slope_NV.masked_fill_(slope_NV.abs() < _NOTHING, 0).div_(n_tokens)
+            return logits_NV.softmax(1).sub_(logits_of(original_ND[tokens]).softmax(1)).div_(n_tokens)
 
     return gradient_at_head(hidden, logits_of, slope)
 
 
 def _loss(stream: Stream, original: Stream, logits_of: Callable[[Tensor], Tensor], vocab_size: int) -> float:
     """Mean KL(p || q) over the tokens, with p of `original` and q of `stream`; those that are not finite left out."""
-    total, count, at_once = 0.0, 0, max(1, _LOGITS_AT_ONCE // vocab_size)
+    total, count, at_once = 0.0, 0, max(1, LOGITS_AT_ONCE // vocab_size)
     for batch in zip(original, stream, strict=True):
         for p_ND, q_ND in zip(*(hidden.flatten(0, -2).split(at_once) for hidden in batch), strict=True):
-            p_NV, q_NV = logits_of(p_ND).log_softmax(1), logits_of(q_ND).log_softmax(1)
-            kl_N = q_NV.neg_().add_(p_NV).mul_(p_NV.exp_()).sum(1)
+            p_NV, q_NV = log_probabilities(logits_of(p_ND)), log_probabilities(logits_of(q_ND))
+            kl_N = torch.sub(p_NV, q_NV).mul_(p_NV.exp_()).sum(1)
             finite = torch.isfinite(kl_N)
             total, count = total + float(kl_N[finite].sum()), count + int(finite.sum())
     return total / count if count else math.inf

@@ -32,16 +32,16 @@ class Snapshots:
 
     def __init__(self, run: RunDir, streams: Mapping[str, Stream], log: Progress) -> None:
         self._run, self._streams, self._log = run, streams, log
-        self.on = bool(streams)
+        self._on = bool(streams)
         self._next = time.monotonic() + MIN_SECONDS
-        if self.on and not run.room_for_streams:
-            self.on = False
+        if self._on and not run.room_for_streams:
+            self._on = False
             log.line(
                 "no snapshots of streams: the disk has no room for them; a resumed run goes through all blocks again"
             )
 
     def due(self) -> bool:
-        return self.on and time.monotonic() >= self._next
+        return self._on and time.monotonic() >= self._next
 
     def save(self) -> None:
         """Keep the streams as they are after the last committed block.
@@ -49,9 +49,11 @@ class Snapshots:
         If there is no room for them on the disk, the log says so and the run continues without. Every other OSError is
         raised, because commits of blocks would meet it too.
         """
+        if not self._on:
+            return
         begin = time.monotonic()
         if problem := self._run.keep_streams(self._bytes()):
-            self.on = False
+            self._on = False
             self._log.line(f"no snapshot of streams after block {len(self._run.records)}, nor later: {problem}")
         now = time.monotonic()
         self._next = now + max(MIN_SECONDS, PAUSE * (now - begin))

@@ -25,7 +25,7 @@ class BlockTraining:
     scales    those whose scales are trained, by parameter
     vectors   norms and biases that are trained, by parameter -> dtype in the checkpoint
     read      codes and scales of a linear, as they were written
-    sums      the loss's gradients so far, by parameter
+    sums      the loss's gradients so far, by parameter, while the block is loaded
     """
 
     block: Block
@@ -36,6 +36,7 @@ class BlockTraining:
     read: Callable[[LinearSpec], QuantizedWeight]
     products: torch.dtype
     sums: dict[str, Tensor] = field(default_factory=dict)
+    _weights: dict[str, QuantizedWeight] = field(default_factory=dict)  # those of `scales`, while the block is loaded
 
     def start(self, vector: Callable[[str], Tensor]) -> dict[str, Trained]:
         """All that is trained, before the first step; `vector` reads a norm or bias."""
@@ -55,13 +56,12 @@ class BlockTraining:
     def loaded(self, values: Values) -> Iterator[None]:
         """The block in memory, with these values, as a loader will see them."""
         self._weights = {param: self.quantized(spec, values) for param, spec in self.scales.items()}
-        self.sums = {}
         instead: dict[str, Value] = {param: self.vector(param, values) for param in self.vectors}
         for spec in self.specs:
             instead[spec.param] = partial(self._dense, spec)
         with self.block.loaded(instead):
             yield
-        self._weights = {}
+        self._weights, self.sums = {}, {}
 
     def _dense(self, spec: LinearSpec) -> Tensor:
         weight = self._weights.get(spec.param) or self.read(spec)

@@ -7,13 +7,13 @@ import typer
 
 from llmquant.cli import look
 from llmquant.cli.console import show_report
-from llmquant.cli.options import DATA, DEVICE, TRUST, Debug, Quiet, recipe_option
+from llmquant.cli.options import DATA, DEVICE, RUN_PANEL, Debug, MaxRam, Overwrite, Quiet, Resume, Trust, recipe_option
 from llmquant.cli.progress import progress, stoppable
 from llmquant.cli.spellings import count
 from llmquant.log import calm_libraries
 from llmquant.recipe import Recipe, RunOptions
 
-_JOB, _CALIB, _EVAL, _RUN = "What", "Training text", "Evaluation", "Where and with what"
+_JOB, _CALIB, _EVAL, _RUN = "What", "Training text", "Evaluation", RUN_PANEL
 
 
 def finetune(
@@ -46,21 +46,10 @@ def finetune(
     ] = None,
     device: Annotated[Optional[str], recipe_option(DEVICE, "device", _RUN)] = None,
     dtype: Annotated[Optional[str], recipe_option("Compute dtype", "dtype", _RUN)] = None,
-    max_ram: Annotated[
-        str,
-        typer.Option(help="What hidden states may hold before they go to files", rich_help_panel=_RUN),
-    ] = "4GB",
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST, rich_help_panel=_RUN)] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an output folder that llmquant wrote", rich_help_panel=_RUN)
-    ] = False,
-    resume: Annotated[
-        str,
-        typer.Option(
-            help="Go on with an interrupted run of the same job: auto, required, or never (throw it away)",
-            rich_help_panel=_RUN,
-        ),
-    ] = "auto",
+    max_ram: MaxRam = "4GB",
+    trust_remote_code: Trust = False,
+    overwrite: Overwrite = False,
+    resume: Resume = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done and what it costs", rich_help_panel=_RUN)
     ] = False,

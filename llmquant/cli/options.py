@@ -62,6 +62,22 @@ DEVICE = (
     "cpu, or an accelerator by torch's name for it: cuda\\[:n], mps, xpu, ...; auto: the accelerator if there is one"
 )
 
+RUN_PANEL = "Where and with what"
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help=TRUST, rich_help_panel=RUN_PANEL)]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an output folder that llmquant wrote", rich_help_panel=RUN_PANEL)
+]
+Resume = Annotated[
+    str,
+    typer.Option(
+        help="Go on with an interrupted run of the same job: auto, required, or never (throw it away)",
+        rich_help_panel=RUN_PANEL,
+    ),
+]
+MaxRam = Annotated[
+    str,
+    typer.Option(help="What the streams of hidden states may hold before they go to files", rich_help_panel=RUN_PANEL),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")]
 

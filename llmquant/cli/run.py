@@ -7,7 +7,17 @@ import typer
 
 from llmquant.cli import look
 from llmquant.cli.console import show_report
-from llmquant.cli.options import DATA, DEVICE, TRUST, recipe_option, recipes_like
+from llmquant.cli.options import (
+    DATA,
+    DEVICE,
+    RUN_PANEL,
+    MaxRam,
+    Overwrite,
+    Resume,
+    Trust,
+    recipe_option,
+    recipes_like,
+)
 from llmquant.cli.progress import progress, stoppable
 from llmquant.cli.push import check_login, push_result
 from llmquant.cli.spellings import count, strength
@@ -15,7 +25,7 @@ from llmquant.errors import RecipeError, option
 from llmquant.log import calm_libraries
 from llmquant.recipe import Recipe, RunOptions, make_recipe
 
-_JOB, _SOLVER, _CALIB, _EVAL, _RUN = "What", "How codes are chosen", "Calibration", "Evaluation", "Where and with what"
+_JOB, _SOLVER, _CALIB, _EVAL, _RUN = "What", "How codes are chosen", "Calibration", "Evaluation", RUN_PANEL
 
 
 def run(
@@ -159,25 +169,14 @@ def run(
             "Of calibration forwards and Hessians (auto: bfloat16 below 8 bits on CPUs made for it)", "products", _RUN
         ),
     ] = None,
-    max_ram: Annotated[
-        str,
-        typer.Option(help="What the streams of hidden states may hold before they go to files", rich_help_panel=_RUN),
-    ] = "4GB",
+    max_ram: MaxRam = "4GB",
     max_shard_size: Annotated[Optional[str], recipe_option("Largest output file", "max_shard_size", _RUN)] = None,
     revision: Annotated[
         Optional[str], typer.Option(help="Branch, tag or commit on the Hub", rich_help_panel=_RUN)
     ] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST, rich_help_panel=_RUN)] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an output folder that llmquant wrote", rich_help_panel=_RUN)
-    ] = False,
-    resume: Annotated[
-        str,
-        typer.Option(
-            help="Go on with an interrupted run of the same job: auto, required, or never (throw it away)",
-            rich_help_panel=_RUN,
-        ),
-    ] = "auto",
+    trust_remote_code: Trust = False,
+    overwrite: Overwrite = False,
+    resume: Resume = "auto",
     runtimes: Annotated[
         Optional[str],
         typer.Option(

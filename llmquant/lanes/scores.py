@@ -30,7 +30,7 @@ from llmquant.text.windows import Windows
 ORIGINAL, OURS = "original", "llmquant"  # names of the two lanes of every run,
 BEFORE = "before recovery"  # and of a third one, where ours is trained
 Array = NDArray[np.float64]
-_LOGITS_AT_ONCE = 2**22  # numbers in one chunk of logits: 16 MB in float32
+LOGITS_AT_ONCE = 2**22  # numbers in one chunk of logits: 16 MB in float32
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Lanes:
         while start < last:
             # 1. The reference's log probabilities of a chunk of tokens; position t predicts token t + 1.
             stop = min(start + self._chunk, last)
-            reference = _log_probabilities(logits_of(first, hidden[first][start:stop]))
+            reference = log_probabilities(logits_of(first, hidden[first][start:stop]))
             target = ids_T[start + 1 : stop + 1, None].to(reference.device)
             p, best = reference.exp(), reference.max(1)
             p_target, top, zeros = p.gather(1, target)[:, 0], best.indices, torch.zeros(stop - start)
@@ -166,7 +166,7 @@ class Lanes:
             for name, lane_hidden in hidden.items():
                 lane, kl = reference, zeros.to(p.device)
                 if name != first:
-                    lane = _log_probabilities(logits_of(name, lane_hidden[start:stop]))
+                    lane = log_probabilities(logits_of(name, lane_hidden[start:stop]))
                     best, kl = lane.max(1), torch.sub(reference, lane).mul_(p).sum(1)
                 nll = -lane.gather(1, target)[:, 0]
                 finite = torch.isfinite(nll) & torch.isfinite(kl)
@@ -174,11 +174,11 @@ class Lanes:
                 for row, column in zip(table[name], part, strict=True):
                     row[position, start:stop] = column
             # 3. The next chunk, as large as the vocabulary allows.
-            self._chunk = max(1, _LOGITS_AT_ONCE // reference.shape[1])
+            self._chunk = max(1, LOGITS_AT_ONCE // reference.shape[1])
             start = stop
 
 
-def _log_probabilities(logits_NV: Tensor) -> Tensor:
+def log_probabilities(logits_NV: Tensor) -> Tensor:
     """log softmax over the vocabulary, in place."""
     return logits_NV.sub_(torch.logsumexp(logits_NV, dim=1, keepdim=True))
 

@@ -150,7 +150,7 @@ class AllocationReport:
 
     linears     how many have each scheme
     rules       that say so, behind those of the recipe
-    kept        mixed: chosen by linear; or uniform, where that measured better
+    kept        mixed: chosen by linear, which won the trial by more than chance; else uniform
     uniform     the best scheme for all within the target; None: there is none
     predicted   by the curvature: nats for each token, by the same two names
     measured    KL of a trial on a few windows of the calibration text

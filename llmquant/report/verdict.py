@@ -82,10 +82,9 @@ def said_of_choices(report: RunReport) -> list[str]:
     said = [f"For {name} auto chose {what}" for name, what in (report.chosen or {}).items()]
     if (found := report.allocation) is not None:
         schemes = ", ".join(f"{count} linears {name}" for name, count in found.linears.items())
-        kl = f"in a trial on few windows of the calibration text that had KL {found.measured[found.kept]:.2g}"
-        if found.uniform is not None and found.kept == "mixed":
-            kl += f", with {found.uniform} for all {found.measured['uniform']:.2g}"
-        said.append(f"For the target size were chosen {schemes}; {kl}")
+        names = {"mixed": "a mixture", "uniform": f"{found.uniform} for all"}
+        tried = " and ".join(f"{names[name]} had KL {kl:.2g}" for name, kl in found.measured.items())
+        said.append(f"For the target size were chosen {schemes}; in a trial on few windows {tried}")
     if (trained := report.recovery) is not None:
         brought = f"KL from {trained.kl_before:.3g} to {trained.kl_after:.3g}" if trained.step else "no better state"
         said.append(

@@ -3,14 +3,13 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
-from llmquant.errors import ResumeError, option
 from llmquant.run_dir.disk import Disk, fsync_path, replace_file
 from llmquant.run_dir.journal import Record
 from llmquant.run_dir.manifest import sha256
+from llmquant.run_dir.state_files import read_tensors
 from llmquant.run_dir.target import allocated
 
 PREFIX = "curvature-"
@@ -51,10 +50,4 @@ class CurvatureFiles:
 
     def of(self, block: int) -> dict[str, Tensor]:
         """What `put` was given. ResumeError where the file can no longer be read."""
-        path = self._folder / f"{PREFIX}{block}"
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ResumeError(
-                str(path), f"cannot be read ({error})", remedy=f"start again with {option('resume')} never"
-            ) from None
+        return read_tensors(self._folder / f"{PREFIX}{block}")

@@ -7,14 +7,14 @@ the first, the best so far and the newest one.
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from llmquant.errors import ResumeError, option
 from llmquant.run_dir.disk import Disk, fsync_path, replace_file
 from llmquant.run_dir.journal import Record
 from llmquant.run_dir.manifest import sha256
+from llmquant.run_dir.state_files import damage, read_tensors
 from llmquant.run_dir.target import allocated
 
 PREFIX = "recovery-"
@@ -45,11 +45,7 @@ class RecoveryFiles:
         for step in self._kept():
             for name, digest in self._hashes[step].items():
                 path = self._folder / name
-                try:
-                    problem = "" if sha256(path) == digest else "its SHA-256 differs"
-                except OSError as error:
-                    problem = error.strerror or str(error)
-                if problem:
+                if problem := damage(path, digest):
                     raise ResumeError(str(path), problem, remedy=f"start again with {option('resume')} never")
 
     @property
@@ -87,10 +83,4 @@ class RecoveryFiles:
 
     def of(self, step: int, block: int) -> dict[str, Tensor]:
         """What `put` was given. ResumeError where the file can no longer be read."""
-        path = self._folder / f"{PREFIX}{step}-{block}"
-        try:
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ResumeError(
-                str(path), f"cannot be read ({error})", remedy=f"start again with {option('resume')} never"
-            ) from None
+        return read_tensors(self._folder / f"{PREFIX}{step}-{block}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llmquant.run_dir.disk import FULL, Disk, fsync_path, write_all
 from llmquant.run_dir.journal import Record
-from llmquant.run_dir.manifest import sha256
+from llmquant.run_dir.state_files import damage
 
 PREFIX = "streams-"
 
@@ -69,6 +69,6 @@ class StreamFiles:
         try:
             if (size := path.stat().st_size) != record["bytes"]:
                 return f"{size} bytes, expected {record['bytes']}"
-            return "" if sha256(path) == record["sha256"] else "its SHA-256 differs"
         except OSError as error:
             return error.strerror or str(error)
+        return damage(path, record["sha256"])
