@@ -1,46 +1,31 @@
 """The way through the program: prepare -> one block at a time -> verified output -> report."""
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from llmquant.allocation import Target, allocate
-from llmquant.blocks.measure import LayerReport
-from llmquant.blocks.quantize import quantize_block
-from llmquant.blocks.snapshots import Snapshots
-from llmquant.blocks.solve import Solved, solve_alone
-from llmquant.blocks.training import BlockTraining
 from llmquant.comparison import noise_floor
 from llmquant.curvature import CurvaturePass, measure_curvature
 from llmquant.export import export_beside
-from llmquant.formats import FORMATS, LinearSpec
-from llmquant.hidden import HiddenStates
-from llmquant.job import Job, fingerprint, prepare, refuse_damaged_weights
-from llmquant.log import SILENT, BlockDone, Log, Progress, Stopwatch, progress_of
-from llmquant.memory import trim
-from llmquant.model.block import Block
+from llmquant.formats import FORMATS
+from llmquant.job import fingerprint, prepare, refuse_damaged_weights
+from llmquant.log import SILENT, Log, Progress, Stopwatch, progress_of
+from llmquant.loop import Loop
 from llmquant.model.stock import compare_with_stock
 from llmquant.model.streams import Streams
 from llmquant.output.check_files import check_config
 from llmquant.paths import shown_name
-from llmquant.quant.grid import QuantizedWeight
 from llmquant.recipe import Recipe, RunOptions, make_recipe, parse_size
-from llmquant.recovery import Recovery, RecoveryPlan
+from llmquant.recovery import RecoveryPlan
 from llmquant.report.card import make_card
-from llmquant.report.data import Cost, LaneReport, RecoveryReport, Report, load_report
+from llmquant.report.data import Cost, Report, load_report
 from llmquant.report.html import make_html
-from llmquant.report.tables import compared
-from llmquant.result import lane_reports, run_report
+from llmquant.result import run_report
 from llmquant.run_dir import RunDir
 
-Settled = Sequence[tuple[LinearSpec, Tensor]]  # linears that run with an earlier block's weights, and those
 _SPARE = 100_000_000  # bytes that every run has room for
 
 
@@ -110,7 +95,7 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
                 job, allocation = allocate(job, run, curvature, target, log)
             output, recovery = job.output, RecoveryPlan(job, n_tokens[0])
         output.open(run, parse_size("max_shard_size", recipe.max_shard_size))
-        layers, recovered, lanes = _Pass(job, run, curvature, recovery, streams, watch, log).go()
+        layers, recovered, lanes = Loop(job, run, curvature, recovery, streams, watch, log).go()
         run.tensors.finish()
         with watch.stage("verify"):
             output.finish(run)
@@ -143,220 +128,3 @@ def kept_blocks_named(run: RunDir, n_blocks: int, log: Progress) -> Iterator[Non
                 f"{measured}{len(run.records)} of {n_blocks} blocks are kept in {run.partial}; the same command goes on"
             )
         raise
-
-
-class _Pass:
-    """THE loop: one pass over the weights, one block in memory."""
-
-    def __init__(
-        self,
-        job: Job,
-        run: RunDir,
-        curvature: CurvaturePass,
-        recovery: RecoveryPlan,
-        streams: Streams,
-        watch: Stopwatch,
-        log: Progress,
-    ) -> None:
-        self.curvature, self.recovery = curvature, recovery
-        self.job, self.run, self.watch, self.log = job, run, watch, log
-        self.blocks, self.output, self.record = job.skeleton.blocks, job.output, job.output.record
-        self.hidden = HiddenStates(job, streams)
-        for name in streams.spilled:
-            log.line(f"--max-ram: the {name} stream is kept in a file")
-        self.snapshots = Snapshots(run, {} if job.parked else self.hidden.streams(), log)
-
-    @cached_property
-    def training(self) -> Recovery:
-        """Of scales, norms and biases behind the loop."""
-        return Recovery(self.recovery, self.job.calibration, self._codes)
-
-    def go(self) -> tuple[list[LayerReport], RecoveryReport | None, dict[str, LaneReport]]:
-        trim()
-        with self.watch.stage("embed"):
-            self.hidden.embed()
-        trim()
-        fresh = not self.run.records
-        if fresh:
-            self._copy(None)
-        layers = [*self._foreign(write=fresh), *self._finished_before()]
-        for block in self.blocks[len(self.run.records) :]:
-            begin = time.perf_counter()
-            ahead = (block.index, block.index + 1)
-            self.job.source.prefetch(row.name for index in ahead for row in self.job.plan.block(index))
-            with block.loaded():
-                solved = self._block(block)
-            self._copy(block.index)
-            trim()
-            layers += [item.report for item in solved]
-            with self.watch.stage("write"):
-                self.run.commit_block(self._body(solved))
-            self._say(block, solved, time.perf_counter() - begin)
-            del solved  # a block's codes; the next block would come on top of them
-            if self.snapshots.due():
-                with self.watch.stage("snapshot"):
-                    self.snapshots.save()
-        recovered = self._recover() if self.recovery.groups else None
-        return layers, recovered, self._score()
-
-    def _foreign(self, *, write: bool) -> list[LayerReport]:
-        """Quantize the linears that no block runs (MTP heads, if a rule names them); a resumed run reports."""
-        reports = []
-        for spec in (row.spec for row in self.job.plan.block(None) if row.spec is not None):
-            with self.watch.stage("quantize"):
-                solved = solve_alone(spec, self.job.source.read_finite(spec.key).float(), self.job.recipe)
-            if write and solved.weight is not None:
-                with self.watch.stage("write"):
-                    self.output.quantized(self.run, spec, solved.weight)
-            reports.append(solved.report)
-        return reports
-
-    def _block(self, block: Block) -> list[Solved]:
-        hidden, specs = self.hidden, self.hidden.specs(block)
-        with self.watch.stage("evaluate"):
-            hidden.advance_others(block)
-        with self.watch.stage("quantize"):
-            settled = [(spec, self._written(spec)) for spec in hidden.borrowed(block)]
-            solved = self._solved(block, specs, settled)
-        with self.watch.stage("evaluate"):
-            hidden.advance_ours(block)
-        with self.watch.stage("write"):
-            for item in solved:
-                if item.weight is not None:
-                    self.output.quantized(self.run, item.spec, item.weight)
-        return solved
-
-    def _solved(self, block: Block, specs: Sequence[LinearSpec], settled: Settled) -> list[Solved]:
-        """The linears of a block, quantized, or as an earlier run quantized them; the block holds them afterwards."""
-        if (finished := self.job.finished) is None:
-            block.store, advance = self._store, self.hidden.more_follow(block)
-            curvature = self.curvature.of(self.run, block)
-            streams = self.hidden.calibration
-            solved = quantize_block(
-                block, specs, self.job.recipe, streams, settled, curvature=curvature, advance=advance
-            )
-            return [self._with_borrowers(item) for item in solved]
-        weights = {spec: finished.weight(spec) for spec in finished.in_order(specs)}
-        view = FORMATS[self.job.recipe.format]
-        for spec, weight in weights.items():
-            block.set_weight(spec, partial(view.loaded, spec, weight))
-        for spec, weight_OI in settled:
-            block.set_weight(spec, weight_OI)
-        return [Solved(spec, weight, finished.layer(spec)) for spec, weight in weights.items()]
-
-    def _with_borrowers(self, item: Solved) -> Solved:
-        """A note where other blocks run with this weight, too."""
-        numbers = sorted(
-            {
-                self.job.skeleton.block_of(param) or 0
-                for param in self.job.skeleton.weights.borrowers.get(item.spec.param, ())
-            }
-        )
-        if not numbers or item.report.loss is None:
-            return item
-        others = ", ".join(str(number + 1) for number in numbers)
-        note = f"runs in block {others}, too; calibrated on the inputs of its first block only"
-        return replace(item, report=replace(item.report, notes=(*item.report.notes, note)))
-
-    def _store(self, spec: LinearSpec, weight: QuantizedWeight) -> Callable[[], Tensor]:
-        """Write a linear before its block is done, so that its codes need no memory."""
-        self.output.quantized(self.run, spec, weight)
-        return partial(self._written, spec)
-
-    def _body(self, solved: Sequence[Solved]) -> dict[str, Any]:
-        """What the journal keeps of a block: all that a resumed run cannot compute from the files."""
-        return {
-            "layers": [item.report.as_dict() for item in solved],
-            "digests": self.record.take_new(),
-            "streams": self.hidden.checksums(),
-        }
-
-    def _finished_before(self) -> list[LayerReport]:
-        """Hidden states behind the blocks of an interrupted run: by its newest snapshot, and through the rest again."""
-        committed, behind = list(self.run.records), 0
-        if committed:
-            with self.watch.stage("resume"):
-                behind = self.snapshots.load()
-        if behind:
-            self.hidden.check(behind - 1, committed[behind - 1]["streams"])
-        for index, body in enumerate(committed):
-            self.record.restore(body["digests"])
-            if index >= behind and self.hidden.streams():
-                self._replay(self.blocks[index])
-                self.hidden.check(index, body["streams"])
-            self.log.line(f"block {index + 1}: finished before")
-        return [LayerReport.from_dict(layer) for body in committed for layer in body["layers"]]
-
-    def _replay(self, block: Block) -> None:
-        with self.watch.stage("resume"), block.loaded():
-            self.hidden.replay(block, self._written)
-
-    def _written(self, spec: LinearSpec) -> Tensor:
-        """A quantized linear as the loop left it, dequantized from the disk."""
-        stored = self.output.read(self.run, spec)
-        if not isinstance(stored, Tensor):
-            index = self.job.skeleton.block_of(spec.param)
-            if self.run.recovery.steps is not None and index is not None:  # which may have written over its scales
-                stored = self.training.blocks[index].quantized(spec, self.training.values(self.run, 0, index), stored)
-            stored = FORMATS[self.job.recipe.format].loaded(spec, stored)
-        return stored.float()
-
-    def _codes(self, spec: LinearSpec) -> QuantizedWeight:
-        stored = self.output.read(self.run, spec)
-        assert not isinstance(stored, Tensor)  # `refuse_recovery`
-        return stored
-
-    def _recover(self) -> RecoveryReport:
-        """Train scales, norms and biases; our lane through the result, which is then written."""
-        run, training = self.run, self.training
-        if run.recovery.steps is None:  # an interrupted training shall not go through all blocks
-            with self.watch.stage("snapshot"):
-                self.snapshots.save()
-        self.hidden.forget_calibration()
-        with self.watch.stage("recover"):
-            found = training.train(run, self.hidden.spare_bytes(self.job.options.stream_budget), self.log)
-        run.tensors.change()
-        for index, of_block in enumerate(training.blocks):
-            values = training.values(run, found.step, index)
-            with self.watch.stage("evaluate"), of_block.loaded(values):
-                self.hidden.advance_recovered(of_block.block)
-            with self.watch.stage("write"):
-                self._change(of_block, values)
-            trim()
-        return found
-
-    def _change(self, of_block: BlockTraining, values: Mapping[str, Tensor]) -> None:
-        """Write what is trained in a block over what the loop left."""
-        for row in self.job.plan.block(of_block.block.index):
-            param = self.job.skeleton.param_of.get(row.name)
-            if row.spec is not None and row.spec.param in of_block.scales:
-                self.output.quantized(self.run, row.spec, of_block.quantized(row.spec, values))
-            elif param is not None and param in of_block.vectors:
-                self.output.copied(self.run, row, of_block.vector(param, values))
-
-    def _copy(self, block: int | None) -> None:
-        """Write the tensors of a block (None: outside the blocks) that stay as they are."""
-        with self.watch.stage("write"):
-            for row in self.job.plan.block(block):
-                if row.spec is None:
-                    self.output.copied(self.run, row)
-
-    def _score(self) -> dict[str, LaneReport]:
-        if self.hidden.lanes is None:
-            return {}
-        with self.watch.stage("evaluate"), self.job.skeleton.head() as logits_of:
-            scores = self.hidden.lanes.score(lambda lane, hidden: logits_of(hidden))
-        reports = lane_reports(self.job, scores)
-        self.log.scored({lane: report.kl_mean for lane, report in compared(reports).items()})
-        return reports
-
-    def _say(self, block: Block, solved: Sequence[Solved], seconds: float) -> None:
-        errors = [item.report.relative_error for item in solved if item.report.relative_error is not None]
-        worst = f", largest relative error {max(errors):.2e}" if errors else ""
-        done, total = block.index + 1, len(self.blocks)
-        line = f"block {done}/{total}: {len(solved)} linears, {seconds:.1f} s{worst}"
-        off = self.hidden.lanes.relative_errors() if self.hidden.lanes is not None else {}
-        self.log.block(BlockDone(line, done, total, seconds, off))
-        for item in solved:
-            for note in item.report.notes:
-                self.log.line(f"  {item.report.name}: {note}")

@@ -87,7 +87,7 @@ def test_what_was_measured_is_kept_before_any_block_is(
 
     lines: list[str] = []
     with monkeypatch.context() as patch:
-        patch.setattr("llmquant.pipeline.quantize_block", interrupted)
+        patch.setattr("llmquant.loop.quantize_block", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(model, tmp_path / "out", log=lines.append, **FLAGS)
     assert lines[-1].startswith("the curvature and 0 of ")

@@ -28,7 +28,7 @@ RANK = {
     "draft": 11,
     "job": 12,
     **dict.fromkeys(("hub", "export", "comparison", "result", "hidden", "curvature", "recovery"), 13),
-    "allocation": 14,
+    **dict.fromkeys(("allocation", "loop"), 14),
     **dict.fromkeys(("pipeline", "preflight"), 15),
     "finetuning": 16,
     "cli": 17,

@@ -81,7 +81,7 @@ def said_of_choices(report: RunReport) -> list[str]:
     """What was chosen where the recipe did not say it, in sentences."""
     said = [f"For {name} auto chose {what}" for name, what in (report.chosen or {}).items()]
     if (found := report.allocation) is not None:
-        schemes = ", ".join(f"{count} linears {name}" for name, count in found.linears.items())
+        schemes = ", ".join(f"{count} x {name}" for name, count in found.linears.items())
         names = {"mixed": "a mixture", "uniform": f"{found.uniform} for all"}
         tried = " and ".join(f"{names[name]} had KL {kl:.2g}" for name, kl in found.measured.items())
         said.append(f"For the target size were chosen {schemes}; in a trial on few windows {tried}")

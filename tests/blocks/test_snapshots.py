@@ -14,7 +14,7 @@ import torch
 from broken import Counting, Killed, files, go_on, kill, on_disk, run
 from torch import Tensor
 
-from llmquant import pipeline
+from llmquant import loop
 from llmquant.blocks import snapshots
 from llmquant.blocks.snapshots import Snapshots
 from llmquant.errors import ResumeError
@@ -46,13 +46,13 @@ def kept(out: Path) -> list[str]:
 def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of the blocks that a resumed run went through again."""
     seen: list[int] = []
-    real = pipeline._Pass._replay
+    real = loop.Loop._replay
 
     def replay(self: Any, block: Any) -> None:
         seen.append(block.index + 1)
         real(self, block)
 
-    monkeypatch.setattr(pipeline._Pass, "_replay", replay)
+    monkeypatch.setattr(loop.Loop, "_replay", replay)
     return seen
 
 

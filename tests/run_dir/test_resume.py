@@ -16,7 +16,7 @@ import torch
 from broken import Counting, Killed, files, go_on, kill, on_disk, run
 from torch import Tensor
 
-from llmquant import pipeline, run_dir
+from llmquant import loop, run_dir
 from llmquant.cli import app as cli
 from llmquant.errors import LLMQuantError, OutputError, ResumeError, VerifyError
 from llmquant.model.block import Block
@@ -499,7 +499,7 @@ def test_a_signal_ends_the_command_with_75_and_the_same_command_goes_on(
 ) -> None:
     command = ["run", "--model", str(model), "--out", str(tmp_path / "out"), "--eval-data", "none"]
     command += ["--samples", "4", "--seq-len", "32", "--group-size", "32"]
-    real = pipeline._Pass._say
+    real = loop.Loop._say
 
     def say(self: Any, block: Any, *rest: Any) -> None:
         real(self, block, *rest)
@@ -512,7 +512,7 @@ def test_a_signal_ends_the_command_with_75_and_the_same_command_goes_on(
     before = signal.signal(number, handler)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline._Pass, "_say", say)
+            patch.setattr(loop.Loop, "_say", say)
             assert cli.main(command) == 75
         assert signal.getsignal(number) == handler
     finally:

@@ -126,7 +126,7 @@ def opened_gguf(revision: str | None = None) -> dict[str, Any]:
 
 def child_secrets(folder: Path) -> dict[str, Any]:
     """Command lines that succeed, are refused and crash in the middle, all of them as talkative as can be."""
-    from llmquant import pipeline
+    from llmquant import loop
     from llmquant.cli import app as cli
 
     options = [
@@ -145,13 +145,13 @@ def child_secrets(folder: Path) -> dict[str, Any]:
     codes = {}
     for name in ("llama", "gated", "unknown", "broken"):
         codes[name] = cli.main(["run", "--model", f"user/{name}", "--out", str(folder / "secret" / name), *options])
-    real = pipeline._Pass._say
+    real = loop.Loop._say
 
     def crash(self: Any, block: Any, *rest: Any) -> None:
         real(self, block, *rest)
         raise RuntimeError(f"a bug in block {block.index}")
 
-    pipeline._Pass._say = crash  # type: ignore[method-assign]
+    loop.Loop._say = crash  # type: ignore[method-assign]
     try:
         cli.main(["run", "--model", "user/llama", "--out", str(folder / "secret" / "crashed"), *options, "--json"])
     except RuntimeError:
