@@ -5,6 +5,7 @@ Nothing is quantized anew and the original model is not needed; one linear is in
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from llmquant.report.parts import runtimes_of
 from llmquant.report.plain import plain
 from llmquant.run_dir import RunDir
 from llmquant.source.names import natural_key
+from llmquant.treatments import outside, refuse_outside
 
 
 def export(
@@ -81,6 +83,10 @@ class Export:
         for finding in self.output.opening.findings:
             log.line(f"{format_name}: {finding}")
 
+    @cached_property
+    def _outside(self) -> dict[str, str]:
+        return outside(self.skeleton)
+
     def _make_plan(self) -> Plan:
         rows = [self._row(key) for key in sorted(self.source.tensors, key=natural_key)]
         return lay_out(rows, self.skeleton, self.format_name)
@@ -93,6 +99,8 @@ class Export:
         if linear.grid is None or key not in self.skeleton.param_of:
             raise SourceError(key, f"{self.source.method} weights that are no integer grid", expected="a grid")
         module = self.skeleton.param_of[key].removesuffix(".weight")
+        if (name := self._outside.get(module)) is not None:
+            refuse_outside(self.format_name, name, module)
         zeros = None if linear.symmetric else linear.grid(self.source.stored.read).zeros_OG
         scheme = QuantScheme(
             linear.bits, linear.group_size or linear.shape[1] // linear.n_groups, zeros is None or not bool(zeros.any())

@@ -3,8 +3,9 @@
 All of them go through each block while it is in memory, and stand before the next one afterwards.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -13,9 +14,11 @@ from llmquant.errors import ResumeError, option
 from llmquant.formats import LinearSpec
 from llmquant.job import Job
 from llmquant.lanes.baselines import dequantized
-from llmquant.lanes.scores import BEFORE, ORIGINAL, OURS, Lanes
+from llmquant.lanes.scores import BEFORE, OF_OURS, ORIGINAL, OURS, Lanes
 from llmquant.model.block import Block
 from llmquant.model.streams import Stream, Streams
+from llmquant.model.weights import Value
+from llmquant.text.windows import Windows
 
 
 class HiddenStates:
@@ -43,13 +46,30 @@ class HiddenStates:
                 found["calibration (original)"] = self.calibration.original
         return found
 
-    def embed(self) -> None:
-        """Fill them with what enters the first block; every block knows its arguments afterwards."""
-        skeleton = self._job.skeleton
-        if self._job.calibration is not None and self.calibration is not None:
-            skeleton.record(self._job.calibration.batches(), self.calibration.append)
-        if self._job.evaluation is not None and self.lanes is not None:
-            skeleton.record(self._job.evaluation.batches(), self.lanes.start)
+    def embed(self, instead: Mapping[str, Value]) -> None:
+        """Fill them with what enters the first block; every block knows its arguments afterwards.
+
+        instead   weights outside the blocks that our own streams begin with, by name
+        """
+        calibration = self.calibration
+        quantized, original = [], []
+        if calibration is not None:
+            quantized = [calibration.quantized]
+            original = [] if calibration.original is None else [calibration.original]
+        self._begin(self._job.calibration, quantized, original, instead)
+        lanes = {} if self.lanes is None else self.lanes.streams
+        ours = [stream for name, stream in lanes.items() if name in OF_OURS]
+        others = [stream for name, stream in lanes.items() if name not in OF_OURS]
+        self._begin(self._job.evaluation, ours, others, instead)
+
+    def _begin(
+        self, windows: Windows | None, ours: list[Stream], others: list[Stream], instead: Mapping[str, Value]
+    ) -> None:
+        """All streams of a text; those that begin alike in one pass."""
+        passes = [(ours, instead), (others, {})] if instead else [([*others, *ours], {})]
+        for streams, weights in passes:
+            if windows is not None and streams:
+                self._job.skeleton.record(windows.batches(), partial(_append, streams), weights)
 
     def specs(self, block: Block) -> list[LinearSpec]:
         """The linears of a block that are quantized."""
@@ -121,3 +141,8 @@ class HiddenStates:
                     "differs from what the interrupted run computed",
                     remedy=f"start again with {option('resume')} never",
                 )
+
+
+def _append(streams: list[Stream], start: Any) -> None:
+    for stream in streams:
+        stream.append(start)

@@ -17,10 +17,12 @@ from llmquant.curvature import CurvaturePass
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.hidden import HiddenStates
 from llmquant.job import Job
+from llmquant.lanes.scores import OF_OURS
 from llmquant.log import BlockDone, Progress, Stopwatch
 from llmquant.memory import trim
 from llmquant.model.block import Block
 from llmquant.model.streams import Streams
+from llmquant.model.weights import Value
 from llmquant.quant.grid import QuantizedWeight
 from llmquant.recovery import Recovery, RecoveryPlan
 from llmquant.report.data import LaneReport, RecoveryReport
@@ -55,17 +57,18 @@ class Loop:
     @cached_property
     def training(self) -> Recovery:
         """Of scales, norms and biases behind the loop."""
-        return Recovery(self.recovery, self.job.calibration, self._codes)
+        return Recovery(self.recovery, self.job.calibration, self._codes, self.instead)
 
     def go(self) -> tuple[list[LayerReport], RecoveryReport | None, dict[str, LaneReport]]:
-        trim()
-        with self.watch.stage("embed"):
-            self.hidden.embed()
         trim()
         fresh = not self.run.records
         if fresh:
             self._copy(None)
-        layers = [*self._foreign(write=fresh), *self._finished_before()]
+        layers = self._outside(write=fresh)
+        with self.watch.stage("embed"):
+            self.hidden.embed(self.instead)
+        trim()
+        layers += self._finished_before()
         for block in self.blocks[len(self.run.records) :]:
             begin = time.perf_counter()
             ahead = (block.index, block.index + 1)
@@ -85,16 +88,33 @@ class Loop:
         recovered = self._recover() if self.recovery.groups else None
         return layers, recovered, self._score()
 
-    def _foreign(self, *, write: bool) -> list[LayerReport]:
-        """Quantize the linears that no block runs (MTP heads, if a rule names them); a resumed run reports."""
-        reports = []
+    @property
+    def instead(self) -> Mapping[str, Value]:
+        """What our streams read in the place of weights outside the blocks: the head or the embedding, quantized."""
+        specs = [row.spec for row in self.job.plan.block(None) if row.spec is not None]
+        weights = self.job.skeleton.weights
+        run = [spec for spec in specs if spec.param in weights.names]
+        return {
+            name: partial(self._written, spec)
+            for spec in run
+            for name in (spec.param, *weights.borrowers.get(spec.param, ()))
+        }
+
+    def _outside(self, *, write: bool) -> list[LayerReport]:
+        """Quantize what is outside the blocks: the head, the embedding, and MTP heads, which nothing runs, if a rule
+        names them; a resumed run reports."""
+        reports, finished = [], self.job.finished
         for spec in (row.spec for row in self.job.plan.block(None) if row.spec is not None):
             with self.watch.stage("quantize"):
-                solved = solve_alone(spec, self.job.source.read_finite(spec.key).float(), self.job.recipe)
+                if finished is not None:
+                    solved = Solved(spec, finished.weight(spec), finished.layer(spec))
+                else:
+                    solved = solve_alone(spec, self.job.source.read_finite(spec.key).float(), self.job.recipe)
             if write and solved.weight is not None:
                 with self.watch.stage("write"):
                     self.output.quantized(self.run, spec, solved.weight)
             reports.append(solved.report)
+            trim()
         return reports
 
     def _block(self, block: Block) -> list[Solved]:
@@ -230,8 +250,8 @@ class Loop:
     def _score(self) -> dict[str, LaneReport]:
         if self.hidden.lanes is None:
             return {}
-        with self.watch.stage("evaluate"), self.job.skeleton.head() as logits_of:
-            scores = self.hidden.lanes.score(lambda lane, hidden: logits_of(hidden))
+        with self.watch.stage("evaluate"), self.job.skeleton.heads(self.instead) as (original, ours):
+            scores = self.hidden.lanes.score(lambda lane, hidden: (ours if lane in OF_OURS else original)(hidden))
         reports = lane_reports(self.job, scores)
         self.log.scored({lane: report.kl_mean for lane, report in compared(reports).items()})
         return reports

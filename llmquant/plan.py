@@ -72,6 +72,11 @@ class Plan:
     def specs(self) -> list[LinearSpec]:
         return [row.spec for row in self.rows if row.spec is not None]
 
+    @cached_property
+    def in_blocks(self) -> list[LinearSpec]:
+        """Without those outside the blocks."""
+        return [row.spec for row in self.rows if row.spec is not None and row.block is not None]
+
     def block(self, index: int | None) -> list[Row]:
         return self._by_block.get(index, [])
 
@@ -234,17 +239,18 @@ def _why_copied(skeleton: Skeleton, param: str, treatment: Treatment | None) -> 
     """Why a parameter of the model is no weight that could be quantized; None where it is one."""
     module_name, _, leaf = param.rpartition(".")
     module = skeleton.modules[module_name]
+    if leaf == "weight" and treatment is not None:
+        return None
     if skeleton.block_of(param) is None:
         return f"outside the decoder blocks ({type(module).__name__})"
-    if not is_linear(module):
-        return f"not a linear layer ({type(module).__name__})"
-    return f"{leaf} of a linear layer" if leaf != "weight" or treatment is None else None
+    return f"{leaf} of a linear layer" if is_linear(module) else f"not a linear layer ({type(module).__name__})"
 
 
 def _check_borrowed(specs: Sequence[LinearSpec], skeleton: Skeleton) -> None:
     """Weights that several modules run with must be quantized before the others need them."""
     for spec in specs:
-        block = skeleton.block_of(spec.param) or 0
+        if (block := skeleton.block_of(spec.param)) is None:  # the embedding, and a head that is tied to it
+            continue
         for param in skeleton.weights.borrowers.get(spec.param, ()):
             if (skeleton.block_of(param) or 0) <= block:
                 raise SourceError(

@@ -31,6 +31,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     **{name: SETTINGS[name] for name in ("method", "bits")},
     "group_size": ("auto", *SETTINGS["group_size"]),
     "unfit": ("fail", "keep"),
+    "lm_head_bits": (8,),
+    "embed_bits": (4, 8),
     "format": FORMAT_NAMES,
     "grid": ("hessian", "absmax"),
     "order": ("descending", "natural"),
@@ -56,6 +58,8 @@ class Recipe:
     ignore: tuple[str, ...] = ()
     target_bpw: float | None = None  # bits per weight that the linears may take: bits and groups of each are chosen
     target_size: str | None = None  # or bytes of all tensors
+    lm_head_bits: int | None = None  # the head is quantized, too, or
+    embed_bits: int | None = None  # the embedding (and a head that is tied to it), in groups of the same size
     unfit: str = "fail"  # what to do with linears that groups do not divide or a format cannot hold
     format: str = DEFAULT
     exports: tuple[str, ...] = ()  # further formats, each written into a folder of its name
@@ -92,7 +96,9 @@ class Recipe:
         object.__setattr__(self, "rules", make_rules(self.rules))  # each may be given as a text or a table
         self._check_formats()
         for name, allowed in CHOICES.items():
-            if (value := getattr(self, name)) not in allowed or isinstance(value, bool):
+            value = getattr(self, name)
+            said = value is not None or getattr(Recipe, name) is not None
+            if said and (value not in allowed or isinstance(value, bool)):
                 raise RecipeError(option(name), f"{value!r}", expected=f"one of {', '.join(map(str, allowed))}")
         if self.samples != "auto" and (not isinstance(self.samples, int) or self.samples < 1):
             raise RecipeError(option("samples"), f"{self.samples}", expected="auto or a positive number")
@@ -273,6 +279,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "damp": (float, int, type(None)),
     "target_bpw": (float, int, type(None)),
     "target_size": (str, type(None)),
+    "lm_head_bits": (int, type(None)),
+    "embed_bits": (int, type(None)),
     "propagation": (float, int, str),
     "ignore": (list, tuple),
     "exports": (list, tuple),

@@ -31,7 +31,9 @@ from llmquant.lanes.scores import LOGITS_AT_ONCE, log_probabilities
 from llmquant.log import Progress
 from llmquant.memory import trim
 from llmquant.model.head import gradient_at_head
+from llmquant.model.skeleton import LogitsOf
 from llmquant.model.streams import Stream, Streams, spilled
+from llmquant.model.weights import Value
 from llmquant.quant.grid import QuantizedWeight
 from llmquant.quant.training import Trained, rate_of
 from llmquant.report.data import RecoveryReport
@@ -145,9 +147,11 @@ class Recovery:
         planned: RecoveryPlan,
         windows: Windows | None,
         read: Callable[[LinearSpec], QuantizedWeight],
+        instead: Mapping[str, Value],
     ) -> None:
         draft = planned.draft
         self._planned, self._draft, self._windows = planned, draft, windows
+        self._instead = instead  # weights outside the blocks, as they are quantized
         self._skeleton = draft.skeleton
         self.blocks = [
             BlockTraining(
@@ -215,9 +219,9 @@ class Recovery:
         *groups, held_original = originals.values()
         held, *borders = streams
         number, last = step % len(groups), step == planned.n_steps
-        self._skeleton.record(self._batches(planned.held), held.append)
+        self._skeleton.record(self._batches(planned.held), held.append, self._instead)
         if not last:
-            self._skeleton.record(self._batches(planned.groups[number]), borders[0].append)
+            self._skeleton.record(self._batches(planned.groups[number]), borders[0].append, self._instead)
         # 1. Forwards.
         for index, block in enumerate(self.blocks):
             with block.loaded(_values(files.of(step, index))):
@@ -226,11 +230,11 @@ class Recovery:
                     borders[index + 1].append(block.forward(hidden))
             trim()
         # 2. The loss of this state, and the gradients at the end.
-        with self._skeleton.head() as logits_of:
-            loss = _loss(held, held_original, logits_of, self._skeleton.vocab_size)
+        with self._skeleton.heads(self._instead) as heads:
+            loss = _loss(held, held_original, heads, self._skeleton.vocab_size)
             if not last:
                 reference, n_tokens = iter(groups[number]), borders[-1].n_tokens
-                borders[-1].update(lambda hidden: _to_gradient(hidden, next(reference), logits_of, n_tokens))
+                borders[-1].update(lambda hidden: _to_gradient(hidden, next(reference), heads, n_tokens))
         losses = [*files.losses[:step], loss]
         log.line(f"recovery: step {step}/{planned.n_steps}, KL {loss:.5f}")
         if last:
@@ -252,23 +256,26 @@ class Recovery:
         return None
 
 
-def _to_gradient(hidden: Tensor, original: Tensor, logits_of: Callable[[Tensor], Tensor], n_tokens: int) -> Tensor:
-    """d mean KL(p || q) / d hidden [B, T, D], with p of `original` and q of `hidden`: q - p at the logits, over N."""
-    original_ND = original.flatten(0, -2)
+def _to_gradient(hidden: Tensor, original: Tensor, heads: tuple[LogitsOf, LogitsOf], n_tokens: int) -> Tensor:
+    """d mean KL(p || q) / d hidden [B, T, D], with p of `original` and q of `hidden`: q - p at the logits, over N.
+
+    heads   of the original and of the quantized model
+    """
+    original_ND, (of_original, logits_of) = original.flatten(0, -2), heads
 
     def slope(logits_NV: Tensor, tokens: slice) -> Tensor:
         with torch.no_grad():
-            return logits_NV.softmax(1).sub_(logits_of(original_ND[tokens]).softmax(1)).div_(n_tokens)
+            return logits_NV.softmax(1).sub_(of_original(original_ND[tokens]).softmax(1)).div_(n_tokens)
 
     return gradient_at_head(hidden, logits_of, slope)
 
 
-def _loss(stream: Stream, original: Stream, logits_of: Callable[[Tensor], Tensor], vocab_size: int) -> float:
+def _loss(stream: Stream, original: Stream, heads: tuple[LogitsOf, LogitsOf], vocab_size: int) -> float:
     """Mean KL(p || q) over the tokens, with p of `original` and q of `stream`; those that are not finite left out."""
     total, count, at_once = 0.0, 0, max(1, LOGITS_AT_ONCE // vocab_size)
     for batch in zip(original, stream, strict=True):
         for p_ND, q_ND in zip(*(hidden.flatten(0, -2).split(at_once) for hidden in batch), strict=True):
-            p_NV, q_NV = log_probabilities(logits_of(p_ND)), log_probabilities(logits_of(q_ND))
+            p_NV, q_NV = (log_probabilities(head(part)) for head, part in zip(heads, (p_ND, q_ND), strict=True))
             kl_N = torch.sub(p_NV, q_NV).mul_(p_NV.exp_()).sum(1)
             finite = torch.isfinite(kl_N)
             total, count = total + float(kl_N[finite].sum()), count + int(finite.sum())

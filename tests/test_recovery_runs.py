@@ -18,6 +18,7 @@ from llmquant.blocks import snapshots
 from llmquant.cli.app import main
 from llmquant.errors import RecipeError, ResumeError, SourceError
 from llmquant.finished import Finished
+from llmquant.output.check import TRAINED, verify_folder
 from llmquant.preflight.estimate import estimate
 from llmquant.recipe import RunOptions, make_recipe
 from llmquant.run_dir.recovery_files import RecoveryFiles
@@ -115,6 +116,13 @@ def test_what_is_written_is_what_was_measured(out: Path, model: Path) -> None:
     recipe = make_recipe(str(model), flags={"eval_tokens": 128, "eval_seq_len": 64, "eval_data": "builtin"})
     found = llmquant.compare([out], reference=model, recipe=recipe)
     assert found.lanes["out"]["kl_mean"] == pytest.approx(measured["kl_mean"], rel=1e-5)
+
+
+def test_verify_says_what_it_cannot_compare(out: Path, before: Path, model: Path) -> None:
+    found, plain = verify_folder(out, model), verify_folder(before, model)
+    assert plain.not_compared == {}
+    assert set(found.not_compared) == {TRAINED}
+    assert 0 < found.not_compared[TRAINED] < plain.quantized + plain.copied
 
 
 def test_where_no_step_is_better_nothing_is_changed(

@@ -65,6 +65,15 @@ def run(
         Optional[str],
         typer.Option(help="The same, so that all tensors take so many bytes: 5GB", rich_help_panel=_JOB),
     ] = None,
+    lm_head_bits: Annotated[
+        Optional[int], recipe_option("Quantize the head, too (not with --format gptq, awq)", "lm_head_bits", _JOB)
+    ] = None,
+    embed_bits: Annotated[
+        Optional[int],
+        recipe_option(
+            "Quantize the embedding, and a head that is tied to it (--format gguf, mlx, fake)", "embed_bits", _JOB
+        ),
+    ] = None,
     asymmetric: Annotated[
         bool,
         typer.Option(

@@ -34,6 +34,7 @@ class Facts:
     remote_code   a model that brings its own Python code can be opened in it
     fused         servers fuse its q, k, v and gate, up (FUSED): the members must be alike
     one_scheme_in runtimes that open it only where all linears have one scheme
+    outside       options whose matrices outside the blocks it holds quantized
     patterns      its list of what stays dense takes patterns of names
     tried         what can be tried of its loading in transformers before there are weights: all; names (which the dense
                   tensors have: what it does with packed ones, its kernels' packages decide); or nothing
@@ -56,6 +57,7 @@ class Facts:
     remote_code: bool = True
     fused: bool = False
     one_scheme_in: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
     patterns: bool = False
     tried: str = ""
 
@@ -75,6 +77,7 @@ FACTS: dict[str, Facts] = {
         opened_by=("compressed_tensors", "compressed-tensors"),
         packages=("compressed-tensors",),
         fused=True,
+        outside=("lm_head_bits",),
         patterns=True,
         tried="all",
     ),
@@ -109,6 +112,7 @@ FACTS: dict[str, Facts] = {
         mixes="an entry for each module in `quantization`",
         in_multiple=32,
         opened_by=("mlx", "mlx-lm"),
+        outside=("lm_head_bits", "embed_bits"),
         library="mlx",
         remote_code=False,
     ),
@@ -117,6 +121,7 @@ FACTS: dict[str, Facts] = {
         bits=(4, 8),
         zero_points=(4,),
         mixes="a type for each tensor",
+        outside=("lm_head_bits", "embed_bits"),
         conv1d=True,
         in_multiple=32,
         packages=("gguf",),
@@ -129,6 +134,7 @@ FACTS: dict[str, Facts] = {
         zero_points=WIDTHS,
         dense=True,
         mixes="dense weights need no scheme",
+        outside=("lm_head_bits", "embed_bits"),
         conv1d=True,
         tried="all",
     ),

@@ -14,6 +14,7 @@ import torch
 
 from llmquant.errors import FormatError, RecipeError, did_you_mean, option
 from llmquant.formats import FORMATS, LinearSpec
+from llmquant.formats.base import in_block
 from llmquant.formats.facts import FACTS, formats_that, fused_sets, is_split_by_inputs
 
 Breaks = Callable[[LinearSpec], bool]
@@ -94,6 +95,10 @@ def _cuts_groups(spec: LinearSpec) -> bool:
     return parts and bool(spec.shape[1] % (2 * spec.scheme.group_size))
 
 
+def _is_head(spec: LinearSpec) -> bool:
+    return spec.kind == "Linear" and in_block(spec.module) is None
+
+
 def _marlin(runtime: str, formats: tuple[str, ...] = _PACKED) -> tuple[Rule, ...]:
     """Both servers run these formats with the same kernels."""
     return (
@@ -149,6 +154,15 @@ RULES: tuple[Rule, ...] = (
     *_marlin("vllm"),
     Rule(
         "vllm",
+        ("compressed-tensors",),
+        "warns",
+        _is_head,
+        "a quantized head, which versions before spring 2026 take for a dense one",
+        "leave out --lm-head-bits for them",
+        "its pull request 37291; read, not run",
+    ),
+    Rule(
+        "vllm",
         ("compressed-tensors", "gptq"),
         "warns",
         lambda spec: spec.scheme.bits == 8,
@@ -176,6 +190,15 @@ RULES: tuple[Rule, ...] = (
         _WNA16,
     ),
     *_marlin("sglang"),
+    Rule(
+        "sglang",
+        ("compressed-tensors",),
+        "refuses",
+        _is_head,
+        "a quantized head, which it takes for a dense one",
+        "leave out --lm-head-bits",
+        "its pull request 28130, which is closed; read, not run",
+    ),
     Rule(
         "sglang", ("mlx",), "refuses", _any, "mlx is not a format of it", "use --format compressed-tensors", "its docs"
     ),

@@ -29,6 +29,7 @@ from llmquant.text.windows import Windows
 
 ORIGINAL, OURS = "original", "llmquant"  # names of the two lanes of every run,
 BEFORE = "before recovery"  # and of a third one, where ours is trained
+OF_OURS = (OURS, BEFORE)
 Array = NDArray[np.float64]
 LOGITS_AT_ONCE = 2**22  # numbers in one chunk of logits: 16 MB in float32
 

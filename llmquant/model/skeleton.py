@@ -10,9 +10,10 @@ model's own forward. What its blocks share decides how (`model/sharing.py`).
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,10 +26,12 @@ from llmquant.model.probe import probe
 from llmquant.model.sharing import Sharing, find_sharing
 from llmquant.model.streams import Stream, new_stream
 from llmquant.model.tape import Stop, Tape, answer, ended_before_head, forward_replaced, stand_ins, take_hidden
-from llmquant.model.weights import Weights
+from llmquant.model.weights import Value, Weights
 from llmquant.source.base import Source
 
 CPU = torch.device("cpu")
+
+LogitsOf = Callable[[Tensor], Tensor]  # hidden states [N, D] -> float32 logits [N, V]
 
 
 class Skeleton:
@@ -187,20 +190,27 @@ class Skeleton:
         return self._outer(self.model.get_output_embeddings(), *embeddings)
 
     # -- into the blocks, and out of them ------------------------------------------------------------------
-    def record(self, batches: Iterable[Tensor], entry: Callable[[Any], None]) -> None:
+    def record(
+        self,
+        batches: Iterable[Tensor],
+        entry: Callable[[Any], None],
+        instead: Mapping[str, Value] = MappingProxyType({}),
+    ) -> None:
         """Begin with batches of ids [B, T]: `entry`, a stream's `append`, gets of each what enters the first block.
 
+        instead   other weights of parameters outside the blocks, by name
         Every block knows its arguments afterwards. SourceError where the tape was taken for the blocks and cannot hold
         the arguments of these batches.
         """
-        head = self.model.get_output_embeddings()
+        names = self._outer(self.model.get_output_embeddings())
+        instead = {name: value for name, value in instead.items() if name in names}
         if self.parked is not None:
             forwards = self._parked_forwards
-            with self.weights.loaded([name for name in self._outer(head) if name not in set(self._inner)]):
+            with self.weights.loaded([name for name in names if name not in set(self._inner)], instead):
                 for ids in batches:
                     entry(forwards.starting(ids))
             return
-        with ended_before_head(self.model), self.weights.loaded(self._outer(head)), torch.no_grad():
+        with ended_before_head(self.model), self.weights.loaded(names, instead), torch.no_grad():
             for ids in batches:
                 shape = tuple(ids.shape)
                 tape = Tape(self.where, self.sharing.widths)
@@ -222,7 +232,7 @@ class Skeleton:
         batch: Batch = next(iter(stream))
         return batch
 
-    def head(self) -> AbstractContextManager[Callable[[Tensor], Tensor]]:
+    def head(self) -> AbstractContextManager[LogitsOf]:
         """A function from hidden states [N, D] behind the last block to float32 logits [N, V].
 
         It is all that the model does to them: final norm (parked forwards have it behind them), head, soft-cap. The
@@ -231,14 +241,33 @@ class Skeleton:
         return self._tape_head() if self.parked is None else self._parked_head()
 
     @contextmanager
-    def _parked_head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+    def heads(self, instead: Mapping[str, Value]) -> Iterator[tuple[LogitsOf, LogitsOf]]:
+        """`head` as the checkpoint has it, and with other weights, by name; the same where these are not the head's."""
+        module = self.model.get_output_embeddings()
+        own = {name: value for name, value in instead.items() if self.modules[name.rpartition(".")[0]] is module}
+        with self.head() as logits_of:
+            if not own:
+                yield logits_of, logits_of
+                return
+            made = {name: value if isinstance(value, Tensor) else value() for name, value in own.items()}
+            held = {name: value.to(self.device, self.weights.compute_dtype(name)) for name, value in made.items()}
+            del made
+
+            def other(hidden_ND: Tensor) -> Tensor:
+                with self.weights.holding(held):
+                    return logits_of(hidden_ND)
+
+            yield logits_of, other
+
+    @contextmanager
+    def _parked_head(self) -> Iterator[LogitsOf]:
         head = self.model.get_output_embeddings()
         kept = {*self._inner, *self._outer(head)}
         with self.weights.loaded([n for n in self._outer() if n not in kept]), self._parked_forwards.head() as logits:
             yield logits
 
     @contextmanager
-    def _tape_head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+    def _tape_head(self) -> Iterator[LogitsOf]:
         embedding = self.model.get_input_embeddings()
         hidden_now: list[Tensor] = []
 

@@ -31,6 +31,7 @@ from llmquant.report.ledger import Layer, TensorRow
 from llmquant.report.plain import parse_file
 from llmquant.source.base import Source
 
+TRAINED = "trained after it was quantized (--recover): neither the original's nor as far from it as a layer's row says"
 OLD_REPORT = "the report is of an older version and does not say which layer has their weights"
 
 
@@ -72,7 +73,8 @@ def verify_folder(folder: str | Path, original: str | Path | None = None, log: L
     main.check()
     main.check_files(trusted, source, exports)
     if source is not None:
-        main.check_original(source, report.layers, trusted=trusted)
+        trained = "off" if report.recovery is None else report.recipe.get("recover", "off")
+        main.check_original(source, report.layers, trained, trusted=trusted)
     for name in exports:
         beside = Container(root / name, name, report.tensors, digests)
         beside.check(main)
@@ -204,8 +206,13 @@ class Container:
         if source is not None:
             check_beside(self.root, self.format_name, source, exports)
 
-    def check_original(self, source: Source, layers: Sequence[Layer], *, trusted: bool = False) -> None:
-        """The tensors of the ledger are those of the original, and each is as far from it as the report says."""
+    def check_original(
+        self, source: Source, layers: Sequence[Layer], trained: str = "off", *, trusted: bool = False
+    ) -> None:
+        """The tensors of the ledger are those of the original, and each is as far from it as the report says.
+
+        trained   what a recovery may have changed since: scales, norms (with biases), all
+        """
         names = {row.name for row in self.ledger} - {ROPE}
         if names - source.tensors.keys() and not trusted:  # experts one by one, or merged as the model holds them
             source = open_model(source, torch.float32).source.listed(names)
@@ -219,7 +226,10 @@ class Container:
         for row in self.rows:
             if row.name == ROPE:  # by `_check_header`
                 continue
-            if (spec := _spec(row, transposed=self._is_transposed(row))) is None:
+            spec = _spec(row, transposed=self._is_transposed(row))
+            if (trained in ("norms", "all") and len(row.shape) == 1) or (trained in ("scales", "all") and spec):
+                self.not_compared[TRAINED] += 1
+            elif spec is None:
                 self._check_copied(row.name, source)
             elif (said := _said(row, errors)) is None:
                 self.not_compared[OLD_REPORT] += 1

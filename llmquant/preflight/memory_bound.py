@@ -1,5 +1,6 @@
 """How much memory a run may take at most, by parts: that of the machine, and that of the accelerator it runs on."""
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from llmquant.recovery import RecoveryPlan
 from llmquant.text.windows import windows_per_batch
 
 _BASE_BYTES = 600_000_000  # interpreter, torch, transformers, tokenizer
+_SOLVED_ALONE = 20  # bytes for each weight: as stored, in float32, its codes, quotients and errors
 _BATCHES_ON_THE_WAY = 3  # of a stream in a file: the one at work, the next one, the last one
 
 
@@ -59,6 +61,8 @@ def memory_bound(
         "largest embedding or head": sizes.outer * width,
         "activations of a batch": sizes.activations * width,
     }
+    if outer := max((math.prod(row.shape) for row in draft.plan.block(None) if row.spec is not None), default=0):
+        work["largest of them that is quantized"] = _SOLVED_ALONE * outer
     if entries := max(curvature.entries):  # summed up or solved with; what autograd keeps of a batch
         work |= {
             "curvature of the largest block": 2 * 4 * entries,
@@ -107,12 +111,12 @@ def _sizes(draft: Draft, tokens: Tokens) -> _Sizes:
         n for n, total in ((tokens.seq_len, tokens.calibration), (tokens.eval_seq_len, tokens.evaluation)) if total
     ]
     batch = max((windows_per_batch(n) * n for n in lengths), default=0)
-    inner = max(max(spec.shape) for spec in plan.specs)
+    inner = max(max(spec.shape) for spec in plan.in_blocks)
     return _Sizes(
         block=max(blocks.values()),
         outer=outer,
         outside=outside,
-        widest=max(spec.shape[1] for spec in plan.specs) if draft.calibrated and draft.finished is None else 0,
+        widest=max(spec.shape[1] for spec in plan.in_blocks) if draft.calibrated and draft.finished is None else 0,
         experts=_experts(draft),
         # Residual stream, norm, attention's inputs and result; gate, up, activation and product.
         activations=batch * (8 * skeleton.hidden_size + 4 * inner),

@@ -72,6 +72,7 @@ class RecipeFacts(TypedDict):
     symmetric: bool
     format: str
     exports: NotRequired[list[str]]
+    recover: NotRequired[str]
 
 
 @dataclass(frozen=True)
