@@ -68,6 +68,7 @@ class Recipe:
     order: str = "descending"
     damp: float | None = None  # share of mean(diag H); None: 0.003 from 8 tokens per input dimension on, else 0.01
     propagation: float | str = "auto"  # strength of error propagation, 0 (off) to 1; auto: by tokens per input
+    residual: float = 0.67  # part of it that makes up for errors of what outputs are added to, 0 (off) to 2
     refit: bool = True  # scales, too, in each sweep
     sweeps: int | None = None  # of coordinate descent, without curvature; None: solvers.refine.default_sweeps
     curvature: str = (
@@ -121,6 +122,8 @@ class Recipe:
             raise RecipeError(
                 option("propagation"), repr(self.propagation), expected="auto, or a number from 0 (off) to 1"
             )
+        if not 0 <= self.residual <= 2:
+            raise RecipeError(option("residual"), f"{self.residual}", expected="a number from 0 (off) to 2")
         if not re.fullmatch(r"[a-z]\w*(:\d+)?", self.device):  # whether torch has it is seen when it is picked
             raise RecipeError(option("device"), repr(self.device), expected="auto, cpu, cuda, cuda:N, mps, xpu, ...")
         for pattern in self.ignore:
@@ -282,6 +285,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "lm_head_bits": (int, type(None)),
     "embed_bits": (int, type(None)),
     "propagation": (float, int, str),
+    "residual": (float, int),
     "ignore": (list, tuple),
     "exports": (list, tuple),
     "rules": (list, tuple),

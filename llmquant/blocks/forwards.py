@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from llmquant.formats import LinearSpec
 from llmquant.model.block import Block
-from llmquant.model.parked import Batch
+from llmquant.model.parked import Batch, Parked
 from llmquant.model.paused import Paused
 from llmquant.model.streams import Stream
 from llmquant.model.weights import Value
@@ -54,10 +54,14 @@ class CalibrationStreams:
 
 @dataclass(frozen=True)
 class Step:
-    """Linears that share an input, and the strength of error propagation into them."""
+    """Linears that share an input, and the strength of error propagation into them.
+
+    residual   how much of it is meant for the residual that the only linear's output is added to; 0: none, or no such
+    """
 
     specs: list[LinearSpec]
     propagation: float
+    residual: float = 0.0
 
     @property
     def in_features(self) -> int:
@@ -90,6 +94,13 @@ class Wave:
     def inputs(self, read: Any) -> list[Tensor]:
         """The input of every step, from what `module` reads."""
         return [read] if self.experts is None else [read[expert] for expert in self.experts]
+
+
+class _Read(NamedTuple):
+    """What a wave's module reads, and the outputs that have been kept on the way to it."""
+
+    x: Any
+    outputs: Mapping[str, Tensor]
 
 
 class BlockForwards:
@@ -126,18 +137,23 @@ class BlockForwards:
         others = iter(original) if original is not None and any(step.propagation for step in wave.steps) else None
         for batch, hidden in enumerate(self._streams.quantized):
             references: Sequence[Tensor | None] = [None] * len(hessians)
+            residual = None
             if others is not None:
-                references = wave.inputs(self._read(self._originals, position, (batch, "original"), next(others)))
-            inputs = wave.inputs(self._read(self._current, position, (batch, "quantized"), hidden))
-            for hessian, x, reference in zip(hessians, inputs, references, strict=True):
-                hessian.add(x, reference)
+                other = next(others)
+                read = self._read(self._originals, position, (batch, "original"), other)
+                references, residual = wave.inputs(read.x), self._residual(wave, other, read.outputs)
+            read = self._read(self._current, position, (batch, "quantized"), hidden)
+            if residual is not None and (ours := self._residual(wave, hidden, read.outputs)) is not None:
+                residual -= ours
+            for hessian, x, reference in zip(hessians, wave.inputs(read.x), references, strict=True):
+                hessian.add(x, reference, residual)
         return hessians
 
     def pool(self, position: int, wave: Wave) -> Hessian:
         """The Hessian of what all experts of a wave read; for a wave whose own do not fit the memory together."""
         pool = self._empty(wave.steps[0])
         for batch, hidden in enumerate(self._streams.quantized):
-            for x in wave.inputs(self._read(self._current, position, (batch, "quantized"), hidden)):
+            for x in wave.inputs(self._read(self._current, position, (batch, "quantized"), hidden).x):
                 pool.add(x)
         return pool
 
@@ -149,35 +165,58 @@ class BlockForwards:
             run, reference = self._paused(hidden), self._paused(other)
             for position, (wave, sums) in enumerate(zip(waves, hessians, strict=True)):
                 references: Sequence[Tensor | None] = [None] * len(sums)
+                residual = None
                 if original is not None and wave.experts is None:
                     references = wave.inputs(reference.input_of(position))
-                for hessian, x, y in zip(sums, wave.inputs(run.input_of(position)), references, strict=True):
-                    hessian.add(x, y)
+                    residual = self._residual(wave, other, reference.outputs)
+                inputs = wave.inputs(run.input_of(position))
+                if residual is not None and (ours := self._residual(wave, hidden, run.outputs)) is not None:
+                    residual -= ours
+                for hessian, x, y in zip(sums, inputs, references, strict=True):
+                    hessian.add(x, y, residual)
             run.close()
             reference.close()
         return hessians
 
     def _empty(self, step: Step) -> Hessian:
-        drift = step.propagation > 0
-        return Hessian(step.in_features, self._block.device, drift=drift, products=self._streams.products)
+        drift, width = step.propagation > 0, step.specs[0].shape[0] if step.residual else 0
+        return Hessian(
+            step.in_features, self._block.device, drift=drift, residual=width, products=self._streams.products
+        )
+
+    def _residual(self, wave: Wave, hidden: Batch, outputs: Mapping[str, Tensor]) -> Tensor | None:
+        """r / c, a new tensor: what stands where the block adds c times the output of the wave's linear.
+
+        That is what entered the block, and what other linears have added to it since. None: it is not asked for.
+        """
+        if not wave.steps[0].residual:
+            return None
+        adds, module = self._block.adds, wave.steps[0].specs[0].module
+        entered = hidden.hidden if isinstance(hidden, Parked) else hidden
+        total = entered.to(self._block.device, torch.float32, copy=True)
+        for name, factor in adds.items():
+            if name == module:
+                break
+            total.add_(outputs[name].view_as(total), alpha=factor)
+        return total.div_(adds[module])
 
     def _paused(self, hidden: Batch) -> Paused:
         return Paused(
             partial(self._block.forward, hidden), partial(forwards_in, self._streams.products, self._block.dtype)
         )
 
-    def _read(self, weights: Mapping[str, Value], position: int, key: tuple[int, str], hidden: Batch) -> Any:
+    def _read(self, weights: Mapping[str, Value], position: int, key: tuple[int, str], hidden: Batch) -> _Read:
         """What the wave at `position` reads with `weights` in the block, by the forward of `key` (batch, stream)."""
         run, _ = self._kept.pop(key, (None, 0))
         run = run or self._paused(hidden)
         with self._block.holding(weights):
-            x = run.input_of(position)
+            read = _Read(run.input_of(position), run.outputs)
         held, spare = run.held_bytes(), self._streams.spare_bytes - sum(held for _, held in self._kept.values())
         if held <= spare:
             self._kept[key] = run, held
         else:
             run.close()
-        return x
+        return read
 
     def finish(self) -> None:
         """Both streams through the whole block."""

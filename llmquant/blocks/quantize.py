@@ -42,7 +42,7 @@ def quantize_block(
     width = next(streams.quantized.hidden()).shape[-1]
     waves = _waves(block, specs, recipe, streams, width) if needed else []
     done: list[Solved] = []
-    with pausing([wave.module for wave in waves]):
+    with pausing([wave.module for wave in waves], _kept(block, waves)):
         forwards = BlockForwards(block, specs, streams, settled)
         if not needed:  # but later blocks want the text behind this one
             done = _without_text(block, specs, recipe)
@@ -67,6 +67,13 @@ def quantize_block(
             forwards.finish()
         forwards.close()
     return done
+
+
+def _kept(block: Block, waves: Sequence[Wave]) -> dict[str, nn.Module]:
+    """Linears whose outputs a later one of `waves` finds in its residual."""
+    asked = [wave.steps[0].specs[0].module for wave in waves if wave.steps[0].residual]
+    names = list(block.adds)[: max(map(list(block.adds).index, asked), default=0)]
+    return {name: block.linears[name] for name in names}
 
 
 def _without_text(block: Block, specs: Sequence[LinearSpec], recipe: Recipe) -> list[Solved]:
@@ -98,7 +105,10 @@ def _waves(
     for members in sorted(steps, key=lambda members: block.order[members[0].module]):
         if (place := block.expert(members[0].module)) is None:
             module = linears[members[0].module]
-            waves[module] = Wave(module, [Step(members, strength(members[0].shape[1]))])
+            alone = len(members) == 1 and members[0].module in block.adds
+            propagation = strength(members[0].shape[1])
+            step = Step(members, propagation, recipe.residual if alone and propagation else 0.0)
+            waves[module] = Wave(module, [step])
         else:
             # Without error propagation: the original model sends other tokens to an expert.
             gather, expert = place

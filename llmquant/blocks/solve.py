@@ -53,8 +53,11 @@ def solve_step(
     """
     inputs = _inputs(_together(step.specs), hessian, recipe)
     drift_II = None if hessian is None else hessian.take_drift()
+    residual_OI = None if hessian is None else hessian.take_residual()
     tasks = [replace(step, specs=specs) for specs in stacks(step.specs)]
-    return [solved for task in tasks for solved in _solve(block, task, inputs, drift_II, recipe, curvature)]
+    return [
+        solved for task in tasks for solved in _solve(block, task, inputs, (drift_II, residual_OI), recipe, curvature)
+    ]
 
 
 def solve_alone(spec: LinearSpec, weight_OI: Tensor, recipe: Recipe) -> Solved:
@@ -69,22 +72,28 @@ def _solve(
     block: Block,
     step: Step,
     inputs: Inputs,
-    drift_II: Tensor | None,
+    drifts: tuple[Tensor | None, Tensor | None],
     recipe: Recipe,
     curvature: Mapping[str, Curvature],
 ) -> list[Solved]:
-    """Linears of one input, scheme and solver as one task of stacked rows, which know nothing of each other's."""
+    """Linears of one input, scheme and solver as one task of stacked rows, which know nothing of each other's.
+
+    drifts   drift_II of the input, and R_OI of the residual
+    """
+    drift_II, residual_OI = drifts
     specs, weights = step.specs, [block.weight(spec) for spec in step.specs]
     name = _together(specs)
     # All rows stacked are a copy: the solver's, freed before the parts are reported.
     weight_OI = torch.cat(weights) if len(weights) > 1 else weights[0]
     drift_OI = None
-    if drift_II is not None and len(weight_OI) <= len(drift_II):
+    if drift_II is not None and (residual_OI is not None or len(weight_OI) <= len(drift_II)):
         drift_OI, drift_II = matmul(weight_OI, drift_II), None
+    if drift_OI is not None and residual_OI is not None:
+        drift_OI.add_(residual_OI, alpha=step.residual)
     H_OO = curvature.get(specs[0].module, ())
     task = LayerTask(name, weight_OI, inputs.H_II, inputs.n_tokens, specs[0].scheme, drift_OI, drift_II, H_OO)
     solution = SOLVERS[specs[0].method](task, _options(step, recipe))
-    del task, weight_OI, drift_OI, drift_II
+    del task, weight_OI, drift_OI, drift_II, residual_OI, drifts
     done, start = [], 0
     for spec, weight_OI in zip(specs, weights, strict=True):
         part = solution.rows(slice(start, start + len(weight_OI)))

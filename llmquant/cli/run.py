@@ -133,6 +133,10 @@ def run(
         Optional[str],
         recipe_option("Make up for the errors of earlier layers: 0 (off) to 1, or auto", "propagation", _SOLVER),
     ] = None,
+    residual: Annotated[
+        Optional[float],
+        recipe_option("And for those of the residual stream: a part of it, 0 (off) to 2", "residual", _SOLVER),
+    ] = None,
     refit: Annotated[
         Optional[bool],
         typer.Option(

@@ -61,6 +61,7 @@ class Block:
     steps    names of its linears by the input that they share
     order    its linears -> their places in the order of the forward
     unseen   linears whose inputs cannot be seen, so that they are not quantized -> why
+    adds     linears whose outputs it adds to its hidden states, in the order of its forward -> times what
     shares   linears of experts -> the part of all tokens that reaches them, on average
     store    for experts that are made on demand: takes codes away, and returns what reads weight_OI back
     """
@@ -71,6 +72,7 @@ class Block:
         self.steps: list[list[str]] = []
         self.order: dict[str, int] = {}
         self.unseen: dict[str, str] = {}
+        self.adds: dict[str, float] = {}
         self.shares: dict[str, float] = {}
         self.store: Callable[[LinearSpec, QuantizedWeight], Callable[[], Tensor]] | None = None
         self._weights = weights

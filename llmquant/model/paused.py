@@ -7,7 +7,7 @@ times. Each paused forward is a greenlet: a call stack of its own in the same th
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ class Paused:
     """One forward on its way. Make and resume it only within `pausing` of the modules that it is to pause at.
 
     `around` is entered whenever it continues and left whenever it pauses: settings of the thread while it runs.
+    `outputs` are those of the modules that `pausing` is to keep them of, by their names there.
     """
 
     def __init__(
@@ -43,6 +44,10 @@ class Paused:
             result = self._go_on()
         return result
 
+    @property
+    def outputs(self) -> Mapping[str, Tensor]:
+        return self._run.outputs
+
     def _go_on(self) -> Any:
         self._at = (-1, None)
         with self._around():
@@ -54,12 +59,17 @@ class Paused:
         self._run.throw()
 
     def held_bytes(self) -> int:
-        """Bytes of the tensors that the paused calls hold."""
-        return sum(held(self._run.gr_frame).values())
+        """Bytes of the tensors that the paused calls hold, and of `outputs`."""
+        kept = {o.untyped_storage().data_ptr(): o.untyped_storage().nbytes() for o in self._run.outputs.values()}
+        return sum((held(self._run.gr_frame) | kept).values())
 
 
 class _Run(greenlet):  # type: ignore[misc] # untyped library
     """A greenlet of ours, so that a hook knows it."""
+
+    def __init__(self, forward: Callable[[], Any]) -> None:
+        super().__init__(forward)
+        self.outputs: dict[str, Tensor] = {}
 
 
 def held(frame: FrameType | None) -> dict[int, int]:
@@ -84,8 +94,9 @@ def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
 
 
 @contextmanager
-def pausing(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """While the `with` lasts, forwards in a `Paused` pause before each of `modules`, known by its position."""
+def pausing(modules: Sequence[nn.Module], keeping: Mapping[str, nn.Module] = MappingProxyType({})) -> Iterator[None]:
+    """While the `with` lasts, forwards in a `Paused` pause before each of `modules`, known by its position, and keep
+    the outputs of the modules `keeping`."""
 
     def hook(position: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def pause(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -95,7 +106,15 @@ def pausing(modules: Sequence[nn.Module]) -> Iterator[None]:
 
         return pause
 
+    def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def kept(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if isinstance(current := getcurrent(), _Run):
+                current.outputs[name] = output.clone()  # a block may add to it in place
+
+        return kept
+
     handles = [module.register_forward_pre_hook(hook(position)) for position, module in enumerate(modules)]
+    handles += [module.register_forward_hook(keep(name)) for name, module in keeping.items()]
     try:
         # Around all of them: a paused forward must not leave its own setting behind in the thread.
         with torch.no_grad():

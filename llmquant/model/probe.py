@@ -5,6 +5,7 @@ It runs on made-up weights (`made_up.py`), on the CPU, over a few tokens. It tel
 - which linears of a block run as layers, and which of them read the same input (q, k and v): `Block.steps`,
 - which do not, or more than once; their inputs cannot be seen, so they are not quantized: `Block.unseen`,
 - how many of the tokens reach an expert: `Block.shares`,
+- which add their outputs to the hidden states: `Block.adds` (`adds.py`),
 - which parts of the model no text reaches (a vision tower): their weights are never loaded.
 """
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from llmquant.errors import SourceError
+from llmquant.model.adds import finding_adds
 from llmquant.model.block import Block
 from llmquant.model.made_up import made_up
 
@@ -26,7 +28,7 @@ NEVER, TWICE = "its block does not run it as a layer", "its block runs it more t
 
 
 def probe(where: str, model: Any, blocks: Sequence[Block]) -> list[str]:
-    """Fill in `steps`, `order`, `unseen` and `shares` of all blocks.
+    """Fill in `steps`, `order`, `unseen`, `adds` and `shares` of all blocks.
 
     Returns the names of parts outside of the blocks that no text reaches. SourceError where the model cannot be run on
     text alone.
@@ -49,7 +51,12 @@ def probe(where: str, model: Any, blocks: Sequence[Block]) -> list[str]:
             rows[linears[current][module]] += inputs[0].numel() // inputs[0].shape[-1]
             reads[current].setdefault(_place(inputs[0]), []).append(linears[current][module])
 
-    with made_up(model, torch.device("cpu")), register_module_forward_pre_hook(note), torch.no_grad():
+    with (
+        made_up(model, torch.device("cpu")),
+        register_module_forward_pre_hook(note),
+        finding_adds(blocks),
+        torch.no_grad(),
+    ):
         try:
             model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.long), use_cache=False)
         except Exception as error:  # what a model raises that wants more than text depends on its class

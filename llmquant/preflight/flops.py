@@ -101,7 +101,10 @@ def work_of(draft: Draft, curvature: CurvaturePass, recovery: RecoveryPlan, toke
         )  # half of a symmetric product
         # feedback, loss, plain rounding's loss and energy, half a product each; the drift's two
         solve_flops += rows * width**2 * (4 + (4 if drift else 0))
+    adds = {name for block in skeleton.blocks for name in block.adds} if drift and recipe.residual else set()
     for spec in plan.in_blocks if n_calibration else ():
+        if spec.module in adds:  # the residual's sum
+            solve_flops += 2 * n_calibration * spec.shape[0] * spec.shape[1]
         sweeps = default_sweeps(spec.scheme.bits, spec.scheme.group_size) if recipe.sweeps is None else recipe.sweeps
         solve_flops += spec.shape[0] * spec.shape[1] ** 2 * 2 * sweeps  # a product per sweep
     planned = sum(spec.shape[0] * spec.shape[1] for spec in plan.specs)

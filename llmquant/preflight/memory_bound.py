@@ -44,19 +44,21 @@ def memory_bound(
 ) -> MemoryBound:
     """The bound of a run with these `tokens` and `streams` (name -> bytes).
 
-    On a CPU: base + 2 blocks + 8 bytes x widest input squared + largest outer tensor + a batch's activations + at most
+    On a CPU: base + 2 blocks + 8 bytes x widest input squared + 4 x that by
+    the hidden states' width + largest outer tensor + a batch's activations + at most
     --max-ram for streams and paused forwards. On an accelerator weights, Hessians, activations and paused forwards
     are its own; the machine holds streams, and one tensor on its way. Parked forwards lie where they compute.
     """
     skeleton, budget = draft.skeleton, draft.options.stream_budget
     sizes, width = _sizes(draft, tokens), skeleton.dtype.itemsize
     in_memory = sum(streams.values()) - draft.spilled_bytes(streams)
-    # What a forward holds when it pauses at its last step: residual stream and norm, gate, up and their product.
-    held = tokens.calibration * width * 3 * (sizes.widest + skeleton.hidden_size)
+    # What a forward holds when it pauses at its last step: residual stream and norm, gate, up and their product; and
+    # what attention has added.
+    held = tokens.calibration * width * (3 * sizes.widest + 4 * skeleton.hidden_size)
     base, kept = {"base": _BASE_BYTES}, {"streams in memory": in_memory}
     work = {
         "two copies of the largest block": 2 * sizes.block * width,
-        "Hessian and drift of the widest input": 8 * sizes.widest**2,
+        "Hessian and drifts of the widest input": 8 * sizes.widest**2 + 4 * sizes.widest * skeleton.hidden_size,
         **({"Hessians of experts": 4 * sizes.experts} if sizes.experts else {}),
         "largest embedding or head": sizes.outer * width,
         "activations of a batch": sizes.activations * width,

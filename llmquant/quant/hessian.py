@@ -10,7 +10,8 @@ to a factor of 2, hence the name.) One H serves all linears that share an input:
 Which x. The input is taken from the *quantized* model: blocks and steps in front of the layer are quantized already.
 Call that input xhat, and x the same input in the original model. H = E[xhat xhat^T], as in GPTQ. Error propagation also
 needs C = E[x xhat^T]; the sum kept for it is the drift C - H = E[(x - xhat) xhat^T], which is small, so that rounding
-its factors to bfloat16 costs little.
+its factors to bfloat16 costs little. Where the output is added to a residual r, the layer can make up for some of the
+errors in it: R = E[(r - rhat) xhat^T]   [O, I].
 
 Damping. Few tokens, or inputs that always move together, make H singular or noisy. lambda I is added to it, lambda a
 share of mean(diag H). More damping trusts the text less and comes closer to plain rounding.
@@ -42,8 +43,9 @@ _AT_ONCE = 2**22  # entries that `_reverse` moves through one copy
 class Hessian:
     """Running sum of xhat xhat^T over the tokens of one input, which one or several linears share.
 
-    With `drift`, also the sum of (x - xhat) xhat^T for error propagation, x the same input in the original model.
-    Each sum takes 4 I^2 bytes in float32. Tokens with a non-finite entry are left out and counted in `n_excluded`.
+    With `drift`, also the sum of (x - xhat) xhat^T for error propagation, x the same input in the original model; with
+    `residual`, its width O, also that of (r - rhat) xhat^T. Sums take 4 I^2 bytes in float32, the last one 4 O I.
+    Tokens with a non-finite entry are left out and counted in `n_excluded`.
     `products` is the dtype to which inputs may be rounded before they are multiplied; sums keep `dtype`.
 
     >>> hessian = Hessian(2, torch.device("cpu"))
@@ -59,19 +61,22 @@ class Hessian:
         dtype: torch.dtype = torch.float32,
         *,
         drift: bool = False,
+        residual: int = 0,
         products: torch.dtype = torch.float32,
     ) -> None:
         self.sum_II = torch.zeros(in_features, in_features, dtype=dtype, device=device)
         self.drift_II = torch.zeros_like(self.sum_II) if drift else None
+        self.residual_OI = torch.zeros(residual, in_features, dtype=dtype, device=device) if residual else None
         self.products = products
         self.n_tokens = 0
         self.n_excluded = 0
         self.n_lent = 0.0  # tokens' worth of another Hessian in the sum
 
-    def add(self, x: Tensor, original: Tensor | None = None) -> None:
-        """Add all tokens of `x` [..., I], the quantized model's input. `original` is the original model's input.
+    def add(self, x: Tensor, original: Tensor | None = None, residual: Tensor | None = None) -> None:
+        """Add all tokens of `x` [..., I], the quantized model's input. `original` is the original model's input,
+        `residual` [..., O] is r - rhat.
 
-        ValueError for a Hessian with drift where `original` is missing.
+        ValueError where a sum wants one of them and it is missing.
         """
         x_NI = x.reshape(-1, x.shape[-1]).to(self.sum_II.dtype)
         drift_NI = None
@@ -79,16 +84,25 @@ class Hessian:
             if original is None:
                 raise ValueError("drift needs the original model's input")
             drift_NI = original.reshape(x_NI.shape).to(x_NI.dtype) - x_NI
+        rest_NO = None
+        if self.residual_OI is not None:
+            if residual is None:
+                raise ValueError("the sum of residuals needs them")
+            rest_NO = residual.reshape(len(x_NI), -1).to(x_NI.dtype)
         # 1. Leave out tokens with NaN or infinity: one of them would spoil the whole sum.
         finite = torch.isfinite((x_NI if drift_NI is None else x_NI + drift_NI).sum(-1))
+        if rest_NO is not None:
+            finite &= torch.isfinite(rest_NO.sum(-1))
         if not bool(finite.all()):
             self.n_excluded += int((~finite).sum())
             x_NI = x_NI[finite]
             drift_NI = None if drift_NI is None else drift_NI[finite]
-        # 2. drift += (x - xhat) xhat^T. A bfloat16 product rounds its result too, far less than its tokens scatter.
-        if self.drift_II is not None and drift_NI is not None:
-            rounded = torch.bfloat16 if (x_NI.dtype, self.products) == (torch.float32, torch.bfloat16) else x_NI.dtype
-            self.drift_II += drift_NI.T.to(rounded) @ x_NI.to(rounded)
+            rest_NO = None if rest_NO is None else rest_NO[finite]
+        # 2. The differences' sums. A bfloat16 product rounds its result too, far less than its tokens scatter.
+        rounded = torch.bfloat16 if (x_NI.dtype, self.products) == (torch.float32, torch.bfloat16) else x_NI.dtype
+        for total, difference in ((self.drift_II, drift_NI), (self.residual_OI, rest_NO)):
+            if total is not None and difference is not None:
+                total += difference.T.to(rounded) @ x_NI.to(rounded)
         # 3. H += xhat xhat^T: only the upper triangle, block column by block column, which halves the work.
         add_products(self.sum_II, x_NI, self.products)
         self.n_tokens += x_NI.shape[0]
@@ -109,6 +123,13 @@ class Hessian:
     def mean(self) -> Tensor:
         """H_II = sum / N, symmetric to the bit. Divides the sum in place: call this once."""
         return mirrored(self.sum_II).div_(max(1.0, self.n_tokens + self.n_lent))
+
+    def take_residual(self) -> Tensor | None:
+        """R_OI = E[(r - rhat) xhat^T], or None. Divides the sum in place and hands it over."""
+        if self.residual_OI is None:
+            return None
+        residual_OI, self.residual_OI = self.residual_OI.div_(max(1, self.n_tokens)), None
+        return residual_OI
 
     def take_drift(self) -> Tensor | None:
         """drift_II = C - H with C = E[x xhat^T]; None without drift. Divides the sum in place and hands it over."""

@@ -77,6 +77,12 @@ def put(model: Any, name: str, solution: Tensor) -> None:
         start += linear.weight.shape[0]
 
 
+def residual_of(linear: str) -> str:
+    """The norm of a Llama's block that reads what the linear's output is added to."""
+    block = linear.rpartition(".")[0].rpartition(".")[0]
+    return f"{block}.{'input' if linear.endswith('o_proj') else 'post_attention'}_layernorm"
+
+
 @pytest.mark.parametrize("passes", ["step", "block"])
 @pytest.mark.parametrize(("max_ram", "products"), [("4GB", "float32"), ("1KB", "float32"), ("4GB", "bfloat16")])
 def test_hessian_and_drift_pair_the_original_with_the_quantized_prefix(
@@ -93,11 +99,12 @@ def test_hessian_and_drift_pair_the_original_with_the_quantized_prefix(
     quantized = copy.deepcopy(original)
     first = [task.name.split(" + ")[0] for task, _ in seen]
     assert len(first) == 4 * len(original.model.layers)
-    wanted = inputs_of(original, ids, first)
+    residuals = {name: residual_of(name) for name in first if name.endswith(("o_proj", "down_proj"))}
+    wanted = inputs_of(original, ids, [*first, *residuals.values()])
     before_block = None
     for position, (task, options) in enumerate(seen):
         if passes == "step" or position % 4 == 0:
-            before_block = inputs_of(quantized, ids, first)
+            before_block = inputs_of(quantized, ids, [*first, *residuals.values()])
         assert before_block is not None
         x, x_hat = wanted[first[position]], before_block[first[position]]
         assert options.propagation == 0.5
@@ -106,6 +113,8 @@ def test_hessian_and_drift_pair_the_original_with_the_quantized_prefix(
         assert task.H_II is not None
         assert torch.equal(task.H_II, task.H_II.T)
         expected = task.weight_OI @ ((x - x_hat).T @ x_hat / len(x))
+        if (place := residuals.get(first[position])) is not None:
+            expected += recipe.residual * (wanted[place] - before_block[place]).T @ x_hat / len(x)
         if products == "float32":
             torch.testing.assert_close(task.H_II, H, rtol=1e-3, atol=1e-5)
             torch.testing.assert_close(drift_of(task), expected, rtol=1e-2, atol=2e-6)

@@ -56,7 +56,8 @@ class LayerTask:
     weight_OI  the original weight W, float32 or float64
     H_II       E[xhat xhat^T]; None for a solver that needs no data
     drift_II   C - H with C = E[x xhat^T], for error propagation; cheaper than drift_OI where O > I
-    drift_OI   W (C - H), given in its place where O <= I; without either there is no error propagation
+    drift_OI   given in its place: W (C - H) where O <= I, or W (C - H) + b R, which also makes up for errors of the
+               residual; without either there is no error propagation
     H_OO       of the rows (`quant/curvature.py`); empty: all outputs count alike
 
     ValueError where H or the group size does not fit the weight.
