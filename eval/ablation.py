@@ -24,6 +24,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no error propagation": {"propagation": 0},
     "half error propagation": {"propagation": 0.5},
     "full error propagation": {"propagation": 1.0},
+    "no residual target": {"residual": 0},
+    "twice the residual target": {"residual": 1.33},
     "one pass per block": {"passes": "block"},
     "no curvature, no refinement": {"curvature": "off", "sweeps": 0},
     "no curvature, two sweeps": {"curvature": "off", "sweeps": 2},

@@ -68,7 +68,7 @@ class Recipe:
     order: str = "descending"
     damp: float | None = None  # share of mean(diag H); None: 0.003 from 8 tokens per input dimension on, else 0.01
     propagation: float | str = "auto"  # strength of error propagation, 0 (off) to 1; auto: by tokens per input
-    residual: float = 0.67  # part of it that makes up for errors of what outputs are added to, 0 (off) to 2
+    residual: float = 0.67  # part of it, with many tokens, for the errors of what outputs are added to; 0 (off) to 2
     refit: bool = True  # scales, too, in each sweep
     sweeps: int | None = None  # of coordinate descent, without curvature; None: solvers.refine.default_sweeps
     curvature: str = (

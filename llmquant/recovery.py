@@ -42,7 +42,8 @@ from llmquant.text.windows import Windows
 
 _HELD_OUT = 8  # every so many windows, one
 _STEP_TOKENS = 2**13
-# Relative, at its peak: of scales, which are many and whose gradients are mostly noise, and of norms and biases.
+# Relative, at its peak: of scales of 4 bits, which are many and whose gradients are mostly noise (twice that for each
+# bit less, whose coarser codes leave more to gain), and of norms and biases.
 _SCALES_RATE, _VECTORS_RATE = 3e-4, 1e-3
 _PASSES = 2  # over the text
 _MOMENTS = (" m", " v")  # after the name of what they are of
@@ -247,13 +248,19 @@ class Recovery:
                 borders[index].update(lambda hidden: block.backwards(hidden, next(gradients)))  # noqa: B023
                 for name, trained in state.items():
                     if name in block.sums:
-                        peak = _SCALES_RATE if name in block.scales else _VECTORS_RATE
-                        trained.step(block.sums[name], rate_of(step, planned.n_steps, peak), step + 1)
+                        trained.step(block.sums[name], rate_of(step, planned.n_steps, _peak(block, name)), step + 1)
             files.put(step + 1, index, _tensors(state))
             borders[index + 1].close()
             trim()
         run.finish_recovery(step + 1, losses, done=False)
         return None
+
+
+def _peak(block: BlockTraining, name: str) -> float:
+    """The highest rate of what is trained."""
+    if name not in block.scales:
+        return _VECTORS_RATE
+    return _SCALES_RATE * 2.0 ** max(0, 4 - block.scales[name].scheme.bits)
 
 
 def _to_gradient(hidden: Tensor, original: Tensor, heads: tuple[LogitsOf, LogitsOf], n_tokens: int) -> Tensor:

@@ -142,6 +142,11 @@ def test_a_target_size_is_reached_on_it(model: Path, tmp_path: Path) -> None:
 
 
 @on_pretend_device
+def test_head_and_embedding_are_quantized_on_it(model: Path, tmp_path: Path) -> None:
+    on_both(model, tmp_path, format="mlx", embed_bits=4, lm_head_bits=8, baselines="none")
+
+
+@on_pretend_device
 @pytest.mark.parametrize("memory", [None, 1], ids=["all", "on demand"])
 def test_it_is_trained_on_it(memory: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last step is kept, whatever it brought; the scales of experts stay, their weights pass gradients on."""

@@ -35,7 +35,7 @@ def fast(short_runs: None) -> Iterator[None]:
     """Two steps in a pass over the text, and large ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recovery, "_STEP_TOKENS", 384)
-        patch.setattr(recovery, "_SCALES_RATE", 0.02)
+        patch.setattr(recovery, "_SCALES_RATE", 0.005)
         patch.setattr(recovery, "_VECTORS_RATE", 0.02)
         patch.setattr(recovery, "_HELD_OUT", 4)
         yield

@@ -12,7 +12,7 @@ from llmquant.memory import SLACK, trim
 from llmquant.model.block import Block
 from llmquant.model.experts import Gather
 from llmquant.model.paused import pausing
-from llmquant.quant.hessian import LENT, Hessian, default_propagation, pooled
+from llmquant.quant.hessian import LENT, Hessian, default_propagation, pooled, residual_part
 from llmquant.quant.solvers import DATA_FREE, Curvature
 from llmquant.recipe import Recipe
 
@@ -106,8 +106,10 @@ def _waves(
         if (place := block.expert(members[0].module)) is None:
             module = linears[members[0].module]
             alone = len(members) == 1 and members[0].module in block.adds
-            propagation = strength(members[0].shape[1])
-            step = Step(members, propagation, recipe.residual if alone and propagation else 0.0)
+            in_features = members[0].shape[1]
+            propagation = strength(in_features)
+            part = residual_part(recipe.residual, streams.quantized.n_tokens, in_features)
+            step = Step(members, propagation, part if alone and propagation else 0.0)
             waves[module] = Wave(module, [step])
         else:
             # Without error propagation: the original model sends other tokens to an expert.

@@ -135,7 +135,9 @@ def run(
     ] = None,
     residual: Annotated[
         Optional[float],
-        recipe_option("And for those of the residual stream: a part of it, 0 (off) to 2", "residual", _SOLVER),
+        recipe_option(
+            "And for those of what a block adds its outputs to: a part of it, 0 (off) to 2", "residual", _SOLVER
+        ),
     ] = None,
     refit: Annotated[
         Optional[bool],

@@ -200,6 +200,19 @@ def default_propagation(n_tokens: int, in_features: int, *, wide: bool = False) 
     return 0.0 if wide and ratio < 16 else min(ratio / (ratio + 3), 0.75)
 
 
+def residual_part(strength: float, n_tokens: int, in_features: int) -> float:
+    """b = strength * r / (r + 16), r the tokens per input dimension: the part of propagation that is for the residual.
+
+    R holds the errors of all that came before, of which these inputs explain little: its noise is larger than the
+    drift's. With r below 16 it is left out. By trial, as above.
+
+    >>> residual_part(1.0, 65536, 256), residual_part(1.0, 8192, 1024)
+    (0.9411764705882353, 0.0)
+    """
+    ratio = n_tokens / in_features
+    return strength * ratio / (ratio + 16) if ratio >= 16 else 0.0
+
+
 def default_damp(n_tokens: int, in_features: int) -> float:
     """Damping as a share of mean(diag H): 0.003 from 8 tokens per input dimension on, else 0.01.
 

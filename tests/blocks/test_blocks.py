@@ -17,7 +17,7 @@ from llmquant.blocks import measure
 from llmquant.blocks import solve as solve_module
 from llmquant.job import prepare
 from llmquant.log import SILENT
-from llmquant.quant.hessian import Hessian, default_propagation
+from llmquant.quant.hessian import Hessian, default_propagation, residual_part
 from llmquant.quant.solvers import SOLVERS, LayerTask, Solution, SolveOptions
 from llmquant.recipe import RunOptions
 
@@ -89,7 +89,7 @@ def test_hessian_and_drift_pair_the_original_with_the_quantized_prefix(
     passes: str, max_ram: str, products: str, seen: Seen, tiny_model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = tiny_model("llama")
-    flags = TINY | {"passes": passes, "propagation": 0.5, "products": products}
+    flags = TINY | {"passes": passes, "propagation": 0.5, "products": products, "samples": 64}
     recipe = llmquant.make_recipe(str(folder), flags=flags)
     llmquant.quantize(folder, recipe, tmp_path / "out", max_ram=max_ram)
     job = prepare(folder, recipe, RunOptions(), SILENT)
@@ -114,7 +114,9 @@ def test_hessian_and_drift_pair_the_original_with_the_quantized_prefix(
         assert torch.equal(task.H_II, task.H_II.T)
         expected = task.weight_OI @ ((x - x_hat).T @ x_hat / len(x))
         if (place := residuals.get(first[position])) is not None:
-            expected += recipe.residual * (wanted[place] - before_block[place]).T @ x_hat / len(x)
+            part = residual_part(recipe.residual, len(x), x.shape[1])
+            assert part > 0.3
+            expected += part * (wanted[place] - before_block[place]).T @ x_hat / len(x)
         if products == "float32":
             torch.testing.assert_close(task.H_II, H, rtol=1e-3, atol=1e-5)
             torch.testing.assert_close(drift_of(task), expected, rtol=1e-2, atol=2e-6)
