@@ -16,6 +16,7 @@ from llmquant.finished import canonical, open_packed, read_report
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.log import SILENT, Log, Progress, progress_of
 from llmquant.output.containers import open_output
+from llmquant.outside import outside, refuse_outside
 from llmquant.paths import shown_name
 from llmquant.plan import Plan, Row, lay_out
 from llmquant.quant.grid import QuantScheme
@@ -26,7 +27,6 @@ from llmquant.report.parts import runtimes_of
 from llmquant.report.plain import plain
 from llmquant.run_dir import RunDir
 from llmquant.source.names import natural_key
-from llmquant.treatments import outside, refuse_outside
 
 
 def export(

@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from llmquant.errors import FormatError, RecipeError, SourceError, option
+from llmquant.errors import RecipeError, SourceError, option
 from llmquant.formats.base import in_block
-from llmquant.formats.facts import FACTS, formats_that, fused_sets, is_split_by_inputs
+from llmquant.formats.facts import FACTS, fused_sets, is_split_by_inputs
 from llmquant.model.meta import is_linear, shape_OI
 from llmquant.model.skeleton import Skeleton
+from llmquant.outside import outside_schemes
 from llmquant.quant.grid import QuantScheme
 from llmquant.quant.solvers import DATA_FREE
 from llmquant.recipe import Recipe
@@ -110,8 +111,8 @@ def treatments(keys: Sequence[str], skeleton: Skeleton, recipe: Recipe, *, auto:
             chosen[module] = _fitted(_treatment(recipe, rule, auto=auto), module, skeleton, recipe)
             if rule is not None:
                 unused_rules.pop(rule, None)
-    for module, treatment in _outside(skeleton, recipe).items():
-        chosen.setdefault(module, treatment)
+    for module, (scheme, why) in outside_schemes(skeleton, recipe).items():
+        chosen[module] = Treatment(scheme, "" if scheme is None else "nearest", why)
     for idle in unused_patterns.values():
         _refuse_idle(idle, skeleton)
     for rule in unused_rules:
@@ -125,64 +126,6 @@ def _is_candidate(skeleton: Skeleton, key: str) -> bool:
     if param is None or skeleton.block_of(param) is None or not param.endswith(".weight"):
         return False
     return is_linear(skeleton.modules[param.removesuffix(".weight")])
-
-
-def outside(skeleton: Skeleton) -> dict[str, str]:
-    """Module -> the option that has it quantized, for the matrices outside the blocks that a model runs."""
-    parts = {
-        "lm_head_bits": skeleton.model.get_output_embeddings(),
-        "embed_bits": skeleton.model.get_input_embeddings(),
-    }
-    found = {}
-    for name, part in parts.items():
-        module = next((path for path, other in skeleton.modules.items() if other is part), None)
-        param = f"{module}.weight"
-        if module is not None and param in skeleton.weights.names and len(skeleton.weights.shape(param)) == 2:
-            found[module] = name
-    return found
-
-
-def refuse_outside(format_name: str, name: str, module: str) -> None:
-    """FormatError where a format does not hold such a matrix quantized; `name` is the option's."""
-    if name not in FACTS[format_name].outside:
-        able = formats_that(lambda facts: name in facts.outside)
-        raise FormatError(option(name), f"{format_name} does not hold {module} quantized", expected=" or ".join(able))
-
-
-def _outside(skeleton: Skeleton, recipe: Recipe) -> dict[str, Treatment]:
-    """The head and the embedding, where the recipe wants them quantized: without text.
-
-    RecipeError where the model has no such matrix of its own, FormatError where a format does not hold it quantized.
-    """
-    by_option = {name: module for module, name in outside(skeleton).items()}
-    group = recipe.group_size if isinstance(recipe.group_size, int) else -1  # "auto" is being chosen
-    found = {}
-    for name in ("lm_head_bits", "embed_bits"):
-        if (bits := getattr(recipe, name)) is None:
-            continue
-        if (module := by_option.get(name)) is None:
-            raise RecipeError(option(name), f"{skeleton.where} has no such matrix", remedy="leave it out")
-        _refuse_tied(skeleton, name, f"{module}.weight")
-        for format_name in recipe.formats:
-            refuse_outside(format_name, name, module)
-        ignored = next((p for p in recipe.ignore if Ignored(p).matches(f"{module}.weight", module)), None)
-        scheme, why = QuantScheme(bits, group, True), f"--{name.replace('_', '-')} {bits}"
-        found[module] = (
-            Treatment(scheme, "nearest", why) if ignored is None else Treatment(None, "", f"--ignore {ignored}")
-        )
-    return found
-
-
-def _refuse_tied(skeleton: Skeleton, name: str, param: str) -> None:
-    """RecipeError for a head that is the embedding, and for an embedding whose tied head is stored beside it."""
-    if (owner := skeleton.weights.tied.get(param)) is not None:
-        remedy = f"use {option('embed_bits')}, which is for both"
-        raise RecipeError(option(name), f"{param} is tied to {owner}", remedy=remedy)
-    twice = [other for other, of in dict(skeleton.model.all_tied_weights_keys).items() if of == param]
-    if stored := [other for other in twice if other not in skeleton.weights.tied]:
-        raise RecipeError(
-            option(name), f"{skeleton.where} holds {param} a second time", remedy=f"leave out {stored[0]}"
-        )
 
 
 def is_foreign(skeleton: Skeleton, key: str, shape: Sequence[int]) -> bool:
