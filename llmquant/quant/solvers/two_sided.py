@@ -266,27 +266,26 @@ class _Tile:
         A_inside, U_inside   A_ik / A_ii and U_lj / U_jj within the tiles, with k and l reversed
         """
         low, high = self.scheme.code_min, self.scheme.code_max
+        # Each tile in one row, made once: a view costs as much as an operation on so few numbers.
+        targets, moveds, feds, scales = (x.view(len(x), -1) for x in (self.target, self.moved, self.fed, self.scale))
+        zeros = None if self.zero is None else self.zero.view(len(self.zero), -1)
+        all_codes, errors, lefts = (x.view(len(x), -1) for x in (self.codes, self.error, self.left))
         for s in range(2 * _SIDE - 1):
             # 1. The entries (i, s - i): in memory they lie _SIDE - 1 apart.
             first, end = max(0, s - _SIDE + 1), min(_SIDE - 1, s) + 1
             at = slice(first * _SIDE + s - first, (end - 1) * _SIDE + s - end + 2, _SIDE - 1)
-            target, moved, fed, scale = (
-                x.view(len(x), -1)[:, at] for x in (self.target, self.moved, self.fed, self.scale)
-            )
+            moved, scale = moveds[:, at], scales[:, at]
             # 2. The nearest code to v = T' + (v - T'); `level` is q - z.
-            level = (moved + fed).div_(scale).round_()
-            if self.zero is None:
-                level.clamp_(low, high)
-                codes = level
+            level = (moved + feds[:, at]).div_(scale).round_()
+            if zeros is None:
+                all_codes[:, at] = level.clamp_(low, high)
             else:
-                zero = self.zero.view(len(level), -1)[:, at]
+                zero = zeros[:, at]
                 level.clamp_(low - zero, high - zero)
-                codes = level + zero
-            self.codes.view(len(level), -1)[:, at] = codes
-            quantized = level * scale
-            error, left = target - quantized, moved - quantized
-            self.error.view(len(level), -1)[:, at] = error
-            self.left.view(len(level), -1)[:, at] = left
+                all_codes[:, at] = level + zero
+            quantized = level.mul_(scale)
+            error, left = targets[:, at] - quantized, moved - quantized
+            errors[:, at], lefts[:, at] = error, left
             # 3. Down their columns, j from s - end + 1 to s - first: T' of the rows below.
             columns = slice(s - end + 1, s - first + 1)
             senders = slice(_SIDE - end, _SIDE - first)
