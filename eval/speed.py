@@ -44,7 +44,7 @@ STAGES = {
         "blocks.forwards:BlockForwards._advance",
         "model.skeleton:Skeleton.record",
     ],
-    "gram": ["quant.hessian:Hessian.add", "quant.hessian:Hessian.mean", "quant.hessian:Hessian.take_drift"],
+    "gram": [f"quant.hessian:Hessian.{name}" for name in ("add", "mean", "take_drift", "take_residual")],
     "curvature": ["pipeline:measure_curvature"],
     "factor": ["quant.solvers.gptq:factor", "quant.solvers.gptq:row_feedback"],
     "propagate": ["quant.solvers.gptq:_target"],

@@ -97,8 +97,9 @@ class Wave:
 
 
 class _Read(NamedTuple):
-    """What a wave's module reads, and the outputs that have been kept on the way to it."""
+    """What a wave's module reads in one batch, what entered the block, and the outputs kept on the way from there."""
 
+    hidden: Batch
     x: Any
     outputs: Mapping[str, Tensor]
 
@@ -136,17 +137,10 @@ class BlockForwards:
         hessians, original = [self._empty(step) for step in wave.steps], self._streams.original
         others = iter(original) if original is not None and any(step.propagation for step in wave.steps) else None
         for batch, hidden in enumerate(self._streams.quantized):
-            references: Sequence[Tensor | None] = [None] * len(hessians)
-            residual = None
+            reference = None
             if others is not None:
-                other = next(others)
-                read = self._read(self._originals, position, (batch, "original"), other)
-                references, residual = wave.inputs(read.x), self._residual(wave, other, read.outputs)
-            read = self._read(self._current, position, (batch, "quantized"), hidden)
-            if residual is not None and (ours := self._residual(wave, hidden, read.outputs)) is not None:
-                residual -= ours
-            for hessian, x, reference in zip(hessians, wave.inputs(read.x), references, strict=True):
-                hessian.add(x, reference, residual)
+                reference = self._read(self._originals, position, (batch, "original"), next(others))
+            self._add(wave, hessians, self._read(self._current, position, (batch, "quantized"), hidden), reference)
         return hessians
 
     def pool(self, position: int, wave: Wave) -> Hessian:
@@ -164,16 +158,10 @@ class BlockForwards:
         for hidden, other in zip(self._streams.quantized, original or self._streams.quantized, strict=True):
             run, reference = self._paused(hidden), self._paused(other)
             for position, (wave, sums) in enumerate(zip(waves, hessians, strict=True)):
-                references: Sequence[Tensor | None] = [None] * len(sums)
-                residual = None
+                paired = None
                 if original is not None and wave.experts is None:
-                    references = wave.inputs(reference.input_of(position))
-                    residual = self._residual(wave, other, reference.outputs)
-                inputs = wave.inputs(run.input_of(position))
-                if residual is not None and (ours := self._residual(wave, hidden, run.outputs)) is not None:
-                    residual -= ours
-                for hessian, x, y in zip(sums, inputs, references, strict=True):
-                    hessian.add(x, y, residual)
+                    paired = _Read(other, reference.input_of(position), reference.outputs)
+                self._add(wave, sums, _Read(hidden, run.input_of(position), run.outputs), paired)
             run.close()
             reference.close()
         return hessians
@@ -184,20 +172,30 @@ class BlockForwards:
             step.in_features, self._block.device, drift=drift, residual=width, products=self._streams.products
         )
 
-    def _residual(self, wave: Wave, hidden: Batch, outputs: Mapping[str, Tensor]) -> Tensor | None:
-        """r / c, a new tensor: what stands where the block adds c times the output of the wave's linear.
+    def _add(self, wave: Wave, hessians: Sequence[Hessian], read: _Read, reference: _Read | None) -> None:
+        """One batch to the sums of a wave; `reference`: what the original forward reads, where they are compared."""
+        references: Sequence[Tensor | None] = [None] * len(hessians)
+        residual = None
+        if reference is not None:
+            references = wave.inputs(reference.x)
+            if wave.steps[0].residual:
+                module = wave.steps[0].specs[0].module
+                residual = self._residual(module, reference).sub_(self._residual(module, read))
+        for hessian, x, original in zip(hessians, wave.inputs(read.x), references, strict=True):
+            hessian.add(x, original, residual)
 
-        That is what entered the block, and what other linears have added to it since. None: it is not asked for.
+    def _residual(self, module: str, read: _Read) -> Tensor:
+        """r / c, a new tensor: what stands where the block adds c times the output of a linear.
+
+        That is what entered the block, and what other linears have added to it since.
         """
-        if not wave.steps[0].residual:
-            return None
-        adds, module = self._block.adds, wave.steps[0].specs[0].module
-        entered = hidden.hidden if isinstance(hidden, Parked) else hidden
+        adds = self._block.adds
+        entered = read.hidden.hidden if isinstance(read.hidden, Parked) else read.hidden
         total = entered.to(self._block.device, torch.float32, copy=True)
         for name, factor in adds.items():
             if name == module:
                 break
-            total.add_(outputs[name].view_as(total), alpha=factor)
+            total.add_(read.outputs[name].view_as(total), alpha=factor)
         return total.div_(adds[module])
 
     def _paused(self, hidden: Batch) -> Paused:
@@ -210,7 +208,7 @@ class BlockForwards:
         run, _ = self._kept.pop(key, (None, 0))
         run = run or self._paused(hidden)
         with self._block.holding(weights):
-            read = _Read(run.input_of(position), run.outputs)
+            read = _Read(hidden, run.input_of(position), run.outputs)
         held, spare = run.held_bytes(), self._streams.spare_bytes - sum(held for _, held in self._kept.values())
         if held <= spare:
             self._kept[key] = run, held

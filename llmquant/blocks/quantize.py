@@ -71,9 +71,9 @@ def quantize_block(
 
 def _kept(block: Block, waves: Sequence[Wave]) -> dict[str, nn.Module]:
     """Linears whose outputs a later one of `waves` finds in its residual."""
-    asked = [wave.steps[0].specs[0].module for wave in waves if wave.steps[0].residual]
-    names = list(block.adds)[: max(map(list(block.adds).index, asked), default=0)]
-    return {name: block.linears[name] for name in names}
+    names = list(block.adds)
+    asked = [names.index(wave.steps[0].specs[0].module) for wave in waves if wave.steps[0].residual]
+    return {name: block.linears[name] for name in names[: max(asked, default=0)]}
 
 
 def _without_text(block: Block, specs: Sequence[LinearSpec], recipe: Recipe) -> list[Solved]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llmquant.model.block import Block
 from llmquant.model.experts import Experts
-from llmquant.model.tape import take_hidden
+from llmquant.model.tape import hidden_of, take_hidden
 
 _LEFT_OVER = 0.02  # of the norm of what a block adds: room for bfloat16
 _NOTHING = 0.02  # a factor below it
@@ -51,25 +51,26 @@ class _OfBlock:
         self.entering = take_hidden(args, kwargs)[0].clone()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.leaving = first_tensor(output)
+        self.leaving = hidden_of(output)
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        found = first_tensor(output)
-        if found is not None and self._fits(found):
+        if self._fits(found := hidden_of(output)):
             self.outputs.append(("", found.clone()))
 
     def _answer(self, name: str, module: nn.Module, args: Any, output: Any) -> Tensor | None:
         """Small and positive numbers, as the made-up weights are."""
-        if not isinstance(output, Tensor) or not self._fits(output):
+        if not self._fits(output):
             return None
         answer = (0.01 + 0.1 * torch.rand(output.shape, generator=self._generator)).to(output)
         self.outputs.append((name, answer.clone()))
         return answer
 
-    def _fits(self, output: Tensor) -> bool:
+    def _fits(self, output: Any) -> bool:
         """Some blocks run their linears on all tokens in one row."""
         x = self.entering
-        return x is not None and (output.numel(), output.shape[-1]) == (x.numel(), x.shape[-1])
+        if x is None or not isinstance(output, Tensor):
+            return False
+        return (output.numel(), output.shape[-1]) == (x.numel(), x.shape[-1])
 
     def found(self) -> dict[str, float]:
         names = [name for name, _ in self.outputs]
@@ -103,9 +104,3 @@ def finding_adds(blocks: Sequence[Block]) -> Iterator[None]:
             handle.remove()
     for of_block in watched:
         of_block.block.adds = of_block.found()
-
-
-def first_tensor(output: Any) -> Tensor | None:
-    """What a module returns, or the first of several."""
-    found = output[0] if isinstance(output, tuple | list) and output else output
-    return found if isinstance(found, Tensor) else None

@@ -18,6 +18,7 @@ from torch import Tensor
 from llmquant.checkpoint import open_original
 from llmquant.errors import VerifyError
 from llmquant.formats import FORMATS, LinearSpec
+from llmquant.formats.base import in_block
 from llmquant.formats.facts import FACTS
 from llmquant.log import SILENT, Log, progress_of
 from llmquant.model.meta import open_model
@@ -227,21 +228,24 @@ class Container:
             if row.name == ROPE:  # by `_check_header`
                 continue
             spec = _spec(row, transposed=self._is_transposed(row))
-            if (trained in ("norms", "all") and len(row.shape) == 1) or (trained in ("scales", "all") and spec):
+            if spec is None:
+                same = self._is_original(row.name, source)
+                if not same and not (trained in ("norms", "all") and len(row.shape) == 1):
+                    raise VerifyError(row.name, f"is not that of {source.name}")
+                if not same:
+                    self.not_compared[TRAINED] += 1
+            elif trained in ("scales", "all") and in_block(spec.module) is not None:
                 self.not_compared[TRAINED] += 1
-            elif spec is None:
-                self._check_copied(row.name, source)
             elif (said := _said(row, errors)) is None:
                 self.not_compared[OLD_REPORT] += 1
             else:
                 self._check_quantized(spec, source, said)
 
-    def _check_copied(self, name: str, source: Source) -> None:
+    def _is_original(self, name: str, source: Source) -> bool:
         mine = source.read(name)
         if self.format_name == "gguf":
             mine = self.order.as_stored(name, mine)
-        if digest(mine.contiguous().reshape(-1).view(torch.uint8).numpy()) != digest(self.places[name].raw()):
-            raise VerifyError(name, f"is not that of {source.name}")
+        return digest(mine.contiguous().reshape(-1).view(torch.uint8).numpy()) == digest(self.places[name].raw())
 
     def _check_quantized(self, spec: LinearSpec, source: Source, said: float) -> None:
         weight = source.read(spec.key).float()

@@ -124,19 +124,18 @@ class Hessian:
         """H_II = sum / N, symmetric to the bit. Divides the sum in place: call this once."""
         return mirrored(self.sum_II).div_(max(1.0, self.n_tokens + self.n_lent))
 
-    def take_residual(self) -> Tensor | None:
-        """R_OI = E[(r - rhat) xhat^T], or None. Divides the sum in place and hands it over."""
-        if self.residual_OI is None:
-            return None
-        residual_OI, self.residual_OI = self.residual_OI.div_(max(1, self.n_tokens)), None
-        return residual_OI
-
     def take_drift(self) -> Tensor | None:
         """drift_II = C - H with C = E[x xhat^T]; None without drift. Divides the sum in place and hands it over."""
-        if self.drift_II is None:
-            return None
-        drift_II, self.drift_II = self.drift_II.div_(max(1, self.n_tokens)), None
+        drift_II, self.drift_II = self._divided(self.drift_II), None
         return drift_II
+
+    def take_residual(self) -> Tensor | None:
+        """R_OI = E[(r - rhat) xhat^T], likewise."""
+        residual_OI, self.residual_OI = self._divided(self.residual_OI), None
+        return residual_OI
+
+    def _divided(self, total: Tensor | None) -> Tensor | None:
+        return None if total is None else total.div_(max(1, self.n_tokens))
 
 
 def add_products(sum_II: Tensor, x_NI: Tensor, products: torch.dtype) -> None:
