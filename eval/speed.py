@@ -15,6 +15,7 @@ small: 2 blocks of 2048 x 5632, 32 query and 8 key heads.  7b: 32 blocks of 4096
 import argparse
 import importlib
 import json
+import logging
 import statistics
 import subprocess
 import sys
@@ -38,6 +39,7 @@ SHAPES = {
 }
 # Functions timed by name, outermost first; what one of them spends in another counts for the inner one only.
 STAGES = {
+    "start": ["pipeline:prepare", "pipeline:compare_with_stock"],
     "read": ["source.base:Source.read_finite"],
     "forward": [
         "model.paused:Paused._go_on",
@@ -103,6 +105,7 @@ def child(arguments: argparse.Namespace, model: str, out: str) -> None:
     """One quantization in a process of its own; prints a JSON line."""
     import llmquant
 
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = torch.device(arguments.device)
     seconds = dict.fromkeys([*STAGES, "other"], 0.0)
     open_stages: list[str] = []

@@ -85,7 +85,7 @@ def measure_curvature(job: Job, planned: CurvaturePass, run: RunDir, log: Progre
     blocks, ids = job.skeleton.blocks, job.calibration.ids
     windows = replace(job.calibration, ids=ids[: planned.n_tokens // ids.shape[1]])
     log.line(f"curvature: {windows.n_tokens} tokens forwards and backwards through {len(blocks)} blocks")
-    with Streams(planned.borders, job.options.stream_budget, run.scratch) as streams:
+    with Streams(planned.borders, job.options.stream_budget, run.scratch, device=job.skeleton.device) as streams:
         borders = [streams.new(name) for name in planned.borders]
         job.skeleton.record(windows.batches(), borders[0].append)
         # 1. Forwards, and the gradients at the end.

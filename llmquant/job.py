@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from llmquant.ahead import ahead
 from llmquant.coverage import enough_batches
 from llmquant.draft import Draft, draft
 from llmquant.errors import CalibrationError
@@ -178,11 +179,13 @@ def refuse_damaged_weights(source: Source) -> str:
 
     Shards that are still on the Hub are checked as they come, and known by their commit.
     """
-    digest = hashlib.sha256()
-    for name in source.tensors:
-        if source.is_local(name):
-            tensor = source.read_finite(name)
-            if source.revision is None:
-                digest.update(name.encode() + b"\0")
-                digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+
+    def checked(name: str) -> str:
+        tensor = source.read_finite(name)
+        if source.revision is not None:
+            return ""
+        return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+
+    names = [name for name in source.tensors if source.is_local(name)]
+    found = ahead(checked, names) if source.in_parallel else map(checked, names)
+    return hashlib.sha256(json.dumps(dict(zip(names, found, strict=True))).encode()).hexdigest()

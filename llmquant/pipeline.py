@@ -76,7 +76,9 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
     with (
         kept_blocks_named(run, len(job.skeleton.blocks), log),
         run,
-        Streams(sizes, options.stream_budget, run.scratch, parked=sizes if job.parked else ()) as streams,
+        Streams(
+            sizes, options.stream_budget, run.scratch, sizes if job.parked else (), device=job.skeleton.device
+        ) as streams,
     ):
         if run.finished:
             log.line(f"{run.out}: was finished by the interrupted run")

@@ -19,6 +19,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network; the
 # One core per worker of pytest-xdist; a forked child could not use the threads of its parent.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for other children
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # before anything imports Triton: its kernels run in its interpreter then
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 # Files of a quarter of a minute and more, longest first: a worker takes whole files (`--dist loadfile`), so that none

@@ -80,7 +80,7 @@ class Snapshots:
     def _bytes(self) -> Iterator[memoryview]:
         for stream in self._streams.values():
             for hidden in stream.hidden():
-                yield hidden.contiguous().view(torch.uint8).numpy().data.cast("B")
+                yield hidden.cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
 
 
 def _read_like(hidden: Tensor, file: FileIO) -> Tensor:

@@ -65,7 +65,8 @@ def solve_alone(spec: LinearSpec, weight_OI: Tensor, recipe: Recipe) -> Solved:
     step = Step([spec], 0.0)
     task = LayerTask(spec.module, weight_OI, None, 0, spec.scheme)
     part = SOLVERS[spec.method](task, _options(step, recipe))
-    return Solved(spec, part.weight.cpu(), _report(spec, weight_OI, part, Inputs(None, 0), recipe.format))
+    report, _ = _report(spec, weight_OI, part, Inputs(None, 0), recipe.format)
+    return Solved(spec, part.weight.cpu(), report)
 
 
 def _solve(
@@ -139,16 +140,20 @@ def _options(step: Step, recipe: Recipe) -> SolveOptions:
 def _set_back(
     block: Block, spec: LinearSpec, weight_OI: Tensor, part: Solution, inputs: Inputs, format_name: str
 ) -> Solved:
-    report, weight = _report(spec, weight_OI, part, inputs, format_name), part.weight.cpu()
+    report, dense_OI = _report(spec, weight_OI, part, inputs, format_name)
+    weight = part.weight.cpu()
     if (read := block.stored(spec, weight)) is not None:
         block.set_weight(spec, read)
         return Solved(spec, None, report)
-    block.set_weight(spec, partial(FORMATS[format_name].loaded, spec, weight))
+    again = partial(FORMATS[format_name].loaded, spec, weight)
+    block.set_weight(spec, again if block.is_made(spec) else dense_OI)
     return Solved(spec, weight, report)
 
 
-def _report(spec: LinearSpec, weight_OI: Tensor, part: Solution, inputs: Inputs, format_name: str) -> LayerReport:
-    """How well it was quantized, by the weight as a loader will see it."""
+def _report(
+    spec: LinearSpec, weight_OI: Tensor, part: Solution, inputs: Inputs, format_name: str
+) -> tuple[LayerReport, Tensor]:
+    """How well it was quantized, by the weight as a loader will see it; and that weight, dense_OI."""
     dense_OI = FORMATS[format_name].loaded(spec, part.weight)
     bits = FORMATS[format_name].weight_bits(spec) / (spec.shape[0] * spec.shape[1])
-    return measure(spec, weight_OI, dense_OI, part, inputs, bits)
+    return measure(spec, weight_OI, dense_OI, part, inputs, bits), dense_OI

@@ -52,6 +52,8 @@ def open_gguf_of(found: OnlyGGUFError) -> Source:
 class GGUFSource(Source):
     """A GGUF file. `tensors` have transformers' names and rows; those stored in blocks are uint8 [rows, row bytes]."""
 
+    in_parallel = False
+
     def __init__(self, name: str, path: Path, config: Path | None, revision: str | None = None) -> None:
         # Not Source.__init__: there is only one file, and its metadata gives what other checkpoints have in files.
         self.name, self.revision, self.folder = name, revision, path.parent

@@ -165,13 +165,17 @@ class Block:
 
     def stored(self, spec: LinearSpec, weight: QuantizedWeight) -> Callable[[], Tensor] | None:
         """What reads the codes of a linear back, where `store` takes them; None where they stay in memory."""
-        return self.store(spec, weight) if self.store and spec.param in self._weights.on_demand else None
+        return self.store(spec, weight) if self.store and self.is_made(spec) else None
+
+    def is_made(self, spec: LinearSpec) -> bool:
+        """Whether the weight of a linear is made whenever it is used."""
+        return spec.param in self._weights.on_demand
 
     def set_weight(self, spec: LinearSpec, weight: Value) -> None:
         """Replace the weight of a linear by weight_OI, or by what makes it, until the block is freed."""
         if isinstance(weight, Tensor):
             self._weights.put(spec.param, self.laid_out(spec, weight))
-        elif spec.param in self._weights.on_demand:
+        elif self.is_made(spec):
             self._weights.put(spec.param, lambda: self.laid_out(spec, weight()))
         else:
             self.set_weight(spec, weight())

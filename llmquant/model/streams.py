@@ -1,7 +1,8 @@
 """Hidden states of the token batches between two blocks, in memory within a budget, else in files.
 
-Files are read and written plainly, one batch ahead and one behind; mapped pages would count as memory. A stream of
-parked forwards holds more than hidden states, and is always in memory.
+Those in memory lie where the model computes, if that has room for them (`lies_on`), else in the machine's memory. Files
+are read and written plainly, one batch ahead and one behind; mapped pages would count as memory. A stream of parked
+forwards holds more than hidden states, and is always in memory.
 """
 
 import hashlib
@@ -15,7 +16,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from llmquant.model.devices import device_memory
 from llmquant.model.parked import Parked
+
+_CPU = torch.device("cpu")
 
 
 def spilled(sizes: Mapping[str, int], max_ram: int) -> dict[str, int]:
@@ -33,6 +37,12 @@ def spilled(sizes: Mapping[str, int], max_ram: int) -> dict[str, int]:
     return files
 
 
+def lies_on(device: torch.device, nbytes: int) -> torch.device:
+    """Where streams of these bytes lie: on an accelerator where they take at most a quarter of its memory."""
+    total = device_memory(device)
+    return device if total is not None and 4 * nbytes <= total else torch.device("cpu")
+
+
 def unnamed_file(name: str) -> BinaryIO:
     """A file for a stream of a command that leaves nothing behind, whatever ends it."""
     file: BinaryIO = TemporaryFile()  # noqa: SIM115 (its stream closes it)
@@ -43,6 +53,7 @@ class Streams:
     """Makes the streams of a run, in memory within `max_ram` bytes, the others in files made by `scratch`.
 
     Those named in `parked` are of parked forwards, and in memory whatever they take.
+    device   where the model computes
     """
 
     def __init__(
@@ -51,16 +62,19 @@ class Streams:
         max_ram: int,
         scratch: Callable[[str], BinaryIO],
         parked: Collection[str] = (),
+        device: torch.device = _CPU,
     ) -> None:
         self.spilled = spilled({name: size for name, size in sizes.items() if name not in parked}, max_ram)
         self.in_memory = sum(nbytes for name, nbytes in sizes.items() if name not in self.spilled)
         self.spare_bytes = max_ram - self.in_memory
+        self._device = lies_on(device, self.in_memory)
         self._scratch, self._parked = scratch, parked
         self._made: list[Stream] = []
 
     def new(self, name: str) -> "Stream":
         in_file = name in self.spilled
-        stream = FileStream(self._scratch(name)) if in_file else new_stream(parked=name in self._parked)
+        parked = name in self._parked
+        stream = FileStream(self._scratch(name)) if in_file else new_stream(parked=parked, device=self._device)
         self._made.append(stream)
         return stream
 
@@ -72,9 +86,9 @@ class Streams:
             stream.close()
 
 
-def _sum(hidden: Tensor) -> int:
-    """The bits of `hidden` added up as integers: the same in any order of adding."""
-    return int(hidden.contiguous().view(torch.int32 if hidden.dtype.itemsize == 4 else torch.int16).sum())
+def _sum(hidden: Tensor) -> Tensor:
+    """The bits of `hidden` added up as integers, int64: the same in any order of adding."""
+    return hidden.contiguous().view(torch.int32 if hidden.dtype.itemsize == 4 else torch.int16).sum()
 
 
 def _replacement(index: int, result: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -86,18 +100,19 @@ def _replacement(index: int, result: Tensor, shape: tuple[int, ...], dtype: torc
 
 
 class Stream:
-    """Batches of hidden states [B, T, D] in memory. `update` replaces each by a function of it.
+    """Batches of hidden states [B, T, D] in the memory of `device`. `update` replaces each by a function of it.
 
     The function must keep shape and dtype: nothing is cast or broadcast silently.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = _CPU) -> None:
+        self._device = device
         self._batches: list[Tensor] = []
-        self._sums: list[int] = []  # of every batch's bits
+        self._sums: list[Tensor] = []  # of every batch's bits; read late, as a device may still be at work on them
 
     def checksum(self) -> str:
         """A digest of all batches: it tells whether two runs computed the same, not whether someone changed it."""
-        return hashlib.sha256(json.dumps(self._sums).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([int(x) for x in self._sums]).encode()).hexdigest()
 
     @property
     def n_tokens(self) -> int:
@@ -106,7 +121,7 @@ class Stream:
     def append(self, hidden: Any) -> None:
         """Add a batch: what `Skeleton.record` hands out."""
         # A copy: the model may hand out a view of a buffer that it writes again.
-        self._batches.append(hidden.detach().to("cpu", copy=True))
+        self._batches.append(hidden.detach().to(self._device, copy=True))
         self._sums.append(_sum(self._batches[-1]))
 
     def __iter__(self) -> Iterator[Any]:
@@ -127,9 +142,9 @@ class Stream:
         self._batches.clear()
 
 
-def new_stream(*, parked: bool) -> "Stream":
-    """An empty stream in memory."""
-    return ParkedStream() if parked else Stream()
+def new_stream(*, parked: bool, device: torch.device = _CPU) -> "Stream":
+    """An empty stream in memory, that of `device` unless its forwards are parked."""
+    return ParkedStream() if parked else Stream(device)
 
 
 class ParkedStream(Stream):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmquant.ahead import ahead
 from llmquant.model.meta import dtype_plan
 from llmquant.model.names import find_ties
 from llmquant.source.base import Source
@@ -64,12 +65,23 @@ class Weights:
         return self._key_of[self.tied.get(name, name)]
 
     def load(self, names: Iterable[str]) -> None:
-        """Read `names` and put them in, in the compute dtype (or the dtype that the model insists on)."""
+        """Read `names` and put them in, in the compute dtype (or the dtype that the model insists on).
+
+        For an accelerator, which else would wait for its weights, threads read some of them at once.
+        """
+        names = list(names)
+        now = [name for name in names if name not in self.on_demand]
+        in_parallel = self.device.type != "cpu" and self.source.in_parallel
+        for name, tensor in zip(now, ahead(self.read, now) if in_parallel else map(self.read, now), strict=True):
+            self.put(name, self._placed(name, tensor))
         for name in names:
-            self.put(name, partial(self._read_in, name) if name in self.on_demand else self._read_in(name))
+            if name in self.on_demand:
+                self.put(name, partial(self._read_in, name))
 
     def _read_in(self, name: str) -> Tensor:
-        tensor = self.read(name)
+        return self._placed(name, self.read(name))
+
+    def _placed(self, name: str, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.compute_dtype(name) if tensor.is_floating_point() else tensor.dtype)
 
     def free(self, names: Iterable[str]) -> None:

@@ -16,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llmquant.ahead import ahead
 from llmquant.errors import VerifyError
 from llmquant.formats import LinearSpec
 from llmquant.formats.facts import FACTS, Facts
-from llmquant.plan import Plan
+from llmquant.plan import Plan, Row
 from llmquant.quant.grid import QuantizedWeight
 
 _DTYPES = {
@@ -92,7 +93,8 @@ def verify_places(folder: Path, places: Mapping[str, "Place"], plan: Plan, recor
         if (_DTYPES[places[name].dtype], places[name].shape) != (dtype, shape):
             raise VerifyError(name, f"{places[name].dtype} {places[name].shape}", expected=f"{dtype} {shape}")
     decode = DECODERS.get(record.format_name)
-    for row in plan.rows:
+
+    def check(row: Row) -> None:
         if row.spec is None or decode is None:
             if row.spec is not None and not np.isfinite(places[row.name].floats()).all():
                 raise VerifyError(row.name, "a weight that is not finite was written")
@@ -106,6 +108,9 @@ def verify_places(folder: Path, places: Mapping[str, "Place"], plan: Plan, recor
             raise VerifyError(
                 row.name, "the bytes on disk do not decode to what was computed", remedy="do not use this output"
             )
+
+    for _ in ahead(check, plan.rows):
+        pass
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from llmquant.ahead import n_workers
 from llmquant.blocks.forwards import entries_of_experts
 from llmquant.curvature import CurvaturePass
 from llmquant.draft import Draft
+from llmquant.model.streams import lies_on
 from llmquant.preflight.flops import Tokens
 from llmquant.recovery import RecoveryPlan
 from llmquant.text.windows import windows_per_batch
@@ -47,7 +49,8 @@ def memory_bound(
     On a CPU: base + 2 blocks + 8 bytes x widest input squared + 4 x that by
     the hidden states' width + largest outer tensor + a batch's activations + at most
     --max-ram for streams and paused forwards. On an accelerator weights, Hessians, activations and paused forwards
-    are its own; the machine holds streams, and one tensor on its way. Parked forwards lie where they compute.
+    are its own, and streams where it has room for them (`streams.lies_on`), else the machine's. Parked forwards lie
+    where they compute.
     """
     skeleton, budget = draft.skeleton, draft.options.stream_budget
     sizes, width = _sizes(draft, tokens), skeleton.dtype.itemsize
@@ -92,9 +95,11 @@ def memory_bound(
         return MemoryBound(base | work | kept | paused | floor, {})
     largest = max((info.numel for info in draft.source.tensors.values()), default=0)
     on_the_way = {
-        "largest tensor while it is read": 4 * largest,
+        "largest tensors while they are read": n_workers() * 4 * largest,
         "batches on their way": _BATCHES_ON_THE_WAY * sizes.batch * width,
     }
+    if lies_on(skeleton.device, in_memory).type != "cpu":
+        return MemoryBound(base | on_the_way, work | kept | paused | floor)
     return MemoryBound(base | kept | on_the_way, work | paused | floor)
 
 

@@ -28,6 +28,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmquant.quant import kernels
+
 # Every bf16 number in this range is exact in fp16 too, so one canonical scale serves every format: 65280 is the largest
 # bf16 number below fp16's 65504, and the last bit of a bf16 number near 2^-17 is 2^-24, fp16's smallest number.
 SCALE_MIN, SCALE_MAX = 2.0**-17, 65280.0
@@ -114,12 +116,16 @@ class QuantizedWeight:
             self.codes_OI[rows].contiguous(), self.scales_OG[rows].contiguous(), self.scheme, zeros_OG
         )
 
-    def cpu(self) -> "QuantizedWeight":
-        """The same on the CPU, where formats pack it and writers take its bytes."""
-        if self.codes_OI.device.type == "cpu":
+    def to(self, device: torch.device) -> "QuantizedWeight":
+        """The same on another device."""
+        if self.codes_OI.device == device:
             return self
-        zeros_OG = None if self.zeros_OG is None else self.zeros_OG.cpu()
-        return QuantizedWeight(self.codes_OI.cpu(), self.scales_OG.cpu(), self.scheme, zeros_OG)
+        zeros_OG = None if self.zeros_OG is None else self.zeros_OG.to(device)
+        return QuantizedWeight(self.codes_OI.to(device), self.scales_OG.to(device), self.scheme, zeros_OG)
+
+    def cpu(self) -> "QuantizedWeight":
+        """The same on the CPU, where writers take its bytes."""
+        return self.to(torch.device("cpu"))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """weight_OI in `dtype`. The product is computed in float32 and rounded once.
@@ -209,6 +215,7 @@ def absmax_scales(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
 # Ratios that the search tries. Below 1 the grid clips the largest weights, above 1 it covers more than them.
 _COARSE = tuple(0.40 + 0.05 * i for i in range(15))
 _FINE = (-0.0375, -0.025, -0.0125, 0.0125, 0.025, 0.0375)
+_CHUNK_OF_DEVICE = 2**26  # where a launch takes longer than its memory traffic
 _CHUNK = 2**19  # weights searched at a time: their two temporaries, 2 MB each, stay in a core's cache
 
 
@@ -234,10 +241,23 @@ def search_grid(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme) ->
     >>> search_grid(weight_OI, torch.tensor([1.0, 1.0, 1.0, 0.0]), scheme)[0].tolist()  # 4 counts for nothing
     [[1.0]]
     """
-    chunk = max(1, _CHUNK // weight_OI.shape[1])
+    if kernels.used_for(weight_OI) and scheme.group(weight_OI.shape[1]) <= kernels.MOST_IN_GROUP:
+        return _searched_by_kernel(weight_OI, importance_I, scheme)
+    chunk = max(1, (_CHUNK if weight_OI.device.type == "cpu" else _CHUNK_OF_DEVICE) // weight_OI.shape[1])
     rows = _symmetric_rows if scheme.symmetric else _asymmetric_rows
     found = [rows(part, importance_I, scheme) for part in torch.split(weight_OI, chunk)]
     return joined(found)
+
+
+def _searched_by_kernel(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor | None]:
+    from llmquant.quant.kernels import grids
+
+    group, code_range = scheme.group(weight_OI.shape[1]), (scheme.code_min, scheme.code_max)
+    if scheme.symmetric:
+        full, coarse = _full_range(weight_OI, scheme), (*_COARSE, _plain_ratio(scheme))
+        return grids.search(weight_OI, importance_I, full, None, group, code_range, coarse, _FINE)
+    full, zeros = minmax_grid(weight_OI, scheme)
+    return grids.search(weight_OI, importance_I, full, zeros, group, code_range, (*_COARSE, 1.0), _FINE)
 
 
 def joined(grids: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
@@ -282,17 +302,28 @@ class _Best:
 
 
 def _symmetric_rows(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme) -> tuple[Tensor, None]:
-    full = weight_OI.view(len(weight_OI), scheme.groups(weight_OI.shape[1]), -1).abs().amax(-1)
-    full = full / 2 ** (scheme.bits - 1)
+    full = _full_range(weight_OI, scheme)
     best = _Best(weight_OI, importance_I, full, scheme)
-    plain = 2 ** (scheme.bits - 1) / (2 ** (scheme.bits - 1) - 0.5)  # the absmax grid: never do worse than that
-    for ratio in (*_COARSE, plain):
+    for ratio in (*_COARSE, _plain_ratio(scheme)):
         for sign in (1.0, -1.0):
             best.consider(torch.full_like(full, sign * ratio))
     centre = best.ratio.clone()
     for step in _FINE:
         best.consider(centre * (1 + step / centre.abs()))
     return best.scale, None
+
+
+def _full_range(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
+    """absmax / 2^(bits-1), [O, G]."""
+    groups = weight_OI.view(len(weight_OI), scheme.groups(weight_OI.shape[1]), -1)
+    full: Tensor = groups.abs().amax(-1) / 2 ** (scheme.bits - 1)
+    return full
+
+
+def _plain_ratio(scheme: QuantScheme) -> float:
+    """That of the absmax grid: the search shall never do worse than it."""
+    most = 1 << (scheme.bits - 1)
+    return most / (most - 0.5)
 
 
 def _asymmetric_rows(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:

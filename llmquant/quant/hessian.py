@@ -30,7 +30,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmquant.quant.matmul import matmul, sums_of
+from llmquant.quant.matmul import add_product, matmul, sums_of
 
 # Few tokens per input dimension leave H noisy and need more damping: 0.01, or 0.003 from 8 tokens per dimension on.
 _DAMP_FEW, _DAMP_MANY, _MANY = 0.01, 0.003, 8
@@ -140,10 +140,12 @@ class Hessian:
 
 def add_products(sum_II: Tensor, x_NI: Tensor, products: torch.dtype) -> None:
     """sum_II += x^T x, the upper triangle only, block column by block column: half of the work."""
+    narrow = x_NI.is_cuda and x_NI.dtype == torch.float32 and products != torch.float32
     with sums_of(products):
+        x_NI = x_NI.to(products) if narrow else x_NI
         for start in range(0, x_NI.shape[1], _COLUMNS):
             end = start + _COLUMNS
-            sum_II[:end, start:end].addmm_(x_NI[:, :end].T, x_NI[:, start:end])
+            add_product(sum_II[:end, start:end], x_NI[:, :end].T, x_NI[:, start:end])
 
 
 def mirrored(sum_II: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ class Source:
     """
 
     untied, left_over = False, ""
+    in_parallel = True  # whether several threads may `read` at once
 
     def __init__(
         self, name: str, folder: Path, revision: str | None = None, *, trust_remote_code: bool = False

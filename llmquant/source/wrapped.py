@@ -16,6 +16,8 @@ from llmquant.source.header import TensorInfo
 class WrappedSource(Source):
     """All of `stored`, but for `tensors`, `parts` and `read`, which a subclass makes."""
 
+    in_parallel = False
+
     def __init__(self, stored: Source) -> None:
         # Not Source.__init__: files were listed and checked by `stored`.
         self.stored = stored

@@ -144,12 +144,12 @@ def test_an_accelerators_memory_is_counted_apart(
     monkeypatch.setattr(estimate_module, "physical_memory", lambda: 3)
     monkeypatch.setattr(estimate_module, "device_memory", lambda device: 4)
     there = estimate(tiny_model("llama"), llmquant.make_recipe("x", flags=FLAGS | {"dtype": "float32"}), options)
-    on_the_way = {"largest tensor while it is read", "batches on their way"}
+    on_the_way = {"largest tensors while they are read", "batches on their way"}
     assert there.memory.keys() == {"base", "streams in memory"} | on_the_way
     assert {name: size for name, size in there.memory.items() if name not in on_the_way} | there.device_memory == (
         here.memory
     )
-    assert there.memory["largest tensor while it is read"] == 4 * 4096 * 64
+    assert there.memory["largest tensors while they are read"] == 4 * 4096 * 64
     both = there.as_dict()
     assert both["device_memory_bytes"] == sum(there.device_memory.values()) > 0
     assert both["memory_bytes"] == sum(there.memory.values())

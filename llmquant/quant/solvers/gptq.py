@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import SolveError, option
+from llmquant.quant import kernels
 from llmquant.quant.grid import QuantizedWeight, QuantScheme, joined, plain_grid, search_grid, stacked
 from llmquant.quant.hessian import default_damp, factor, quadratic, ridge
 from llmquant.quant.matmul import matmul
@@ -182,6 +183,8 @@ def ldlq(
     >>> codes_OI.tolist(), round(float(quadratic(target_OI - codes_OI, H_II)), 6)
     ([[0, 1]], 0.28)
     """
+    if kernels.used_for(weight_OI):
+        return two_sided_ldlq(weight_OI, U_II, [], scales_OG, zeros_OG, scheme, order)
     in_features, group = weight_OI.shape[1], scheme.group(weight_OI.shape[1])
     weight_IO = weight_OI.T[order].contiguous()
     scales_GO = scales_OG.T.contiguous()

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmquant.quant import kernels
 from llmquant.quant.grid import QuantizedWeight, round_scales
 from llmquant.quant.matmul import matmul
 from llmquant.quant.solvers.base import SolveOptions
@@ -64,7 +65,7 @@ def refine(
     # 1. Levels c = q - z and the error e, both transposed. `level_GgO` is a view of `level_IO`.
     group = scheme.group(target_OI.shape[1])
     width = max(_BLOCK // group, 1) * group
-    scales_GO = weight.scales_OG.T.to(dtype).contiguous()
+    scales_GO = weight.scales_OG.T.to(dtype).clone(memory_format=torch.contiguous_format)  # changed in place
     zeros_GO = target_OI.new_zeros(len(scales_GO), 1)
     if weight.zeros_OG is not None:
         zeros_GO = weight.zeros_OG.T.to(dtype).contiguous()
@@ -132,13 +133,17 @@ class _Group:
     def descend(self, low: Tensor, high: Tensor) -> None:
         """Choose the levels of each column in turn: c_j = clip(round(c_j + G_j / (s H_l,jj)), low, high)."""
         H_gg, gradient_gO = self.H_gg, self.gradient_gO
+        by_kernel = kernels.used_for(gradient_gO)
         step_gO = torch.zeros_like(self.level_gO)  # s times the step of c: how far the weights move
         inverse_O = 1 / self.scale_O
-        curvature = H_gg.diagonal().tolist()
+        curvature = [] if by_kernel else H_gg.diagonal().tolist()
         for start in range(0, len(H_gg), _INSIDE):
             # 1. The gradient of a strip of columns, after the steps of all columns before it.
             end = min(start + _INSIDE, len(H_gg))
             gradient_gO[start:end].addmm_(H_gg[start:end, :start], step_gO[:start], alpha=-1)
+            if by_kernel:
+                self._descend_strip(slice(start, end), step_gO, low, high)
+                continue
             for j in range(start, end):
                 # 2. The same inside the strip, for one column.
                 gradient_O = gradient_gO[j]
@@ -155,3 +160,9 @@ class _Group:
             end = start + _INSIDE
             gradient_gO[start:end].addmm_(H_gg[start:end, start:], step_gO[start:], alpha=-1)
         self.error_gO.sub_(step_gO)
+
+    def _descend_strip(self, strip: slice, step_gO: Tensor, low: Tensor, high: Tensor) -> None:
+        from llmquant.quant.kernels.descent import descend_strip
+
+        H_BB = self.H_gg[strip, strip]
+        descend_strip(H_BB, self.gradient_gO[strip], self.level_gO[strip], step_gO[strip], self.scale_O, low, high)

@@ -20,7 +20,7 @@ so each w_ij is the level nearest to v_ij, row by row, column by column.
 
 How. v_ij needs what lies above it in its column and left of it in its row. So the matrix is cut into tiles, and all
 tiles on an anti-diagonal are worked on at once; inside of a tile the same holds for its entries. What a finished tile
-adds to those below and to its right are two products.
+adds to those below and to its right are two products. On a GPU a kernel does the same (`kernels/tiles.py`).
 
 Cost. O I (O + I) operations in products. H_O of a wide layer is cut into blocks of rows, which know nothing of each
 other: then that is O I (b + I), b rows to a block.
@@ -37,6 +37,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmquant.quant import kernels
 from llmquant.quant.grid import QuantScheme
 from llmquant.quant.hessian import factor
 from llmquant.quant.solvers.base import rows_at_once
@@ -46,9 +47,12 @@ _SIDE = 32  # of a tile
 
 @dataclass(frozen=True)
 class RowFeedback:
-    """Of one block of rows: A_ik / A_ii below the diagonal, 0 elsewhere, and the rows in which order it holds."""
+    """Of one block of rows: A_ik / A_ii below the diagonal, 0 elsewhere, and the rows in which order it holds.
 
-    A_bb: Tensor
+    A_bb   None: the rows know nothing of each other
+    """
+
+    A_bb: Tensor | None
     rows: Tensor
 
 
@@ -86,7 +90,7 @@ def two_sided_ldlq(
     """codes_OI, int8, in the original order of rows and columns.
 
     U_II       the factor of the permuted H_I, `order` that permutation
-    feedback   of every block of rows; every row is in one
+    feedback   of every block of rows; every row is in one. None at all: this is `gptq.ldlq`
 
     Two rows whose outputs the model adds up: where one is rounded up, the other is rounded down.
 
@@ -97,11 +101,11 @@ def two_sided_ldlq(
     """
     codes_OI = torch.empty(target_OI.shape, dtype=torch.int8, device=target_OI.device)
     columns = _Columns(U_II, order, scheme)
+    feedback = feedback or [RowFeedback(None, torch.arange(len(target_OI), device=target_OI.device))]
     for blocks in _together(feedback, rows_at_once(target_OI)):
-        work = _Tiles(target_OI, blocks, columns, scales_OG, zeros_OG)
-        for step in range(work.n_steps):
-            work.step(step)
-        work.write(codes_OI)
+        placed = _Placed(target_OI, blocks, columns, scales_OG, zeros_OG)
+        found = _by_kernel(placed) if kernels.used_for(target_OI) else _by_steps(placed)
+        codes_OI[placed.rows] = placed.back(found)
     # Groups of zeros stay zeros, whatever their rows could make up for with the smallest of all scales.
     empty_OG = (target_OI.view(*scales_OG.shape, -1) == 0).all(-1)
     codes_OGg = codes_OI.view(*scales_OG.shape, -1)
@@ -142,20 +146,16 @@ class _Columns:
 
 @dataclass(frozen=True)
 class _TileRow:
-    """A row of tiles: number `lag` of its block of rows, whose first row is `start`, with the block's feedback."""
+    """A row of tiles: number `lag` of block `block` of rows, whose first row is `start`, with the block's feedback."""
 
+    block: int
     start: int
     lag: int
-    A_bb: Tensor
+    A_bb: Tensor | None
 
 
-class _Tiles:
-    """Blocks of rows in tiles, with rows and columns in the order of the loop, padded by zeros to whole tiles.
-
-    target    T
-    moved     T', as far as finished tiles reach
-    fed       v - T', likewise
-    """
+class _Placed:
+    """Blocks of rows in tiles, with rows and columns in the order of the loop, padded by zeros to whole tiles."""
 
     def __init__(
         self,
@@ -167,20 +167,16 @@ class _Tiles:
     ) -> None:
         self.columns, self.tile_rows, device = columns, list[_TileRow](), target_OI.device
         # 1. Where the rows of each block go: a block begins with a tile of its own.
-        places, inside = [], []
-        for block in feedback:
+        places = []
+        for number, block in enumerate(feedback):
             start, n_tiles = len(self.tile_rows) * _SIDE, -(-len(block.rows) // _SIDE)
-            A_bb = _padded(block.A_bb, n_tiles * _SIDE)
+            A_bb = None if block.A_bb is None else _padded(block.A_bb, n_tiles * _SIDE)
             places.append(torch.arange(start, start + len(block.rows), device=device))
-            inside.append(_diagonal_tiles(A_bb).flip(2))
-            self.tile_rows += [_TileRow(start, lag, A_bb) for lag in range(n_tiles)]
-        self.places, self.rows = torch.cat(places), torch.cat([block.rows for block in feedback])
-        self.A_inside = torch.cat(inside)
+            self.tile_rows += [_TileRow(number, start, 0 if A_bb is None else tile, A_bb) for tile in range(n_tiles)]
+        self._places, self.rows = torch.cat(places), torch.cat([block.rows for block in feedback])
         self.n_steps = columns.n_tiles + max(row.lag for row in self.tile_rows)
         # 2. The matrices in that order.
         self.target = self._placed(target_OI[self.rows][:, columns.order], columns.width, 0)
-        self.moved, self.fed = self.target.clone(), torch.zeros_like(self.target)
-        self.found = torch.zeros(self.target.shape, dtype=torch.int8, device=device)
         self.scales = self._placed(scales_OG[self.rows].to(target_OI.dtype), scales_OG.shape[1], 1)
         self.zeros = None
         if zeros_OG is not None:
@@ -189,16 +185,74 @@ class _Tiles:
     def _placed(self, rows: Tensor, width: int, pad: int) -> Tensor:
         """`rows` in their places, and `pad` in all others."""
         out = rows.new_full((len(self.tile_rows) * _SIDE, width), pad)
-        out[self.places, : rows.shape[1]] = rows
+        out[self._places, : rows.shape[1]] = rows
         return out
+
+    def back(self, found: Tensor) -> Tensor:
+        """Codes of the blocks' rows, in the original order of columns."""
+        of_rows = found[self._places, : len(self.columns.order)]
+        ordered = torch.empty_like(of_rows)
+        ordered[:, self.columns.order] = of_rows
+        return ordered
+
+
+def _by_kernel(placed: _Placed) -> Tensor:
+    """The codes of all tiles."""
+    from llmquant.quant.kernels.tiles import round_tiles
+
+    columns, device = placed.columns, placed.target.device
+    blocks = {row.block: row.A_bb for row in placed.tile_rows if row.A_bb is not None}
+    side = max((len(A_bb) for A_bb in blocks.values()), default=0)
+    return round_tiles(
+        placed.target,
+        columns.feedback,
+        torch.stack([_padded(A_bb, side) for A_bb in blocks.values()]) if blocks else None,
+        torch.tensor([row.block for row in placed.tile_rows], dtype=torch.int32, device=device),
+        torch.tensor([row.lag for row in placed.tile_rows], dtype=torch.int32, device=device),
+        placed.n_steps,
+        placed.scales,
+        placed.zeros,
+        columns.groups.int(),
+        (columns.scheme.code_min, columns.scheme.code_max),
+        _SIDE,
+    )
+
+
+def _by_steps(placed: _Placed) -> Tensor:
+    """The same by operators."""
+    work = _Steps(placed)
+    for step in range(placed.n_steps):
+        work.step(step)
+    return work.found
+
+
+class _Steps:
+    """The tiles of one anti-diagonal after those of the other.
+
+    moved      T', as far as finished tiles reach
+    fed        v - T', likewise
+    found      codes
+    A_inside   of the tile on the diagonal in each row of tiles
+    """
+
+    def __init__(self, placed: _Placed) -> None:
+        self._placed = placed
+        self.moved, self.fed = placed.target.clone(), torch.zeros_like(placed.target)
+        self.found = torch.zeros(placed.target.shape, dtype=torch.int8, device=placed.target.device)
+        self.A_inside = placed.target.new_zeros(len(placed.tile_rows), _SIDE, _SIDE)
+        for number, row in enumerate(placed.tile_rows):
+            if row.A_bb is not None:
+                own = slice(row.lag * _SIDE, (row.lag + 1) * _SIDE)
+                self.A_inside[number] = row.A_bb[own, own].flip(1)
 
     def step(self, step: int) -> None:
         """All tiles of one anti-diagonal: those whose neighbours above and on the left are done."""
-        n_rows, n_columns = len(self.tile_rows), self.columns.n_tiles
-        active = [(a, step - row.lag) for a, row in enumerate(self.tile_rows) if 0 <= step - row.lag < n_columns]
-        at_row, at_column = torch.tensor(active, device=self.target.device).T
+        placed, columns = self._placed, self._placed.columns
+        n_rows, n_columns = len(placed.tile_rows), columns.n_tiles
+        active = [(a, step - row.lag) for a, row in enumerate(placed.tile_rows) if 0 <= step - row.lag < n_columns]
+        at_row, at_column = torch.tensor(active, device=placed.target.device).T
         grid = (n_rows, _SIDE, n_columns, _SIDE)
-        groups = self.columns.groups.view(n_columns, 1, _SIDE)[at_column].expand(-1, _SIDE, -1)
+        groups = columns.groups.view(n_columns, 1, _SIDE)[at_column].expand(-1, _SIDE, -1)
 
         def entries(matrix: Tensor) -> Tensor:
             return matrix.view(grid)[at_row, :, at_column]
@@ -207,28 +261,23 @@ class _Tiles:
             return values.view(n_rows, _SIDE, -1)[at_row].gather(2, groups)
 
         # 1. The tiles themselves.
-        scale, zero = of_groups(self.scales), None if self.zeros is None else of_groups(self.zeros)
-        target, moved, fed = entries(self.target), entries(self.moved), entries(self.fed)
-        tile = _Tile(target, moved, fed, scale, zero, self.columns.scheme)
-        tile.round(self.A_inside[at_row], self.columns.inside[at_column])
+        scale, zero = of_groups(placed.scales), None if placed.zeros is None else of_groups(placed.zeros)
+        target, moved, fed = entries(placed.target), entries(self.moved), entries(self.fed)
+        tile = _Tile(target, moved, fed, scale, zero, columns.scheme)
+        tile.round(self.A_inside[at_row], columns.inside[at_column])
         self.found.view(grid)[at_row, :, at_column] = tile.codes.to(torch.int8)
         # 2. What their errors do to the tiles on the right, and to those below.
         for number, (a, c) in enumerate(active):
-            row, columns = self.tile_rows[a], slice(c * _SIDE, (c + 1) * _SIDE)
-            right = self.fed[a * _SIDE : (a + 1) * _SIDE, columns.stop :]
+            row, at = placed.tile_rows[a], slice(c * _SIDE, (c + 1) * _SIDE)
+            right = self.fed[a * _SIDE : (a + 1) * _SIDE, at.stop :]
             if right.numel():
-                right.addmm_(tile.left[number], self.columns.feedback[columns, columns.stop :])
+                right.addmm_(tile.left[number], columns.feedback[at, at.stop :])
+            if row.A_bb is None:
+                continue
             own = slice(row.lag * _SIDE, (row.lag + 1) * _SIDE)
-            below = self.moved[row.start + own.stop : row.start + len(row.A_bb), columns]
+            below = self.moved[row.start + own.stop : row.start + len(row.A_bb), at]
             if below.numel():
                 below.addmm_(row.A_bb[own.stop :, own], tile.error[number])
-
-    def write(self, codes_OI: Tensor) -> None:
-        """The codes into their rows, in the original order of columns."""
-        found = self.found[self.places, : len(self.columns.order)]
-        ordered = torch.empty_like(found)
-        ordered[:, self.columns.order] = found
-        codes_OI[self.rows] = ordered
 
 
 def _padded(matrix: Tensor, side: int) -> Tensor:
