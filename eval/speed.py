@@ -15,13 +15,13 @@ small: 2 blocks of 2048 x 5632, 32 query and 8 key heads.  7b: 32 blocks of 4096
 import argparse
 import importlib
 import json
-import logging
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,9 @@ SHAPES = {
 }
 # Functions timed by name, outermost first; what one of them spends in another counts for the inner one only.
 STAGES = {
-    "start": ["pipeline:prepare", "pipeline:compare_with_stock"],
-    "read": ["source.base:Source.read_finite"],
+    "start": ["pipeline:prepare", "pipeline:refuse_damaged_weights", "pipeline:compare_with_stock"],
+    "kernels": ["pipeline:refuse_wrong_kernels"],
+    "read": ["model.weights:Weights.load"],
     "forward": [
         "model.paused:Paused._go_on",
         "blocks.forwards:BlockForwards._advance",
@@ -105,7 +106,6 @@ def child(arguments: argparse.Namespace, model: str, out: str) -> None:
     """One quantization in a process of its own; prints a JSON line."""
     import llmquant
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     device = torch.device(arguments.device)
     seconds = dict.fromkeys([*STAGES, "other"], 0.0)
     open_stages: list[str] = []
@@ -116,7 +116,8 @@ def child(arguments: argparse.Namespace, model: str, out: str) -> None:
     flags["device"] = arguments.device
     recipe = llmquant.make_recipe(model, flags=flags | {"eval_data": "none"})
     begin = time.perf_counter()
-    report = llmquant.quantize(model, recipe, out, max_ram=arguments.max_ram)
+    told = partial(print, file=sys.stderr, flush=True)
+    report = llmquant.quantize(model, recipe, out, max_ram=arguments.max_ram, log=told)
     total = time.perf_counter() - begin
     device_peak = 0 if device.type == "cpu" else torch.accelerator.max_memory_allocated(device)
     seconds["other"] = total - sum(seconds.values())

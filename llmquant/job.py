@@ -14,6 +14,7 @@ from llmquant.draft import Draft, draft
 from llmquant.errors import CalibrationError
 from llmquant.log import Progress
 from llmquant.model.skeleton import Skeleton
+from llmquant.quant import kernels
 from llmquant.recipe import Recipe, RunOptions
 from llmquant.source.base import Source
 from llmquant.source.card import read_card
@@ -33,6 +34,11 @@ class Job(Draft):
     calibration: Windows | None
     evaluation: Windows | None
     card: dict[str, Any]  # what the original's own card says, by `read_card`
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """Those that compute the output besides the usual ones."""
+        return ("triton",) if self.calibrated and kernels.runs_on(self.skeleton.device) else ()
 
 
 def prepare(model: str | Path, recipe: Recipe, options: RunOptions, log: Progress) -> Job:
@@ -162,7 +168,7 @@ def fingerprint(job: Job, weights: str) -> dict[str, str]:
         "trust_remote_code": job.source.trust_remote_code,
         "plan": [row.as_dict() for row in job.plan.rows],
         "lanes": job.lanes,
-        "versions": versions(),
+        "versions": versions(*job.libraries),
         "codes": None if job.finished is None else job.finished.source.stored.local("manifest.json").read_text("utf-8"),
         "instruction set": torch.backends.cpu.get_cpu_capability(),
         "device": job.skeleton.device.type,

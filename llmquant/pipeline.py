@@ -18,6 +18,7 @@ from llmquant.model.stock import compare_with_stock
 from llmquant.model.streams import Streams
 from llmquant.output.check_files import check_config
 from llmquant.paths import shown_name
+from llmquant.quant.solvers.insurance import refuse_wrong_kernels
 from llmquant.recipe import Recipe, RunOptions, make_recipe, parse_size
 from llmquant.recovery import RecoveryPlan
 from llmquant.report.card import make_card
@@ -58,6 +59,8 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
     watch = Stopwatch(log.stage)
     with watch.stage("prepare"):
         job = prepare(model, recipe, options, log)
+        if problem := refuse_wrong_kernels(job.skeleton.device):
+            log.line(f"kernels: {problem}; solved without them, which takes much longer")
         output = job.output
         n_tokens = [0 if text is None else text.n_tokens for text in (job.calibration, job.evaluation)]
         sizes = job.stream_sizes(*n_tokens)

@@ -53,7 +53,7 @@ def run_report(
             stored_as=stored_forms(job.source) or None,
             left_behind=job.source.left_behind or None,
         ),
-        versions=library_versions(),
+        versions=library_versions(*job.libraries),
         recipe=cast(RecipeFacts, asked.as_dict()),
         compute=Compute(
             device=job.skeleton.device.type,

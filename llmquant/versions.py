@@ -13,8 +13,9 @@ def installed(package: str) -> str | None:
         return VERSION if package == "llmquant" else None
 
 
-def versions() -> dict[str, str]:
-    """Versions of what computed the output."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of what computed the output; `more` names packages that not every run uses."""
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("torch", "transformers", "safetensors")} | {"llmquant": VERSION}
+    always = {name: version(name) for name in ("torch", "transformers", "safetensors")}
+    return always | {name: installed(name) or "of unknown version" for name in more} | {"llmquant": VERSION}

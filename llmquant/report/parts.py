@@ -17,8 +17,8 @@ def runtimes_of(plan: Plan, format_name: str, tried: Sequence[Finding]) -> dict[
     return {name: Runtime(facts["version"], facts["opens"], tuple(facts["notes"])) for name, facts in found.items()}
 
 
-def library_versions() -> Versions:
-    return cast(Versions, versions())
+def library_versions(*more: str) -> Versions:
+    return cast(Versions, versions(*more))
 
 
 def evaluation_report(windows: Windows, lanes: Mapping[str, LaneReport], floor: Figures | None = None) -> Evaluation:

@@ -22,6 +22,7 @@ from llmquant.quant.grid import (
 from llmquant.quant.hessian import factor
 from llmquant.quant.solvers import LayerTask, SolveOptions
 from llmquant.quant.solvers.gptq import ldlq, solve_gptq
+from llmquant.quant.solvers.insurance import refuse_wrong_kernels
 from llmquant.quant.solvers.refine import refine
 from llmquant.quant.solvers.two_sided import row_feedback, two_sided_ldlq
 
@@ -89,7 +90,7 @@ def test_grid(scheme: QuantScheme, columns: int) -> None:
 
 
 @both_grids
-@pytest.mark.parametrize(("rows", "columns"), [(40, 64), (96, 192), (7, 64)])
+@pytest.mark.parametrize(("rows", "columns"), [(40, 64), (7, 128)])
 @pytest.mark.parametrize("most", [64, 24], ids=["one block", "blocks of rows"])
 def test_two_sided(scheme: QuantScheme, rows: int, columns: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmquant.quant.curvature._MOST", most)
@@ -132,6 +133,37 @@ def test_a_layer(curved: bool) -> None:
     task = LayerTask("layer", W, H_I, 1024, QuantScheme(4, 64), H_OO=H_OO)
     ours, theirs = by_kernel_and_torch(lambda: solve_gptq(task, SolveOptions(sweeps=1, refit=True)))
     torch.testing.assert_close(ours.loss_O.sum(), theirs.loss_O.sum(), rtol=0.02, atol=0)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the kernels ran on this device whatever it is, while nobody refuses them."""
+    monkeypatch.setattr(kernels, "_refused", set())
+    monkeypatch.setattr(kernels, "runs_on", lambda device: device.type not in kernels._refused)
+
+
+@pytest.mark.usefixtures("here")
+def test_the_insurance_finds_them_right() -> None:
+    assert refuse_wrong_kernels(DEVICE) == ""
+    assert kernels.used_for(weight(1, 1))
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("kernel", "wrong"),
+    [
+        ("tiles.round_tiles", lambda target, *others: torch.zeros_like(target, dtype=torch.int8)),
+        ("grids.search", lambda weight, importance, full, zeros, *others: (full.bfloat16().float(), zeros)),
+        ("descent.descend_strip", lambda H, gradient, level, *others: level.neg_()),
+        ("tiles.round_tiles", lambda *given: 1 / 0),
+    ],
+    ids=["tiles", "grids", "descent", "an error"],
+)
+def test_wrong_kernels_are_refused(kernel: str, wrong: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"llmquant.quant.kernels.{kernel}", wrong)
+    problem = refuse_wrong_kernels(DEVICE)
+    assert "losses of a small layer are" in problem or "Error: " in problem
+    assert not kernels.used_for(weight(1, 1))
 
 
 def test_they_are_for_float32_on_a_gpu() -> None:
