@@ -60,7 +60,7 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
     with watch.stage("prepare"):
         job = prepare(model, recipe, options, log)
         if problem := refuse_wrong_kernels(job.skeleton.device):
-            log.line(f"kernels: {problem}; solved without them, which takes much longer")
+            log.line(f"kernels of this GPU: {problem}; the CPU does their part, which takes longer")
         output = job.output
         n_tokens = [0 if text is None else text.n_tokens for text in (job.calibration, job.evaluation)]
         sizes = job.stream_sizes(*n_tokens)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from llmquant.quant.kernels.numbers import level_of, round_scale
+from llmquant.quant.kernels.gpu.numbers import level_of, round_scale
 
 
 @triton.jit

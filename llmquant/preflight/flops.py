@@ -18,11 +18,9 @@ from llmquant.plan import Plan
 from llmquant.quant.solvers.refine import default_sweeps
 from llmquant.recovery import RecoveryPlan
 
-# Seconds per weight of the grid search and the column loop, which memory bounds, not FLOPs: 2.0e-7 to 3.2e-7 on one
-# core, for layers of 512 x 256 to 4096 x 1024. An accelerator has some fifty times the bandwidth; not measured.
-_SOLVER_SECONDS, _SOLVER_SECONDS_ACCELERATOR = 2.3e-7, 5e-9
-# Seconds per column of a stack of linears: the column loop is a loop of Python.
-_COLUMN_SECONDS, _COLUMN_SECONDS_ACCELERATOR = 5e-5, 1e-4
+# Seconds per weight of the kernels, which no product is: the grid search and what tiles do entry by entry; on one core,
+# for layers of 576 x 1536 to 1024 x 4096, and on an H200 with the compilation of the kernels in it.
+_SOLVER_SECONDS, _SOLVER_SECONDS_ACCELERATOR = 8e-8, 5e-9
 # Seconds per weight to round, pack and verify, whatever the method; measured on one core, 4096 x 4096.
 _PACK_SECONDS = 3.5e-8
 
@@ -39,22 +37,19 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of forwards (compute dtype) and of Hessians and solves (float32); weights in all, and those and the columns
-    that a solver goes through."""
+    """FLOPs of forwards (compute dtype) and of Hessians and solves (float32); weights in all, and those that a solver
+    goes through."""
 
     forward_flops: float
     solve_flops: float
     planned: int
     weights: int
-    columns: int
     efficiency: float = 0.6  # of a large product's speed, that smaller ones reach on average
 
     def seconds(self, forward_rate: float, solve_rate: float, device: str) -> dict[str, float]:
         """By part, from FLOP/s of both dtypes."""
-        per_weight, per_column = _SOLVER_SECONDS, _COLUMN_SECONDS
-        if device != "cpu":
-            per_weight, per_column = _SOLVER_SECONDS_ACCELERATOR, _COLUMN_SECONDS_ACCELERATOR
-        elementwise = self.weights * per_weight + self.columns * per_column
+        per_weight = _SOLVER_SECONDS if device == "cpu" else _SOLVER_SECONDS_ACCELERATOR
+        elementwise = self.weights * per_weight
         return {
             "forwards": self.forward_flops / (forward_rate * self.efficiency),
             "Hessians and solving": self.solve_flops / (solve_rate * self.efficiency) + elementwise,
@@ -93,9 +88,8 @@ def work_of(draft: Draft, curvature: CurvaturePass, recovery: RecoveryPlan, toke
     forward_flops += 2.0 * (once + 4 * steps + held) * (block_weights + attention * tokens.seq_len)
     forward_flops += 2.0 * (3 * steps + 2 * held) * skeleton.vocab_size * skeleton.hidden_size
     n_calibration = 0 if draft.finished is not None else tokens.calibration
-    solve_flops, columns = 0.0, 0
+    solve_flops = 0.0
     for rows, width, share in _inputs(plan, skeleton) if n_calibration else ():
-        columns += width
         solve_flops += (
             n_calibration * share * width**2 * (3.0 if drift else 1.0) + width**3 / 3
         )  # half of a symmetric product
@@ -114,7 +108,7 @@ def work_of(draft: Draft, curvature: CurvaturePass, recovery: RecoveryPlan, toke
         forward_flops += 2.0 * (len(draft.candidates) + 2) * curvature.n_tokens * block_weights
         solve_flops *= rounds
     solved = planned * rounds if n_calibration else 0
-    return Work(forward_flops, solve_flops, planned, solved, columns * rounds)
+    return Work(forward_flops, solve_flops, planned, solved)
 
 
 def _inputs(plan: Plan, skeleton: Skeleton) -> Iterator[tuple[int, int, float]]:

@@ -215,8 +215,6 @@ def absmax_scales(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
 # Ratios that the search tries. Below 1 the grid clips the largest weights, above 1 it covers more than them.
 _COARSE = tuple(0.40 + 0.05 * i for i in range(15))
 _FINE = (-0.0375, -0.025, -0.0125, 0.0125, 0.025, 0.0375)
-_CHUNK_OF_DEVICE = 2**26  # where a launch takes longer than its memory traffic
-_CHUNK = 2**19  # weights searched at a time: their two temporaries, 2 MB each, stay in a core's cache
 
 
 def search_grid(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor | None]:
@@ -241,103 +239,13 @@ def search_grid(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme) ->
     >>> search_grid(weight_OI, torch.tensor([1.0, 1.0, 1.0, 0.0]), scheme)[0].tolist()  # 4 counts for nothing
     [[1.0]]
     """
-    if kernels.used_for(weight_OI) and scheme.group(weight_OI.shape[1]) <= kernels.MOST_IN_GROUP:
-        return _searched_by_kernel(weight_OI, importance_I, scheme)
-    chunk = max(1, (_CHUNK if weight_OI.device.type == "cpu" else _CHUNK_OF_DEVICE) // weight_OI.shape[1])
-    rows = _symmetric_rows if scheme.symmetric else _asymmetric_rows
-    found = [rows(part, importance_I, scheme) for part in torch.split(weight_OI, chunk)]
-    return joined(found)
-
-
-def _searched_by_kernel(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor | None]:
-    from llmquant.quant.kernels import grids
-
-    group, code_range = scheme.group(weight_OI.shape[1]), (scheme.code_min, scheme.code_max)
-    if scheme.symmetric:
-        full, coarse = _full_range(weight_OI, scheme), (*_COARSE, _plain_ratio(scheme))
-        return grids.search(weight_OI, importance_I, full, None, group, code_range, coarse, _FINE)
-    full, zeros = minmax_grid(weight_OI, scheme)
-    return grids.search(weight_OI, importance_I, full, zeros, group, code_range, (*_COARSE, 1.0), _FINE)
-
-
-def joined(grids: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
-    """The (scales_OG, zeros_OG) of pieces of rows as those of all."""
-    zeros = [zeros_OG for _, zeros_OG in grids if zeros_OG is not None]
-    return torch.cat([scales_OG for scales_OG, _ in grids]), torch.cat(zeros) if zeros else None
-
-
-class _Best:
-    """The best candidate of every group so far. Scales are given as ratios to `full_OG`."""
-
-    def __init__(self, weight_OI: Tensor, importance_I: Tensor, full_OG: Tensor, scheme: QuantScheme) -> None:
-        n_groups = scheme.groups(weight_OI.shape[1])
-        self.weight = weight_OI.view(weight_OI.shape[0], n_groups, -1)
-        self.importance = importance_I.to(weight_OI.dtype).view(n_groups, -1)
-        self.full, self.scheme = full_OG, scheme
-        self._error, self._square = torch.empty_like(self.weight), torch.empty_like(self.weight)
-        self.error, self.ratio, self.zero = (torch.full_like(full_OG, x) for x in (torch.inf, 1.0, 0.0))
-        self.scale = round_scales(full_OG)
-
-    def consider(self, ratio: Tensor, zero: Tensor | None = None) -> None:
-        """Judge the scales ratio * full, [O, G]; keep them in every group where they beat the best so far."""
-        scale = round_scales(self.full * ratio)
-        code_min, code_max = self.scheme.code_min, self.scheme.code_max
-        # 1. The nearest codes, less the zero point: levels q - z.
-        error = torch.div(self.weight, scale[..., None], out=self._error).round_()
-        if zero is None:
-            error.clamp_(code_min, code_max)
-        else:
-            error.clamp_((code_min - zero)[..., None], (code_max - zero)[..., None])
-        # 2. e = w - s (q - z), and |e|^2.5 as sqrt(|e|) e^2, which is ten times as fast as a power.
-        torch.addcmul(self.weight, error, scale[..., None], value=-1, out=error)
-        square = torch.mul(error, error, out=self._square)
-        error_OG = error.abs_().sqrt_().mul_(square).mul_(self.importance).sum(-1)
-        # 3. Keep the better grid of each group.
-        better = error_OG < self.error
-        self.error = torch.where(better, error_OG, self.error)
-        self.scale = torch.where(better, scale, self.scale)
-        self.ratio = torch.where(better, ratio, self.ratio)
-        if zero is not None:
-            self.zero = torch.where(better, zero, self.zero)
-
-
-def _symmetric_rows(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme) -> tuple[Tensor, None]:
-    full = _full_range(weight_OI, scheme)
-    best = _Best(weight_OI, importance_I, full, scheme)
-    for ratio in (*_COARSE, _plain_ratio(scheme)):
-        for sign in (1.0, -1.0):
-            best.consider(torch.full_like(full, sign * ratio))
-    centre = best.ratio.clone()
-    for step in _FINE:
-        best.consider(centre * (1 + step / centre.abs()))
-    return best.scale, None
-
-
-def _full_range(weight_OI: Tensor, scheme: QuantScheme) -> Tensor:
-    """absmax / 2^(bits-1), [O, G]."""
-    groups = weight_OI.view(len(weight_OI), scheme.groups(weight_OI.shape[1]), -1)
-    full: Tensor = groups.abs().amax(-1) / 2 ** (scheme.bits - 1)
-    return full
-
-
-def _plain_ratio(scheme: QuantScheme) -> float:
-    """That of the absmax grid: the search shall never do worse than it."""
-    most = 1 << (scheme.bits - 1)
-    return most / (most - 0.5)
-
-
-def _asymmetric_rows(weight_OI: Tensor, importance_I: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
-    full, zeros = minmax_grid(weight_OI, scheme)
-    best = _Best(weight_OI, importance_I, full, scheme)
-
-    def around(zero: Tensor, ratio: Tensor) -> None:
-        for step in (0, 1, -1):
-            best.consider(ratio, (zero + step).clamp_(scheme.code_min, scheme.code_max))
-
-    for value in _COARSE:
-        around(zeros.to(full.dtype), torch.full_like(full, value))
-    around(zeros.to(full.dtype), torch.ones_like(full))  # the min-max grid to the bit: never do worse than that
-    centre, zero = best.ratio.clone(), best.zero.clone()
-    for step in _FINE:
-        around(zero, centre + step)
-    return best.scale, best.zero.to(torch.int8)
+    code_range = (scheme.code_min, scheme.code_max)
+    if not scheme.symmetric:
+        full, zeros = minmax_grid(weight_OI, scheme)
+        # Ratio 1 is the min-max grid to the bit: the search shall never do worse than that.
+        return kernels.search(weight_OI, importance_I, full, zeros, code_range, (*_COARSE, 1.0), _FINE)
+    groups, most = weight_OI.view(len(weight_OI), scheme.groups(weight_OI.shape[1]), -1), 1 << (scheme.bits - 1)
+    plain = most / (most - 0.5)  # the absmax grid, likewise
+    return kernels.search(
+        weight_OI, importance_I, groups.abs().amax(-1) / most, None, code_range, (*_COARSE, plain), _FINE
+    )

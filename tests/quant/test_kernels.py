@@ -1,4 +1,4 @@
-"""The kernels against the torch versions of the same steps: on a GPU if there is one, else interpreted on the CPU."""
+"""The kernels of GPUs, interpreted where there is none, against those of CPUs; these against operators of torch."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -44,8 +44,8 @@ def weight(rows: int, columns: int) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(3)).to(DEVICE)
 
 
-def by_kernel_and_torch(call: Callable[[], T]) -> tuple[T, T]:
-    """What `call` gives with the kernels, and without them."""
+def by_gpu_and_cpu(call: Callable[[], T]) -> tuple[T, T]:
+    """What `call` gives with the GPU's kernels, and with those of the CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "used_for", lambda x: True)
         ours = call()
@@ -84,7 +84,7 @@ def test_grid(scheme: QuantScheme, columns: int) -> None:
         dense = QuantizedWeight(quantize_to_grid(W, scales, scheme, zeros), scales, scheme, zeros).dequantize()
         return scales, ((dense - W).abs() ** 2.5 * importance).view(*scales.shape, -1).sum(-1)
 
-    (ours, our_loss), (scales, loss) = by_kernel_and_torch(found)
+    (ours, our_loss), (scales, loss) = by_gpu_and_cpu(found)
     assert (ours == scales).float().mean() > 0.9  # two candidates may be alike but for the order of the sum
     torch.testing.assert_close(our_loss, loss)
 
@@ -100,7 +100,7 @@ def test_two_sided(scheme: QuantScheme, rows: int, columns: int, most: int, monk
     factored = factor(H_I, 0.1, order)
     assert factored is not None
     blocks = row_feedback([(at.to(DEVICE), H_O[at][:, at]) for at in row_blocks([rows])], 0.1)
-    assert_alike(*by_kernel_and_torch(lambda: two_sided_ldlq(W, factored[0], blocks, scales, zeros, scheme, order)))
+    assert_alike(*by_gpu_and_cpu(lambda: two_sided_ldlq(W, factored[0], blocks, scales, zeros, scheme, order)))
 
 
 @both_grids
@@ -111,7 +111,7 @@ def test_ldlq(scheme: QuantScheme, rows: int, columns: int) -> None:
     order = torch.argsort(H_I.diagonal(), descending=True)
     factored = factor(H_I, 0.1, order)
     assert factored is not None
-    assert_alike(*by_kernel_and_torch(lambda: ldlq(W, factored[0], scales, zeros, scheme, order, 64)))
+    assert_alike(*by_gpu_and_cpu(lambda: ldlq(W, factored[0], scales, zeros, scheme, order)))
 
 
 @both_grids
@@ -120,18 +120,18 @@ def test_refinement(scheme: QuantScheme, rows: int, columns: int) -> None:
     W, H_I = weight(rows, columns), correlated(columns, 1)
     scales, zeros = plain_grid(W, scheme)
     start = QuantizedWeight(quantize_to_grid(W, scales, scheme, zeros), scales, scheme, zeros)
-    ours, theirs = by_kernel_and_torch(lambda: refine(start, W, H_I, 0.1, SolveOptions(sweeps=2, refit=True)))
+    ours, theirs = by_gpu_and_cpu(lambda: refine(start, W, H_I, 0.1, SolveOptions(sweeps=2, refit=True)))
     assert_alike(ours.codes_OI, theirs.codes_OI)
     assert not torch.equal(ours.codes_OI, start.codes_OI)
 
 
 @pytest.mark.parametrize("curved", [True, False])
 def test_a_layer(curved: bool) -> None:
-    """All of them together: the loss is that of the torch versions."""
+    """All of them together."""
     W, H_I, H_O = weight(64, 128), correlated(128, 1), correlated(64, 2)
     H_OO = ((torch.arange(64, device=DEVICE), H_O),) if curved else ()
     task = LayerTask("layer", W, H_I, 1024, QuantScheme(4, 64), H_OO=H_OO)
-    ours, theirs = by_kernel_and_torch(lambda: solve_gptq(task, SolveOptions(sweeps=1, refit=True)))
+    ours, theirs = by_gpu_and_cpu(lambda: solve_gptq(task, SolveOptions(sweeps=1, refit=True)))
     torch.testing.assert_close(ours.loss_O.sum(), theirs.loss_O.sum(), rtol=0.02, atol=0)
 
 
@@ -152,15 +152,15 @@ def test_the_insurance_finds_them_right() -> None:
 @pytest.mark.parametrize(
     ("kernel", "wrong"),
     [
-        ("tiles.round_tiles", lambda target, *others: torch.zeros_like(target, dtype=torch.int8)),
+        ("tiles.round_blocks", lambda target, *others: torch.zeros_like(target, dtype=torch.int8)),
         ("grids.search", lambda weight, importance, full, zeros, *others: (full.bfloat16().float(), zeros)),
-        ("descent.descend_strip", lambda H, gradient, level, *others: level.neg_()),
-        ("tiles.round_tiles", lambda *given: 1 / 0),
+        ("descent.descend", lambda H, gradient, level, *others: level.neg_()),
+        ("tiles.round_blocks", lambda *given: 1 / 0),
     ],
     ids=["tiles", "grids", "descent", "an error"],
 )
 def test_wrong_kernels_are_refused(kernel: str, wrong: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"llmquant.quant.kernels.{kernel}", wrong)
+    monkeypatch.setattr(f"llmquant.quant.kernels.gpu.{kernel}", wrong)
     problem = refuse_wrong_kernels(DEVICE)
     assert "losses of a small layer are" in problem or "Error: " in problem
     assert not kernels.used_for(weight(1, 1))

@@ -10,6 +10,7 @@ from torch import Tensor
 from llmquant.errors import SolveError
 from llmquant.quant.grid import QuantizedWeight, QuantScheme, absmax_scales, quantize_to_grid, round_scales, search_grid
 from llmquant.quant.hessian import Hessian
+from llmquant.quant.kernels.cpu import tiles
 from llmquant.quant.solvers import DATA_FREE, SOLVERS, LayerTask, Solution, SolveOptions
 from llmquant.quant.solvers import base as base_module
 from llmquant.quant.solvers import refine as refine_module
@@ -191,10 +192,14 @@ def column_order(task: LayerTask, order: str) -> Tensor:
 
 
 @both_orders
-@pytest.mark.parametrize("block_size", [1, 3, 16, 47, 48, 128])
-def test_blocked_gptq_equals_the_dense_recursion_for_any_block_size(order: str, block_size: int) -> None:
+@pytest.mark.parametrize(("side", "wide"), [(1, 1), (3, 6), (5, 20), (16, 48), (64, 512)])
+def test_gptq_in_tiles_equals_the_dense_recursion(
+    order: str, side: int, wide: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "_SIDE", side)
+    monkeypatch.setattr(tiles, "_WIDE", wide)
     task = problem(8, 48, bits=3, group=16)
-    solution = solve_gptq(task, SolveOptions(order=order, damp=0.01, block_size=block_size))
+    solution = solve_gptq(task, SolveOptions(order=order, damp=0.01))
     expected = dense_recursion(task, steps(solution), column_order(task, order), 0.01)
     assert torch.equal(solution.weight.codes_OI, expected)
 
@@ -204,7 +209,7 @@ def test_blocked_gptq_equals_the_dense_recursion_for_any_block_size(order: str, 
 @pytest.mark.parametrize("group", [16, -1])
 def test_gptq_chooses_the_codes_of_the_textbook_algorithm(order: str, bits: int, group: int) -> None:
     task = problem(8, 48, bits=bits, group=group, seed=bits)
-    solution = solve_gptq(task, SolveOptions(order=order, damp=0.01, block_size=20))
+    solution = solve_gptq(task, SolveOptions(order=order, damp=0.01))
     assert torch.equal(solution.weight.codes_OI, textbook_gptq(task, steps(solution), column_order(task, order), 0.01))
     if order == "descending":  # the order does matter here, so the test above can fail
         natural = textbook_gptq(task, steps(solution), column_order(task, "natural"), 0.01)
@@ -351,12 +356,11 @@ def one_sweep(weight: QuantizedWeight, target: Tensor, H: Tensor, *, refit: bool
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("refit", [True, False])
 @pytest.mark.parametrize("group", [8, -1])
-@pytest.mark.parametrize(("block", "inside"), [(1, 1), (16, 3), (512, 32)])
+@pytest.mark.parametrize("block", [1, 16, 512])
 def test_a_sweep_makes_every_code_and_scale_the_best_while_the_others_stay(
-    symmetric: bool, refit: bool, group: int, block: int, inside: int, monkeypatch: pytest.MonkeyPatch
+    symmetric: bool, refit: bool, group: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(refine_module, "_BLOCK", block)
-    monkeypatch.setattr(refine_module, "_INSIDE", inside)
     task = problem(3, 24, bits=3, group=group)
     task = replace(task, scheme=QuantScheme(3, group, symmetric))
     start = solve_rtn(task).weight  # far from the best, so that many codes move
@@ -430,7 +434,7 @@ def test_asymmetric_codes_are_those_of_the_dense_recursion_with_zeros(order: str
     task = problem(8, 48, bits=bits, group=16)
     shifted = task.weight_OI + 0.4 * torch.arange(8)[:, None]
     task = replace(task, weight_OI=shifted, scheme=QuantScheme(bits, 16, symmetric=False))
-    plain = solve_gptq(task, SolveOptions(order=order, damp=0.01, block_size=20))
+    plain = solve_gptq(task, SolveOptions(order=order, damp=0.01))
     zeros = plain.weight.zeros_OG
     assert zeros is not None
     assert bool(zeros.any())
@@ -456,7 +460,7 @@ def test_asymmetric_codes_are_those_of_the_dense_recursion_with_zeros(order: str
 @pytest.mark.parametrize("grid", ["hessian", "absmax"])
 def test_gptqs_reported_loss_is_that_of_its_codes(order: str, bits: int, grid: str) -> None:
     task = problem(bits=bits, seed=bits)
-    solution = solve_gptq(task, SolveOptions(grid=grid, order=order, block_size=24))
+    solution = solve_gptq(task, SolveOptions(grid=grid, order=order))
     torch.testing.assert_close(solution.loss_O, quadratic(task, solution.weight), rtol=1e-9, atol=0)
 
 

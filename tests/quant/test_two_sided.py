@@ -74,7 +74,7 @@ def test_where_outputs_count_alike_it_is_the_one_sided_loop() -> None:
     blocks = row_feedback([(torch.arange(50), torch.eye(50, dtype=torch.float64))], 0.2)
     both = [
         two_sided_ldlq(target, factored[0], blocks, scales, None, scheme, order),
-        ldlq(target, factored[0], scales, None, scheme, order, 16),
+        ldlq(target, factored[0], scales, None, scheme, order),
     ]
     assert torch.equal(*both)
 

@@ -42,7 +42,6 @@ class SolveOptions:
     refit: bool = False  # whether each sweep fits the scales to the codes, too
     sweeps: int = 0  # sweeps of coordinate descent on the codes
     curvature_damp: float = 0.2  # damping of H_O as a share of its mean diagonal
-    block_size: int = 512  # columns whose feedback from all earlier ones is one product
     on_bad_layer: str = "fail"  # fail | rtn: what to do with a layer that cannot be solved
 
 

@@ -36,16 +36,13 @@ import torch
 from torch import Tensor
 
 from llmquant.errors import SolveError, option
-from llmquant.quant import kernels
-from llmquant.quant.grid import QuantizedWeight, QuantScheme, joined, plain_grid, search_grid, stacked
+from llmquant.quant.grid import QuantizedWeight, QuantScheme, plain_grid, search_grid, stacked
 from llmquant.quant.hessian import default_damp, factor, quadratic, ridge
 from llmquant.quant.matmul import matmul
 from llmquant.quant.solvers.base import LayerTask, Solution, SolveOptions, pieces
 from llmquant.quant.solvers.refine import refine
 from llmquant.quant.solvers.rtn import solve_rtn
 from llmquant.quant.solvers.two_sided import row_feedback, two_sided_ldlq
-
-_INSIDE = 32  # columns whose errors reach each other one by one; errors from farther away come by products
 
 _Grid = Callable[[Tensor, Tensor, QuantScheme], tuple[Tensor, Tensor | None]]
 _GRIDS: dict[str, _Grid] = {
@@ -87,27 +84,17 @@ def solve_gptq(task: LayerTask, options: SolveOptions) -> Solution:
     # 3. The target: what the codes should come close to.
     target_OI = _target(task, options.propagation, U_II, order)
     # 4. Scales from the target.
-    ranges = pieces(weight_OI)
-    grids = [_GRIDS[options.grid](target_OI[rows], diagonal + lam, scheme) for rows in ranges]
+    scales_OG, zeros_OG = _GRIDS[options.grid](target_OI, diagonal + lam, scheme)
     # 5. Codes by the loop; by a loop over rows, too, where it is known how the model adds their errors up.
     feedback = row_feedback(task.H_OO, options.curvature_damp)
-    if feedback:
-        scales_OG, zeros_OG = joined(grids)
-        codes_OI = two_sided_ldlq(target_OI, U_II, feedback, scales_OG, zeros_OG, scheme, order)
-        codes = [codes_OI[rows] for rows in ranges]
-    else:
-        codes = [
-            ldlq(target_OI[rows], U_II, *grid, scheme, order, options.block_size)
-            for rows, grid in zip(ranges, grids, strict=True)
-        ]
+    codes_OI = two_sided_ldlq(target_OI, U_II, feedback, scales_OG, zeros_OG, scheme, order)
     del U_II, factored  # the refinement needs H, not its factor
     # 6. Codes and scales once more, each the best while the others stay: by a loss that sees one row. Then the loss.
-    weights, losses = [], []
-    for rows, codes_OI, (scales_OG, zeros_OG) in zip(ranges, codes, grids, strict=True):
-        weight = QuantizedWeight(codes_OI, scales_OG.float(), scheme, zeros_OG)
-        weights.append(weight if feedback else refine(weight, target_OI[rows], H_II, lam, options))
-        losses.append(quadratic(target_OI[rows] - weights[-1].dequantize(weight_OI.dtype), H_II))
-    weight, loss_O = stacked(weights), torch.cat(losses)
+    weight, ranges = QuantizedWeight(codes_OI, scales_OG.float(), scheme, zeros_OG), pieces(weight_OI)
+    if not feedback:
+        weight = stacked([refine(weight.rows(rows), target_OI[rows], H_II, lam, options) for rows in ranges])
+    errors = (target_OI[rows] - weight.rows(rows).dequantize(weight_OI.dtype) for rows in ranges)
+    loss_O = torch.cat([quadratic(error_OI, H_II) for error_OI in errors])
     # 7. What the report should know.
     if not bool(torch.isfinite(loss_O).all()):  # then grid and codes were chosen by losses that were not finite either
         return _bad_layer(task, options, "its loss overflows float32")
@@ -163,15 +150,12 @@ def ldlq(
     zeros_OG: Tensor | None,
     scheme: QuantScheme,
     order: Tensor,
-    block_size: int,
 ) -> Tensor:
-    """The loop over columns; U_II is the factor of the permuted H. Returns codes_OI, int8, in the original order.
+    """codes_OI, int8, in the original order: the loop over columns, without feedback between rows.
+
+    U_II is the factor of the permuted H.
 
         v_j = t_j + sum_{i<j} e_i U_ij / U_jj;   q_j = clip(round(v_j / s_j) + z_j);   e_j = t_j - s_j (q_j - z_j)
-
-    The sum comes in three parts, so that most of it is matrix products: from all columns before the block (one product
-    for each block of `block_size` columns), from those before the strip (one for each `_INSIDE` columns), and from
-    those inside the strip (column by column). Tensors lie transposed, [I, O], so that a column is contiguous in memory.
 
     Two equal weights of 0.4, correlated by one half. Nearest codes are 0 and 0, at a loss of 0.48. Here the error 0.4
     of the first adds 0.4 * 0.5 to the second: v_2 = 0.6 becomes 1, and the loss 0.28.
@@ -179,52 +163,11 @@ def ldlq(
     >>> H_II = torch.tensor([[1.0, 0.5], [0.5, 1.0]])
     >>> U_II, _, _ = factor(H_II, damp=0.0)
     >>> target_OI, scheme, order = torch.tensor([[0.4, 0.4]]), QuantScheme(4, -1), torch.arange(2)
-    >>> codes_OI = ldlq(target_OI, U_II, torch.ones(1, 1), None, scheme, order, block_size=512)
+    >>> codes_OI = ldlq(target_OI, U_II, torch.ones(1, 1), None, scheme, order)
     >>> codes_OI.tolist(), round(float(quadratic(target_OI - codes_OI, H_II)), 6)
     ([[0, 1]], 0.28)
     """
-    if kernels.used_for(weight_OI):
-        return two_sided_ldlq(weight_OI, U_II, [], scales_OG, zeros_OG, scheme, order)
-    in_features, group = weight_OI.shape[1], scheme.group(weight_OI.shape[1])
-    weight_IO = weight_OI.T[order].contiguous()
-    scales_GO = scales_OG.T.contiguous()
-    zeros_GO = None if zeros_OG is None else zeros_OG.T.to(weight_OI.dtype).contiguous()
-    groups = torch.div(order, group, rounding_mode="floor").tolist()
-    diagonal = U_II.diagonal()
-    error_IO = torch.zeros_like(weight_IO)
-    codes_IO = torch.empty(weight_IO.shape, dtype=torch.int8, device=weight_IO.device)
-
-    for start in range(0, in_features, block_size):
-        end = min(start + block_size, in_features)
-        # 1. The feedback U_ij / U_jj into this block's columns, and through it all errors before the block.
-        feedback = U_II[:end, start:end] / diagonal[start:end]
-        target = matmul(feedback[:start].T, error_IO[:start]).add_(weight_IO[start:end])
-        inside = feedback[start:].T.contiguous()
-        for j in range(end - start):
-            # 2. At the start of a strip: the errors of this block before the strip.
-            near = j - j % _INSIDE
-            if j == near:
-                target[j : j + _INSIDE].addmm_(inside[j : j + _INSIDE, :j], error_IO[start : start + j])
-            # 3. The errors inside the strip; v is complete then.
-            scale = scales_GO[groups[start + j]]
-            v = target[j]
-            if j > near:
-                v = torch.addmv(v, error_IO[start + near : start + j].T, inside[j, near:j])
-            # 4. The nearest code q; `level` is q - z.
-            level = (v / scale).round_()
-            if zeros_GO is None:
-                codes_IO[start + j] = level.clamp_(scheme.code_min, scheme.code_max)
-            else:
-                zero = zeros_GO[groups[start + j]]
-                level.clamp_(scheme.code_min - zero, scheme.code_max - zero)
-                codes_IO[start + j] = level + zero
-            # 5. The error, of the target itself and not of v.
-            quantized = level.mul_(scale)
-            torch.sub(weight_IO[start + j], quantized, out=error_IO[start + j])
-
-    codes_OI = torch.empty(weight_OI.shape, dtype=torch.int8, device=weight_OI.device)
-    codes_OI[:, order] = codes_IO.T
-    return codes_OI
+    return two_sided_ldlq(weight_OI, U_II, [], scales_OG, zeros_OG, scheme, order)
 
 
 def _bad_layer(task: LayerTask, options: SolveOptions, got: str) -> Solution:

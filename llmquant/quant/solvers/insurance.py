@@ -1,4 +1,4 @@
-"""An insurance: before the work, one small layer is solved by the kernels and by torch, on the GPU that will do it.
+"""An insurance: before the work, one small layer is solved by the kernels of the GPU that will do it, and by the CPU's.
 
 A compiler that makes something else of a kernel would spoil every layer, and nothing behind the solver could tell.
 """
@@ -14,7 +14,7 @@ _TOLERANCE = 0.02  # of the loss: a weight between two levels may get the other 
 
 
 def refuse_wrong_kernels(device: torch.device) -> str:
-    """What is wrong with the kernels on this device, which are then not used there; "" where they agree with torch."""
+    """What is wrong with this device's own kernels, which are then not used; "" where they agree with the CPU's."""
     if not kernels.runs_on(device):
         return ""
     try:

@@ -31,7 +31,6 @@ from llmquant.quant.matmul import matmul
 from llmquant.quant.solvers.base import SolveOptions
 
 _BLOCK = 512  # columns whose gradient is one product; a whole group at least
-_INSIDE = 32  # columns that reach each other one by one; steps from farther away come by products
 
 
 def default_sweeps(bits: int, group_size: int) -> int:
@@ -130,39 +129,6 @@ class _Group:
         self.error_gO.addcmul_(self.level_gO, step_O, value=-1)
         self.gradient_gO.addcmul_(moves_gO, step_O, value=-1)
 
-    def descend(self, low: Tensor, high: Tensor) -> None:
+    def descend(self, low_O: Tensor, high_O: Tensor) -> None:
         """Choose the levels of each column in turn: c_j = clip(round(c_j + G_j / (s H_l,jj)), low, high)."""
-        H_gg, gradient_gO = self.H_gg, self.gradient_gO
-        by_kernel = kernels.used_for(gradient_gO)
-        step_gO = torch.zeros_like(self.level_gO)  # s times the step of c: how far the weights move
-        inverse_O = 1 / self.scale_O
-        curvature = [] if by_kernel else H_gg.diagonal().tolist()
-        for start in range(0, len(H_gg), _INSIDE):
-            # 1. The gradient of a strip of columns, after the steps of all columns before it.
-            end = min(start + _INSIDE, len(H_gg))
-            gradient_gO[start:end].addmm_(H_gg[start:end, :start], step_gO[:start], alpha=-1)
-            if by_kernel:
-                self._descend_strip(slice(start, end), step_gO, low, high)
-                continue
-            for j in range(start, end):
-                # 2. The same inside the strip, for one column.
-                gradient_O = gradient_gO[j]
-                if j > start:
-                    gradient_O = torch.addmv(gradient_O, step_gO[start:j].T, H_gg[j, start:j], alpha=-1)
-                # 3. The best level of the column, and its step.
-                best_O = torch.addcmul(self.level_gO[j], gradient_O, inverse_O, value=1 / curvature[j]).round_()
-                best_O.clamp_(low, high)
-                torch.sub(best_O, self.level_gO[j], out=step_gO[j])
-                step_gO[j].mul_(self.scale_O)
-                self.level_gO[j].copy_(best_O)
-        # 4. The gradient of each strip still lacks the steps of its own columns and of those after it.
-        for start in range(0, len(H_gg), _INSIDE):
-            end = start + _INSIDE
-            gradient_gO[start:end].addmm_(H_gg[start:end, start:], step_gO[start:], alpha=-1)
-        self.error_gO.sub_(step_gO)
-
-    def _descend_strip(self, strip: slice, step_gO: Tensor, low: Tensor, high: Tensor) -> None:
-        from llmquant.quant.kernels.descent import descend_strip
-
-        H_BB = self.H_gg[strip, strip]
-        descend_strip(H_BB, self.gradient_gO[strip], self.level_gO[strip], step_gO[strip], self.scale_O, low, high)
+        self.error_gO.sub_(kernels.descend(self.H_gg, self.gradient_gO, self.level_gO, self.scale_O, low_O, high_O))

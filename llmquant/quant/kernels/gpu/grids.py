@@ -1,4 +1,4 @@
-"""The search of `quant/grid.search_grid`, all candidates of a group in one launch: its weights are read once.
+"""`kernels.search` for GPUs, all candidates of a group in one launch: its weights are read once.
 
 Shapes: N groups of all rows, g group_size.
 """
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmquant.quant.kernels.numbers import level_of, round_scale
+from llmquant.quant.kernels.gpu.numbers import level_of, round_scale
 
 _AT_ONCE = 2048  # weights in a program
 
@@ -20,17 +20,11 @@ def search(
     importance_I: Tensor,
     full_OG: Tensor,
     zeros_OG: Tensor | None,
-    group: int,
     code_range: tuple[int, int],
     coarse: Sequence[float],
     fine: Sequence[float],
 ) -> tuple[Tensor, Tensor | None]:
-    """The best (scales_OG, zeros_OG) by sum h |e|^2.5.
-
-    group               weights in a group, at most `kernels.MOST_IN_GROUP`
-    full_OG, zeros_OG   what ratios are taken of, and the zeros that the search starts from; None: both signs are tried
-    coarse, fine        ratios tried first, and steps around the best of them
-    """
+    group = weight_OI.shape[1] // full_OG.shape[1]
     width = triton.next_power_of_2(group)
     at_once = max(1, _AT_ONCE // width)
     scales_OG = torch.empty_like(full_OG)
@@ -53,7 +47,7 @@ def search(
         GROUPS=at_once,
         WIDTH=width,
     )
-    return scales_OG, None if zeros_OG is None else found_OG.to(torch.int8)
+    return scales_OG, None if zeros_OG is None else found_OG.to(zeros_OG.dtype)
 
 
 @triton.jit

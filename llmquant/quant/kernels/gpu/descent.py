@@ -1,44 +1,47 @@
-"""A strip of columns of `solvers/refine.py`: each level chosen again while all others stay, in one launch.
+"""`kernels.descend` for GPUs, a strip of columns in one launch.
 
-Shapes: B columns of a strip, O out_features; tensors lie transposed, [B, O].
+Shapes: g group_size, B columns of a strip, O out_features; tensors lie transposed, [g, O].
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmquant.quant.kernels.numbers import level_of
+from llmquant.quant.kernels.gpu.numbers import level_of
 
+_STRIP = 32  # columns that reach each other one by one; steps from farther away come by products
 _ROWS = 64  # of the weight, in a program
 
 
-def descend_strip(
-    H_BB: Tensor, gradient_BO: Tensor, level_BO: Tensor, step_BO: Tensor, scale_O: Tensor, low_O: Tensor, high_O: Tensor
-) -> None:
-    """c_j = clip(round(c_j + G_j / (s H_jj)), low, high), column by column; level_BO and step_BO change in place.
-
-    gradient_BO   G with the steps of all columns before the strip in it
-    step_BO       becomes s times the step of c
-    low_O, high_O   one bound for each row, or one for all
-
-    All of the strip's tensors are rows of larger ones: contiguous along O, and of one stride.
-    """
-    n_columns, n_rows = gradient_BO.shape
-    _descend[(triton.cdiv(n_rows, _ROWS),)](
-        H_BB,
-        gradient_BO,
-        level_BO,
-        step_BO,
-        scale_O,
-        low_O,
-        high_O,
-        n_rows,
-        n_columns,
-        H_BB.stride(0),
-        MANY_BOUNDS=len(low_O) > 1,
-        COLUMNS=triton.next_power_of_2(n_columns),
-        ROWS=_ROWS,
-    )
+def descend(
+    H_gg: Tensor, gradient_gO: Tensor, level_gO: Tensor, scale_O: Tensor, low_O: Tensor, high_O: Tensor
+) -> Tensor:
+    step_gO = torch.zeros_like(level_gO)  # all three contiguous: a kernel takes them by one stride
+    for start in range(0, len(H_gg), _STRIP):
+        # 1. The gradient of a strip of columns, after the steps of all columns before it.
+        strip = slice(start, min(start + _STRIP, len(H_gg)))
+        gradient_gO[strip].addmm_(H_gg[strip, :start], step_gO[:start], alpha=-1)
+        n_columns, n_rows = gradient_gO[strip].shape
+        _descend[(triton.cdiv(n_rows, _ROWS),)](
+            H_gg[strip, strip],
+            gradient_gO[strip],
+            level_gO[strip],
+            step_gO[strip],
+            scale_O,
+            low_O,
+            high_O,
+            n_rows,
+            n_columns,
+            H_gg.stride(0),
+            MANY_BOUNDS=len(low_O) > 1,
+            COLUMNS=triton.next_power_of_2(n_columns),
+            ROWS=_ROWS,
+        )
+    # 2. The gradient of each strip still lacks the steps of its own columns and of those after it.
+    for start in range(0, len(H_gg), _STRIP):
+        gradient_gO[start : start + _STRIP].addmm_(H_gg[start : start + _STRIP, start:], step_gO[start:], alpha=-1)
+    return step_gO
 
 
 @triton.jit

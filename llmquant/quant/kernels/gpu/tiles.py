@@ -1,67 +1,93 @@
-"""Rounding with feedback, tile by tile: `solvers/two_sided.py` in one launch for each anti-diagonal of tiles.
+"""`kernels.round_blocks` for GPUs, in one launch for each anti-diagonal of tiles.
 
-A program has one tile. It first gathers what all finished tiles above and on the left have left to be made up for, two
-products; then it rounds the entries of its own, all of an anti-diagonal at once. Without row feedback every row of
-tiles is on its own, and this is `solvers/gptq.ldlq`.
+v_ij needs what lies above it in its column and left of it in its row. So the matrix is cut into tiles, and a program
+has one of those whose neighbours above and on the left are done. It first gathers what all finished tiles have left to
+be made up for, two products; then it rounds the entries of its own, all of an anti-diagonal at once.
 
 Shapes: R rows and C columns, padded to whole tiles; G groups in a row, T rows of tiles, S the side of A.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmquant.quant.kernels.numbers import level_of
+from llmquant.quant.kernels.gpu.numbers import level_of
+
+_SIDE = 32  # of a tile
 
 
-def round_tiles(
+def round_blocks(
     target_RC: Tensor,
-    U_CC: Tensor,
-    A_nSS: Tensor | None,
-    blocks_T: Tensor,
-    lags_T: Tensor,
-    n_steps: int,
+    feedback_CC: Tensor,
+    blocks: Sequence[tuple[int, Tensor | None]],
     scales_RG: Tensor,
     zeros_RG: Tensor | None,
     groups_C: Tensor,
     code_range: tuple[int, int],
-    side: int,
 ) -> Tensor:
-    """codes_RC, int8.
+    device = target_RC.device
+    # 1. Where the rows of each block go: a block begins with a tile of its own.
+    places, at, in_block, lags = list[Tensor](), 0, list[int](), list[int]()
+    for number, (n_rows, A_bb) in enumerate(blocks):
+        n_tiles = -(-n_rows // _SIDE)
+        places.append(torch.arange(at, at + n_rows, device=device))
+        at += n_tiles * _SIDE
+        in_block += [number] * n_tiles
+        lags += range(n_tiles) if A_bb is not None else [0] * n_tiles
+    place = torch.cat(places)
+    n_columns = -(-target_RC.shape[1] // _SIDE) * _SIDE
 
-    U_CC      U_lj / U_jj above the diagonal, 0 elsewhere
-    A_nSS     of every block of rows: A_ik / A_ii below the diagonal, 0 elsewhere; None without row feedback
-    blocks_T, lags_T   of every row of tiles: its block, and how many rows of tiles of this block lie above it, int32
-    n_steps   anti-diagonals: the column tiles and the largest lag
-    groups_C  the group of every column, int32
-    side      rows and columns of a tile, a power of two from 16 on
-    """
-    codes_RC = torch.empty(target_RC.shape, dtype=torch.int8, device=target_RC.device)
-    error_RC, left_RC = torch.empty_like(target_RC), torch.empty_like(target_RC)
-    for step in range(n_steps):
-        _step[(len(lags_T),)](
-            target_RC,
-            error_RC,
-            left_RC,
-            codes_RC,
-            U_CC,
-            U_CC if A_nSS is None else A_nSS,
-            blocks_T,
-            lags_T,
+    def placed(x: Tensor, width: int, pad: int) -> Tensor:
+        out = target_RC.new_full((at, width), pad)
+        out[place, : x.shape[1]] = x.to(out.dtype)
+        return out
+
+    # 2. All matrices padded to whole tiles; padded columns feed back nothing.
+    side = max((-(-n_rows // _SIDE) * _SIDE for n_rows, A_bb in blocks if A_bb is not None), default=0)
+    A_nSS = torch.stack([_padded(A_bb, side) for _, A_bb in blocks if A_bb is not None]) if side else None
+    scales = placed(scales_RG, scales_RG.shape[1], 1)
+    zeros = scales if zeros_RG is None else placed(zeros_RG, zeros_RG.shape[1], 0)
+    groups = torch.zeros(n_columns, dtype=torch.int32, device=device)
+    groups[: len(groups_C)] = groups_C
+    target, feedback = placed(target_RC, n_columns, 0), _padded(feedback_CC, n_columns)
+    codes = torch.empty(target.shape, dtype=torch.int8, device=device)
+    error, left = torch.empty_like(target), torch.empty_like(target)
+    tile_rows = [torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in (in_block, lags)]
+    # 3. One anti-diagonal after the other.
+    for step in range(n_columns // _SIDE + max(lags)):
+        _step[(len(lags),)](
+            target,
+            error,
+            left,
+            codes,
+            feedback,
+            feedback if A_nSS is None else A_nSS,
+            *tile_rows,
             step,
-            scales_RG,
-            scales_RG if zeros_RG is None else zeros_RG,
-            groups_C,
-            target_RC.shape[1],
-            scales_RG.shape[1],
-            0 if A_nSS is None else A_nSS.shape[1],
+            scales,
+            zeros,
+            groups,
+            n_columns,
+            scales.shape[1],
+            side,
             *code_range,
             HAS_A=A_nSS is not None,
             HAS_ZEROS=zeros_RG is not None,
-            SIDE=side,
+            SIDE=_SIDE,
         )
-    return codes_RC
+    return codes[place, : target_RC.shape[1]]
+
+
+def _padded(matrix: Tensor, side: int) -> Tensor:
+    """A square matrix with zeros up to this side."""
+    if len(matrix) == side:
+        return matrix.contiguous()
+    out = matrix.new_zeros(side, side)
+    out[: len(matrix), : len(matrix)] = matrix
+    return out
 
 
 @triton.jit(do_not_specialize=["step"])
