@@ -6,6 +6,7 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
+from llmquant.ahead import ahead
 from llmquant.run_dir.disk import Disk, fsync_path, replace_file
 from llmquant.run_dir.journal import Record
 from llmquant.run_dir.manifest import sha256
@@ -44,8 +45,9 @@ class CurvatureFiles:
     def finish(self, append: Callable[[Record], None]) -> None:
         """Say in the journal that all blocks are there."""
         fsync_path(self._disk, self._folder)
-        hashes = {path.name: sha256(path) for path in sorted(self._folder.glob(f"{PREFIX}*"))}
-        append({"kind": "curvature", "sha256": hashes})
+        paths = sorted(self._folder.glob(f"{PREFIX}*"))
+        hashes = zip((path.name for path in paths), ahead(sha256, paths), strict=True)
+        append({"kind": "curvature", "sha256": dict(hashes)})
         self.complete = True
 
     def of(self, block: int) -> dict[str, Tensor]:

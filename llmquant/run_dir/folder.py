@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from llmquant.ahead import ahead
 from llmquant.errors import LLMQuantError, OutputError, ResumeError, VerifyError, option
 from llmquant.formats.base import Layout
 from llmquant.paths import expanded
@@ -306,9 +307,9 @@ class RunDir:
 
     def weight_files(self) -> dict[str, dict[str, Any]]:
         """Bytes and SHA-256 of every file of weights. Call it when all of them are closed."""
-        for name in self.files():
-            if name.endswith((".safetensors", ".gguf")) and name not in self._weights:
-                self._weights[name] = facts(self.path / name)
+        weights = [name for name in self.files() if name.endswith((".safetensors", ".gguf"))]
+        new = [name for name in weights if name not in self._weights]
+        self._weights |= zip(new, ahead(lambda name: facts(self.path / name), new), strict=True)
         return dict(self._weights)
 
     def files(self) -> list[str]:
