@@ -78,8 +78,7 @@ class OutputHessian:
         counts = torch.isfinite(length_N) & (length_N > 0)
         g_NO = g_NO[counts] / length_N[counts, None]
         for rows, sum_bb in zip(self._rows, self._sums, strict=True):
-            of_rows = g_NO[:, rows] if len(self._rows) > 1 else g_NO
-            add_products(sum_bb, of_rows, self._products, rounded=True)
+            add_products(sum_bb, g_NO[:, rows] if len(self._rows) > 1 else g_NO, self._products)
         self.n_tokens += len(g_NO)
 
     def means(self) -> list[Tensor]:

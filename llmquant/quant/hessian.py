@@ -138,13 +138,9 @@ class Hessian:
         return None if total is None else total.div_(max(1, self.n_tokens))
 
 
-def add_products(sum_II: Tensor, x_NI: Tensor, products: torch.dtype, *, rounded: bool = False) -> None:
-    """sum_II += x^T x, the upper triangle only, block column by block column: half of the work.
-
-    rounded   what is added may be rounded to `products`, too: half the time on a CPU. Not for sums that are factored
-              with little damping
-    """
-    narrow = x_NI.dtype == torch.float32 and products != torch.float32 and (x_NI.is_cuda or rounded)
+def add_products(sum_II: Tensor, x_NI: Tensor, products: torch.dtype) -> None:
+    """sum_II += x^T x, the upper triangle only, block column by block column: half of the work."""
+    narrow = x_NI.is_cuda and x_NI.dtype == torch.float32 and products != torch.float32
     with sums_of(products):
         x_NI = x_NI.to(products) if narrow else x_NI
         for start in range(0, x_NI.shape[1], _COLUMNS):

@@ -46,13 +46,11 @@ def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b. The factors may be 16 bit wide: a GPU adds up in the precision of `total` all the same."""
+    """total += a @ b in the precision of `total`. On a GPU the factors may be 16 bit wide, for a float32 sum."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif total.is_cuda:
-        torch.addmm(total, a, b, total.dtype, out=total)
     else:
-        total.add_(a @ b)
+        torch.addmm(total, a, b, total.dtype, out=total)
 
 
 def _is_dense(matrix: Tensor) -> bool:
