@@ -15,7 +15,7 @@ from llmquant.versions import installed
 
 PACKAGES = (
     *("llmquant", "torch", "transformers", "accelerate", "datasets", "safetensors", "tokenizers", "bitsandbytes"),
-    *("compressed-tensors", "huggingface_hub", "numpy", "typer", "rich", "matplotlib", "jinja2"),
+    *("compressed-tensors", "huggingface_hub", "numpy", "numba", "typer", "rich", "matplotlib", "jinja2"),
 )
 
 
@@ -101,6 +101,8 @@ def _formats() -> dict[str, dict[str, Any]]:
 
 def _problems(found: dict[str, Any]) -> list[str]:
     problems = [f"{name} is not installed: pip install {name}" for name, v in found["versions"].items() if v is None]
+    if any(device["name"].startswith("cuda") for device in found["devices"]) and installed("triton") is None:
+        problems.append("a GPU without Triton: the CPU does the solver's loops, which takes longer: pip install triton")
     if found["hub"]["offline"]:
         problems.append("HF_HUB_OFFLINE is set: only local folders and what was downloaded before can be opened")
     elif found["hub"]["not_reached"]:

@@ -175,3 +175,10 @@ def test_a_hub_that_does_not_answer_and_one_that_is_none_are_not_reached(at: Cal
             hub.attacks["GET /api/models"] = attack
             with pytest.raises(SourceError, match=f"^Hub: {said}; expected an answer of a Hub"):
                 hub_module.reach_hub(60.0)
+
+
+def test_a_gpu_without_triton_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_devices", lambda: [{"name": "cuda:0", "what": "H100"}])
+    for version, named in ((None, True), ("3.6.0", False)):
+        monkeypatch.setattr(doctor, "installed", lambda name, version=version: version if name == "triton" else "1")
+        assert any("Triton" in problem for problem in diagnose()["problems"]) == named
