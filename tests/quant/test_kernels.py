@@ -1,4 +1,4 @@
-"""The kernels of GPUs, interpreted where there is none, against those of CPUs; these against operators of torch."""
+"""The kernels of GPUs, interpreted where there is none, against those of CPUs; other tests hold these to definitions."""
 
 from collections.abc import Callable
 from typing import TypeVar

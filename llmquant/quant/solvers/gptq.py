@@ -26,7 +26,7 @@ that this feedback form chooses the same codes. It differs from GPTQ's Algorithm
 - the target may be more than W (error propagation, `_target`), and codes and scales are refined after the loop;
 - weights of dead inputs (H_jj = 0) are rounded to nearest; GPTQ sets them to 0.
 
-Shapes: O out_features, I in_features, G groups in a row, X rows of the drift: I or O, B columns of a block.
+Shapes: O out_features, I in_features, G groups in a row, X rows of the drift: I or O.
 """
 
 from collections.abc import Callable
