@@ -1,4 +1,4 @@
-"""The kernels of GPUs, interpreted where there is none, against those of CPUs; other tests hold these to definitions."""
+"""The kernels of GPUs, interpreted where there is none, against those of CPUs; other tests hold these to formulas."""
 
 from collections.abc import Callable
 from typing import TypeVar
