@@ -14,11 +14,12 @@ from pretend_device import on_pretend_device
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import llmquant
-from llmquant import draft, recovery
+from llmquant import ahead, draft, recovery
 from llmquant.blocks import snapshots
 from llmquant.blocks.measure import _square
 from llmquant.cli.app import main
 from llmquant.errors import RecipeError, ResumeError
+from llmquant.model import streams
 from llmquant.model.devices import pick_device, pick_dtype, pick_products
 from llmquant.preflight import estimate, flops
 from llmquant.preflight.doctor import diagnose
@@ -241,6 +242,29 @@ def test_streams_in_files_and_forwards_that_are_run_anew(model: Path, on_cpu: Pa
 
 
 # -- the other commands --------------------------------------------------------------------------------------
+@on_pretend_device
+def test_streams_lie_on_it_where_it_has_room(
+    model: Path, on_cpu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through a kill and a snapshot, too, and with tensors that are read several at once."""
+    monkeypatch.setattr(streams, "device_memory", lambda device: 2**40 if device.type == "pretend" else None)
+    monkeypatch.setattr(ahead, "n_workers", lambda: 3)
+    monkeypatch.setattr(snapshots, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(snapshots, "PAUSE", 0.0)
+    assert streams.lies_on(torch.device("pretend"), 2**38).type == "pretend"
+    assert streams.lies_on(torch.device("pretend"), 2**38 + 1).type == "cpu"
+    made = list[torch.device]()
+    new = streams.new_stream
+    monkeypatch.setattr(streams, "new_stream", lambda **given: [made.append(given["device"]), new(**given)][1])
+    flags: dict[str, Any] = {"device": "pretend", **ALL_LANES, **EXACT}
+    killed_after(2, model, tmp_path / "out", **flags)
+    lines: list[str] = []
+    run(model, tmp_path / "out", log=lines.append, **flags)
+    assert {device.type for device in made} == {"pretend"}
+    assert "streams after block 1: from the snapshot" in lines
+    assert_same(tmp_path / "out", on_cpu)
+
+
 @on_pretend_device
 def test_eval_and_compare_give_what_they_give_on_the_cpu(model: Path, on_cpu: Path) -> None:
     found = []
