@@ -15,7 +15,7 @@ import llmquant
 from llmquant import draft
 from llmquant.cli.app import main
 from llmquant.demo import DEMO
-from llmquant.model import skeleton
+from llmquant.model import skeleton, streams
 from llmquant.model.block import Block
 from llmquant.model.sharing import Sharing
 from llmquant.preflight import estimate as estimate_module
@@ -156,6 +156,10 @@ def test_an_accelerators_memory_is_counted_apart(
     said = [problem.message for problem in there.problems]
     assert any(message.startswith("memory: up to 0.6 GB; expected at most the machine's") for message in said)
     assert any(message.startswith("memory of meta: up to 0.0 GB; expected at most its 0.0 GB") for message in said)
+    monkeypatch.setattr(streams, "device_memory", lambda device: 2**40)  # room for the streams, too
+    roomy = estimate(tiny_model("llama"), llmquant.make_recipe("x", flags=FLAGS | {"dtype": "float32"}), options)
+    assert roomy.memory.keys() == {"base"} | on_the_way
+    assert roomy.memory | roomy.device_memory == there.memory | there.device_memory
 
 
 def test_kinds_that_a_rule_sets_apart_stand_together(tiny_model: Callable[[str], Path]) -> None:
