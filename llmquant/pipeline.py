@@ -59,7 +59,7 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
     watch = Stopwatch(log.stage)
     with watch.stage("prepare"):
         job = prepare(model, recipe, options, log)
-        if problem := refuse_wrong_kernels(job.skeleton.device):
+        if job.solves and (problem := refuse_wrong_kernels(job.skeleton.device)):
             log.line(f"kernels of this GPU: {problem}; the CPU does their part, which takes longer")
         output = job.output
         n_tokens = [0 if text is None else text.n_tokens for text in (job.calibration, job.evaluation)]

@@ -22,14 +22,9 @@ def descend(
     step = torch.empty_like(level)
     low, high, scale = (array(x.to(level.dtype).expand(n_rows)) for x in (low_O, high_O, scale_O))
     _descend(array(H_gg), gradient.numpy(), level.numpy(), step.numpy(), scale, low, high)
-    for changed, tensor in ((gradient, gradient_gO), (level, level_gO)):
-        if changed.data_ptr() != _address(tensor):
-            tensor.copy_(changed)
+    gradient_gO.copy_(gradient)  # nothing where it is the same tensor
+    level_gO.copy_(level)
     return step.to(level_gO.device)
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr() if tensor.device.type == "cpu" else 0
 
 
 @compiled
