@@ -14,7 +14,7 @@ from pretend_device import on_pretend_device
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import llmquant
-from llmquant import ahead, draft, recovery
+from llmquant import ahead, draft, pipeline, recovery
 from llmquant.blocks import snapshots
 from llmquant.blocks.measure import _square
 from llmquant.cli.app import main
@@ -372,3 +372,14 @@ def test_products_on_an_accelerator_are_those_of_its_compute_dtype() -> None:
     assert pick_dtype("auto", device, open_source("demo")) == torch.bfloat16
     with pytest.raises(RecipeError, match="--products: bfloat16"):
         pick_products("bfloat16", device, torch.float32, 4)
+
+
+@pytest.mark.parametrize(("method", "said"), [("gptq", True), ("rtn", False)])
+def test_wrong_kernels_are_said_where_codes_are_solved_for(
+    method: str, said: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "refuse_wrong_kernels", lambda device: "no compiler")
+    lines: list[str] = []
+    run(model, tmp_path / "out", device="cpu", method=method, log=lines.append, **NO_SCORES)
+    line = "kernels of this GPU: no compiler; the CPU does their part, which takes longer"
+    assert (line in lines) == said
