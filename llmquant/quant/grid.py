@@ -29,10 +29,7 @@ import torch
 from torch import Tensor
 
 from llmquant.quant import kernels
-
-# Every bf16 number in this range is exact in fp16 too, so one canonical scale serves every format: 65280 is the largest
-# bf16 number below fp16's 65504, and the last bit of a bf16 number near 2^-17 is 2^-24, fp16's smallest number.
-SCALE_MIN, SCALE_MAX = 2.0**-17, 65280.0
+from llmquant.quant.scales import SCALE_MAX, SCALE_MIN, round_scales
 
 
 @dataclass(frozen=True)
@@ -148,16 +145,6 @@ def stacked(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     zeros = [weight.zeros_OG for weight in weights if weight.zeros_OG is not None]
     codes_OI, scales_OG = torch.cat([w.codes_OI for w in weights]), torch.cat([w.scales_OG for w in weights])
     return QuantizedWeight(codes_OI, scales_OG, weights[0].scheme, torch.cat(zeros) if zeros else None)
-
-
-def round_scales(scales: Tensor) -> Tensor:
-    """`scales` rounded to bf16, with magnitudes clipped to [2^-17, 65280]. Sign, shape and float dtype are kept.
-
-    >>> round_scales(torch.tensor([0.1, -1e-9, 1e9])).tolist()
-    [0.10009765625, -7.62939453125e-06, 65280.0]
-    """
-    magnitude = scales.abs().clamp(SCALE_MIN, SCALE_MAX).bfloat16().to(scales.dtype)
-    return torch.where(scales < 0, -magnitude, magnitude)
 
 
 def quantize_to_grid(

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmquant.quant.grid import SCALE_MIN, QuantizedWeight, round_scales
+from llmquant.quant.grid import QuantizedWeight
+from llmquant.quant.scales import SCALE_MIN, round_scales
 
 _BETA_1, _BETA_2 = 0.9, 0.99
 _EPS = 1e-12  # gradients of a mean loss by one of millions of scales are far below Adam's usual 1e-8

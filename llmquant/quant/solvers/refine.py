@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from llmquant.quant import kernels
-from llmquant.quant.grid import QuantizedWeight, round_scales
+from llmquant.quant.grid import QuantizedWeight
 from llmquant.quant.matmul import matmul
+from llmquant.quant.scales import round_scales
 from llmquant.quant.solvers.base import SolveOptions
 
 _BLOCK = 512  # columns whose gradient is one product; a whole group at least

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from llmquant.quant.kernels.cpu import array, compiled, compiled_in_any_order
-
-_SCALE_MIN, _SCALE_MAX = 2.0**-17, 65280.0  # as in `grid.py`
+from llmquant.quant.scales import SCALE_MAX, SCALE_MIN
 
 
 def search(
@@ -38,7 +37,7 @@ def search(
 @compiled
 def _round_scale(scale: Any) -> Any:
     """A bf16 number of 2^-17 to 65280, halves to even, with its sign."""
-    magnitude = np.float32(min(max(abs(scale), _SCALE_MIN), _SCALE_MAX))
+    magnitude = np.float32(min(max(abs(scale), SCALE_MIN), SCALE_MAX))
     bits = magnitude.view(np.uint32)
     bits = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
     rounded = np.uint32(bits).view(np.float32)

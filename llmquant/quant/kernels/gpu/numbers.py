@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+from llmquant.quant.scales import SCALE_MAX, SCALE_MIN
+
+_LEAST, _MOST = tl.constexpr(SCALE_MIN), tl.constexpr(SCALE_MAX)
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: no fraction survives beside it, and halves go to even
 
 
@@ -15,8 +18,8 @@ def level_of(v, scale, low, high):
 
 @triton.jit
 def round_scale(scale):
-    """`quant.grid.round_scales`: a bf16 number of 2^-17 to 65280, halves to even, with its sign."""
-    magnitude = tl.minimum(tl.maximum(tl.abs(scale), 7.62939453125e-06), 65280.0)
+    """`quant.scales.round_scales`: a bf16 number of 2^-17 to 65280, halves to even, with its sign."""
+    magnitude = tl.minimum(tl.maximum(tl.abs(scale), _LEAST), _MOST)
     bits = magnitude.to(tl.int32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
     magnitude = bits.to(tl.float32, bitcast=True)
