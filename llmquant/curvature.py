@@ -29,8 +29,10 @@ from llmquant.model.block import Block
 from llmquant.model.head import gradient_at_head
 from llmquant.model.streams import Stream, Streams, spilled
 from llmquant.quant.solvers import CURVED, Curvature
+from llmquant.ranks import Sums
 from llmquant.run_dir import RunDir
 from llmquant.source.names import kinds
+from llmquant.text.windows import Windows
 
 _MOST_TOKENS = 2**13  # more take disk and time, and bring nothing: eval/LOG.md
 
@@ -82,43 +84,56 @@ def measure_curvature(job: Job, planned: CurvaturePass, run: RunDir, log: Progre
         return
     if run.curvature.problem:
         log.line(f"curvature: {run.curvature.problem}; it is measured again")
-    blocks, ids = job.skeleton.blocks, job.calibration.ids
+    blocks, ids, ranks = job.skeleton.blocks, job.calibration.ids, job.options.ranks
     windows = replace(job.calibration, ids=ids[: planned.n_tokens // ids.shape[1]])
     log.line(f"curvature: {windows.n_tokens} tokens forwards and backwards through {len(blocks)} blocks")
-    with Streams(planned.borders, job.options.stream_budget, run.scratch, device=job.skeleton.device) as streams:
+    own = windows.share_of(ranks)
+    sizes = {name: size * own.n_tokens // windows.n_tokens for name, size in planned.borders.items()}
+    with Streams(sizes, job.options.stream_budget, run.scratch, device=job.skeleton.device) as streams:
         borders = [streams.new(name) for name in planned.borders]
-        job.skeleton.record(windows.batches(), borders[0].append)
+        job.skeleton.record(own.batches(), borders[0].append)
         # 1. Forwards, and the gradients at the end.
         for block, before, behind in zip(blocks, borders[:-1], borders[1:], strict=True):
             with block.loaded():
                 for hidden in before:
                     behind.append(block.forward(hidden, job.products))
             trim()
-        _to_gradients(job, borders[-1])
+        _to_gradients(job, borders[-1], windows)
         # 2. Backwards.
         unmoved: list[str] = []
         for block in reversed(blocks):
             with block.loaded():
                 sums = BlockGradients(block, planned.stacks[block.index], job.products, job.candidates)
-                _backwards(sums, borders[block.index], borders[block.index + 1])
-            run.curvature.put(block.index, sums.tensors())
+                told = sums.sums(ranks, -(-len(windows.batches()) // ranks.size))
+                _backwards(sums, told, borders[block.index], borders[block.index + 1])
+            sums.count_all(ranks)
+            if ranks.first:
+                run.curvature.put(block.index, sums.tensors())
             unmoved += sums.unmoved
             borders[block.index + 1].close()
             trim()
     if unmoved:
         log.line(f"curvature: no prediction depends on {kinds(unmoved)}; solved without it")
     run.finish_curvature()
+    ranks.wait()
 
 
-def _to_gradients(job: Job, last: Stream) -> None:
-    """The gradient of the labels' log-likelihood in the place of the hidden states that the head reads."""
+def _to_gradients(job: Job, last: Stream, windows: Windows) -> None:
+    """The gradient of the labels' log-likelihood in the place of the hidden states that the head reads.
+
+    Every token of the `windows` has its own random number, whichever rank has the token.
+    """
     generator = torch.Generator().manual_seed(job.recipe.seed)
+    random = [torch.rand(batch.numel(), generator=generator) for batch in windows.batches()]
+    of_batch = iter(job.options.ranks.share(random))
     with job.skeleton.head() as logits_of:
-        last.update(lambda hidden: head_gradient(hidden, logits_of, generator))
+        last.update(lambda hidden: head_gradient(hidden, logits_of, next(of_batch)))
 
 
-def head_gradient(hidden: Tensor, logits_of: Callable[[Tensor], Tensor], generator: torch.Generator) -> Tensor:
+def head_gradient(hidden: Tensor, logits_of: Callable[[Tensor], Tensor], random_N: Tensor) -> Tensor:
     """d sum(log p(label)) / d hidden [B, T, D], a label of every token drawn from p = softmax(logits).
+
+    random_N   a number between 0 and 1 of each of the B T tokens, which draws its label
 
     d log p(label) / d logits = onehot(label) - p.
     """
@@ -126,16 +141,23 @@ def head_gradient(hidden: Tensor, logits_of: Callable[[Tensor], Tensor], generat
     def slope(logits_NV: Tensor, tokens: slice) -> Tensor:
         # 1. A label of each token: where the sum of p passes a random number.
         p_NV = logits_NV.softmax(1)
-        random_N = torch.rand(len(p_NV), 1, generator=generator).to(p_NV)
+        random_N1 = random_N[tokens, None].to(p_NV)
         sums_NV = p_NV.cumsum(1)
-        label_N = torch.searchsorted(sums_NV, random_N * sums_NV[:, -1:]).clamp_(max=p_NV.shape[1] - 1)
+        label_N1 = torch.searchsorted(sums_NV, random_N1 * sums_NV[:, -1:]).clamp_(max=p_NV.shape[1] - 1)
         # 2. Its slope.
-        return p_NV.neg_().scatter_add_(1, label_N, torch.ones_like(random_N))
+        return p_NV.neg_().scatter_add_(1, label_N1, torch.ones_like(random_N1))
 
     return gradient_at_head(hidden, logits_of, slope)
 
 
-def _backwards(sums: BlockGradients, before: Stream, behind: Stream) -> None:
+def _backwards(sums: BlockGradients, told: Sums, before: Stream, behind: Stream) -> None:
     """One block, which is loaded: gradients into its sums, and in `before` in the place of hidden states."""
     gradients = iter(behind)
-    before.update(lambda hidden: sums.through(hidden, next(gradients)))
+
+    def through(hidden: Tensor) -> Tensor:
+        entering = sums.through(hidden, next(gradients))
+        told.batch()
+        return entering
+
+    before.update(through)
+    told.finish()

@@ -199,6 +199,8 @@ def planned(
         attempt(lambda: refuse_recovery(drawn))
     if recipe.has_target:
         attempt(lambda: refuse_target(drawn))
+    if not options.ranks.alone:
+        attempt(lambda: refuse_shared(drawn))
     return drawn
 
 
@@ -278,6 +280,14 @@ def refuse_target(draft: Draft) -> None:
     if got:
         name = "target_bpw" if recipe.target_size is None else "target_size"
         raise RecipeError(f"{option(name)} {getattr(recipe, name)}", got, remedy=remedy)
+
+
+def refuse_shared(draft: Draft) -> None:
+    """RecipeError for what several ranks cannot do together."""
+    recipe, size = draft.recipe, draft.options.ranks.size
+    for field, wanted in (("recover", recipe.recover != "off"), ("target_bpw", recipe.has_target)):
+        if wanted:
+            raise RecipeError(option(field), f"{size} ranks", expected="one process", remedy="leave torchrun out")
 
 
 def stream_bytes(skeleton: Skeleton, n_tokens: int, seq_len: int) -> int:

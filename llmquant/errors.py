@@ -9,7 +9,8 @@
     |-- OutputError          7   the output folder or the disk
     |-- VerifyError          8   what was written is not what was computed
     |-- ResumeError          9   an interrupted run that cannot be continued
-    `-- HubError            10   the Hub refuses to publish, or cannot be reached
+    |-- HubError            10   the Hub refuses to publish, or cannot be reached
+    `-- RankError           11   another process of the run has ended or does not answer (torchrun)
 
 A run that Ctrl-C or SIGTERM ended exits with 75; the same command continues it.
 
@@ -125,6 +126,10 @@ class ResumeError(LLMQuantError):
 
 class HubError(LLMQuantError):
     exit_code = 10
+
+
+class RankError(LLMQuantError):
+    exit_code = 11
 
 
 class Interrupted(BaseException):

@@ -3,6 +3,8 @@
 All of them go through each block while it is in memory, and stand before the next one afterwards.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -29,13 +31,17 @@ class HiddenStates:
     """
 
     def __init__(self, job: Job, streams: Streams) -> None:
-        self._job, self._streams = job, streams
+        self._job, self._streams, self._ranks = job, streams, job.options.ranks
         self.calibration: CalibrationStreams | None = None
         if job.calibration is not None and job.finished is None:
             original = streams.new("calibration (original)") if job.recipe.propagation != 0 else None
             quantized = streams.new("calibration")
-            self.calibration = CalibrationStreams(quantized, original, streams.spare_bytes, job.products)
-        self.lanes = Lanes(job.lanes, job.evaluation, streams) if job.evaluation is not None else None
+            self.calibration = CalibrationStreams(
+                quantized, original, streams.spare_bytes, job.products, job.options.ranks
+            )
+        self.lanes = None
+        if job.evaluation is not None:
+            self.lanes = Lanes(job.lanes, job.evaluation.share_of(self._ranks), streams)
 
     def streams(self) -> dict[str, Stream]:
         """All of them by name."""
@@ -69,7 +75,8 @@ class HiddenStates:
         passes = [(ours, instead), (others, {})] if instead else [([*others, *ours], {})]
         for streams, weights in passes:
             if windows is not None and streams:
-                self._job.skeleton.record(windows.batches(), partial(_append, streams), weights)
+                own = windows.share_of(self._ranks)
+                self._job.skeleton.record(own.batches(), partial(_append, streams), weights)
 
     def specs(self, block: Block) -> list[LinearSpec]:
         """The linears of a block that are quantized."""
@@ -130,7 +137,10 @@ class HiddenStates:
         return max(0, budget - self._streams.in_memory)
 
     def checksums(self) -> dict[str, str]:
-        return {name: stream.checksum() for name, stream in self.streams().items()}
+        """Digests of the whole text's batches, whichever rank has them."""
+        of_ranks = self._ranks.gathered({name: stream.sums() for name, stream in self.streams().items()})
+        batches = {name: self._ranks.in_order([one[name] for one in of_ranks]) for name in of_ranks[0]}
+        return {name: hashlib.sha256(json.dumps(sums).encode()).hexdigest() for name, sums in batches.items()}
 
     def check(self, index: int, wanted: dict[str, str]) -> None:
         """ResumeError unless they have the checksums that the interrupted run had behind block `index`."""

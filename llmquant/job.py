@@ -11,10 +11,11 @@ import torch
 from llmquant.ahead import ahead
 from llmquant.coverage import enough_batches
 from llmquant.draft import Draft, draft
-from llmquant.errors import CalibrationError
+from llmquant.errors import CalibrationError, RecipeError, option
 from llmquant.log import Progress
 from llmquant.model.skeleton import Skeleton
 from llmquant.quant import kernels
+from llmquant.ranks import Ranks
 from llmquant.recipe import Recipe, RunOptions
 from llmquant.source.base import Source
 from llmquant.source.card import read_card
@@ -58,10 +59,22 @@ def prepare(model: str | Path, recipe: Recipe, options: RunOptions, log: Progres
         most, calibration = calibration, as_many_as_needed(drawn, calibration, log)
         if calibration is not most:  # other places of the text
             check_calibration(drawn, calibration, evaluation, log)
+    refuse_idle_ranks(options.ranks, calibration)
     if calibration is not None and (said := said_of_experts(drawn, calibration.n_tokens)):
         log.line(said)
     drawn.refuse_parked(*(0 if text is None else text.n_tokens for text in (calibration, evaluation)))
     return Job(**vars(drawn), calibration=calibration, evaluation=evaluation, card=read_card(drawn.source, log))
+
+
+def refuse_idle_ranks(ranks: Ranks, calibration: Windows | None) -> None:
+    """RecipeError where some rank would have no calibration text."""
+    if calibration is not None and (count := len(calibration.batches())) < ranks.size:
+        raise RecipeError(
+            f"{ranks.size} ranks",
+            f"{count} batches of calibration text",
+            expected="one for each rank at least",
+            remedy=f"fewer ranks, or more {option('samples')}",
+        )
 
 
 def windows(draft: Draft, log: Progress) -> tuple[Windows | None, Windows | None]:

@@ -17,7 +17,7 @@ from llmquant.curvature import CurvaturePass
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.hidden import HiddenStates
 from llmquant.job import Job
-from llmquant.lanes.scores import OF_OURS
+from llmquant.lanes.scores import OF_OURS, of_all_ranks
 from llmquant.log import BlockDone, Progress, Stopwatch
 from llmquant.memory import trim
 from llmquant.model.block import Block
@@ -52,7 +52,8 @@ class Loop:
         self.hidden = HiddenStates(job, streams)
         for name in streams.spilled:
             log.line(f"--max-ram: the {name} stream is kept in a file")
-        self.snapshots = Snapshots(run, {} if job.parked else self.hidden.streams(), log)
+        self.ranks = job.options.ranks
+        self.snapshots = Snapshots(run, {} if job.parked else self.hidden.streams(), log, self.ranks)
 
     @cached_property
     def training(self) -> Recovery:
@@ -64,7 +65,8 @@ class Loop:
         fresh = not self.run.records
         if fresh:
             self._copy(None)
-        layers = self._outside(write=fresh)
+        layers = self._outside(write=fresh) if self.ranks.first else []
+        self.ranks.wait()
         with self.watch.stage("embed"):
             self.hidden.embed(self.instead)
         trim()
@@ -80,6 +82,7 @@ class Loop:
             layers += [item.report for item in solved]
             with self.watch.stage("write"):
                 self.run.commit_block(self._body(solved))
+                self.ranks.wait()
             self._say(block, solved, time.perf_counter() - begin)
             del solved  # a block's codes; the next block would come on top of them
             if self.snapshots.due():
@@ -128,7 +131,7 @@ class Loop:
             hidden.advance_ours(block)
         with self.watch.stage("write"):
             for item in solved:
-                if item.weight is not None:
+                if item.weight is not None and self.ranks.first:
                     self.output.quantized(self.run, item.spec, item.weight)
         return solved
 
@@ -166,7 +169,9 @@ class Loop:
 
     def _store(self, spec: LinearSpec, weight: QuantizedWeight) -> Callable[[], Tensor]:
         """Write a linear before its block is done, so that its codes need no memory."""
-        self.output.quantized(self.run, spec, weight)
+        if self.ranks.first:
+            self.output.quantized(self.run, spec, weight)
+        self.ranks.wait()
         return partial(self._written, spec)
 
     def _body(self, solved: Sequence[Solved]) -> dict[str, Any]:
@@ -244,15 +249,15 @@ class Loop:
         """Write the tensors of a block (None: outside the blocks) that stay as they are."""
         with self.watch.stage("write"):
             for row in self.job.plan.block(block):
-                if row.spec is None:
+                if row.spec is None and self.ranks.first:
                     self.output.copied(self.run, row)
 
     def _score(self) -> dict[str, LaneReport]:
-        if self.hidden.lanes is None:
+        if self.hidden.lanes is None or self.job.evaluation is None:
             return {}
         with self.watch.stage("evaluate"), self.job.skeleton.heads(self.instead) as (original, ours):
             scores = self.hidden.lanes.score(lambda lane, hidden: (ours if lane in OF_OURS else original)(hidden))
-        reports = lane_reports(self.job, scores)
+        reports = lane_reports(self.job, of_all_ranks(scores, self.job.evaluation, self.ranks))
         self.log.scored({lane: report.kl_mean for lane, report in compared(reports).items()})
         return reports
 

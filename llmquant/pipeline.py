@@ -25,7 +25,7 @@ from llmquant.report.card import make_card
 from llmquant.report.data import Cost, Report, load_report
 from llmquant.report.html import make_html
 from llmquant.result import run_report
-from llmquant.run_dir import RunDir
+from llmquant.run_dir import FollowedRun, RunDir
 
 _SPARE = 100_000_000  # bytes that every run has room for
 
@@ -56,40 +56,55 @@ def quantize(
 
 def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: Progress = SILENT) -> Report:
     """`quantize` with its options as one object."""
+    report = quantize_on_ranks(model, recipe, options, log)
+    assert report is not None
+    return report
+
+
+def quantize_on_ranks(model: str | Path, recipe: Recipe, options: RunOptions, log: Progress) -> Report | None:
+    """The same as one of `options.ranks`, all of which call it; the first one gets the report."""
+    ranks = options.ranks
     watch = Stopwatch(log.stage)
     with watch.stage("prepare"):
         job = prepare(model, recipe, options, log)
         if job.solves and (problem := refuse_wrong_kernels(job.skeleton.device)):
             log.line(f"kernels of this GPU: {problem}; the CPU does their part, which takes longer")
         output = job.output
-        n_tokens = [0 if text is None else text.n_tokens for text in (job.calibration, job.evaluation)]
-        sizes = job.stream_sizes(*n_tokens)
+        texts = (job.calibration, job.evaluation)
+        n_tokens = [0 if text is None else text.n_tokens for text in texts]
+        own_tokens = [0 if text is None else text.share_of(ranks).n_tokens for text in texts]
+        sizes, own_sizes = job.stream_sizes(*n_tokens), job.stream_sizes(*own_tokens)
         curvature, recovery = CurvaturePass(job, n_tokens[0]), RecoveryPlan(job, n_tokens[0])
         target = Target(job, curvature) if recipe.has_target else None
         more = curvature.disk_bytes + recovery.disk_bytes + (target.more_bytes if target is not None else 0)
-        run = RunDir(
-            job.target,
-            overwrite=options.overwrite,
-            needed_bytes=job.needed_bytes(sizes) + more,
-            streams_bytes=job.snapshot_bytes(sizes),
-            resume=options.resume,
-            fingerprint=fingerprint(job, refuse_damaged_weights(job.source)),
-            threads=torch.get_num_threads(),
+        run = (
+            RunDir(
+                job.target,
+                overwrite=options.overwrite,
+                needed_bytes=job.needed_bytes(sizes) + more,
+                streams_bytes=job.snapshot_bytes(sizes),
+                resume=options.resume,
+                fingerprint=fingerprint(job, refuse_damaged_weights(job.source)),
+                threads=torch.get_num_threads(),
+                ranks=ranks,
+            )
+            if ranks.first
+            else FollowedRun(job.target, ranks)
         )
     with (
         kept_blocks_named(run, len(job.skeleton.blocks), log),
         run,
         Streams(
-            sizes, options.stream_budget, run.scratch, sizes if job.parked else (), device=job.skeleton.device
+            own_sizes, options.stream_budget, run.scratch, sizes if job.parked else (), device=job.skeleton.device
         ) as streams,
     ):
         if run.finished:
             log.line(f"{run.out}: was finished by the interrupted run")
-            return load_report(run.out)
+            return load_report(run.out) if ranks.first else None
         if run.records:
             log.line(f"going on after block {len(run.records)} of {len(job.skeleton.blocks)}")
             torch.set_num_threads(run.threads)
-        elif (text := job.calibration or job.evaluation) is not None:
+        elif (text := job.calibration or job.evaluation) is not None and ranks.first:
             with watch.stage("compare"):
                 compare_with_stock(job.skeleton, text.ids[0], streams.in_memory + _SPARE, log.line)
         with watch.stage("curvature"):
@@ -99,8 +114,13 @@ def quantize_with(model: str | Path, recipe: Recipe, options: RunOptions, log: P
             with watch.stage("allocate"):
                 job, allocation = allocate(job, run, curvature, target, log)
             output, recovery = job.output, RecoveryPlan(job, n_tokens[0])
-        output.open(run, parse_size("max_shard_size", recipe.max_shard_size))
+        for turn in (True, False):  # the others open what the first one has made
+            if ranks.first == turn:
+                output.open(run, parse_size("max_shard_size", recipe.max_shard_size))
+            ranks.wait()
         layers, recovered, lanes = Loop(job, run, curvature, recovery, streams, watch, log).go()
+        if not ranks.first:
+            return None
         run.tensors.finish()
         with watch.stage("verify"):
             output.finish(run)

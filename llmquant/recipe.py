@@ -10,6 +10,7 @@ from typing import Any
 from llmquant.errors import RecipeError, did_you_mean, option
 from llmquant.formats.facts import DEFAULT, FACTS, formats_that
 from llmquant.paths import expanded
+from llmquant.ranks import ALONE, Ranks
 from llmquant.rules import SETTINGS, Ignored, Rule, make_rules, split_patterns
 
 # What the small built-in model changes: its context is short and its text fits in seconds.
@@ -197,6 +198,7 @@ class RunOptions:
     runtimes  that must open the result (names of `formats.runtimes.RUNTIMES`), or FormatError before any work
     trust_remote_code   Python code of the checkpoint may be run (`source/remote_code.py`)
     codes     a finished checkpoint of the same model, whose codes are taken over: nothing is solved
+    ranks     the processes that share the work, this one among them
     """
 
     out: str | Path | None = None
@@ -207,6 +209,7 @@ class RunOptions:
     runtimes: tuple[str, ...] = ()
     trust_remote_code: bool = False
     codes: str | Path | None = None
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         parse_size("max_ram", self.max_ram)

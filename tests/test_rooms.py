@@ -13,7 +13,7 @@ PACKAGE = ROOT / "llmquant"
 # A room, or a module at the top level, imports from lower ranks only: no exceptions.
 RANK = {
     **dict.fromkeys(("errors", "memory", "versions", "demo"), 0),
-    **dict.fromkeys(("ahead", "log", "paths"), 1),
+    **dict.fromkeys(("ahead", "log", "paths", "ranks"), 1),
     "quant": 2,
     "formats": 3,
     "rules": 4,

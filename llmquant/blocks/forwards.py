@@ -23,6 +23,7 @@ from llmquant.model.streams import Stream
 from llmquant.model.weights import Value
 from llmquant.quant.hessian import Hessian
 from llmquant.quant.matmul import forwards_in
+from llmquant.ranks import ALONE, Ranks, Sums
 
 _AT_ONCE = 2**27  # entries of all Hessians of experts that are summed up at once: 512 MB
 
@@ -37,13 +38,24 @@ class CalibrationStreams:
     """Hidden states before the block: of the quantized blocks, and of the original ones (for error propagation).
 
     `spare_bytes` is what forwards may hold while they are paused between the steps of a block; `products` is the
-    precision of their products and of the Hessians.
+    precision of their products and of the Hessians; `ranks` have a part of the text each, these streams hold one.
     """
 
     quantized: Stream
     original: Stream | None = None
     spare_bytes: int = 0
     products: torch.dtype = torch.float32
+    ranks: Ranks = ALONE
+
+    @property
+    def n_tokens(self) -> int:
+        """Of the whole text."""
+        return sum(self.ranks.gathered(self.quantized.n_tokens))
+
+    @property
+    def n_rounds(self) -> int:
+        """Batches of the rank that has most."""
+        return max(self.ranks.gathered(self.quantized.n_batches))
 
     def append(self, start: Any) -> None:
         """Before the first block both are the same. `start` is what `Stream.append` takes."""
@@ -118,7 +130,7 @@ class BlockForwards:
         streams: CalibrationStreams,
         settled: Sequence[tuple[LinearSpec, Tensor]] = (),
     ) -> None:
-        self._block, self._streams = block, streams
+        self._block, self._streams, self._n_rounds = block, streams, streams.n_rounds
         others = [spec for spec, _ in settled]
         self._originals = {spec.param: block.rounded(spec.param, streams.products) for spec in (*specs, *others)}
         self._current = dict(self._originals)
@@ -135,25 +147,30 @@ class BlockForwards:
     def hessians(self, position: int, wave: Wave) -> list[Hessian]:
         """One for each step of the wave at `position`, over all batches; waves must come in order."""
         hessians, original = [self._empty(step) for step in wave.steps], self._streams.original
+        told = self._told(hessians)
         others = iter(original) if original is not None and any(step.propagation for step in wave.steps) else None
         for batch, hidden in enumerate(self._streams.quantized):
             reference = None
             if others is not None:
                 reference = self._read(self._originals, position, (batch, "original"), next(others))
             self._add(wave, hessians, self._read(self._current, position, (batch, "quantized"), hidden), reference)
-        return hessians
+            told.batch()
+        return self._of_all_ranks(hessians, told)
 
     def pool(self, position: int, wave: Wave) -> Hessian:
         """The Hessian of what all experts of a wave read; for a wave whose own do not fit the memory together."""
         pool = self._empty(wave.steps[0])
+        told = self._told([pool])
         for batch, hidden in enumerate(self._streams.quantized):
             for x in wave.inputs(self._read(self._current, position, (batch, "quantized"), hidden).x):
                 pool.add(x)
-        return pool
+            told.batch()
+        return self._of_all_ranks([pool], told)[0]
 
     def hessians_of_all(self, waves: Sequence[Wave]) -> list[list[Hessian]]:
         """The Hessians of all waves in one pass, before any of them is quantized."""
         hessians = [[self._empty(step) for step in wave.steps] for wave in waves]
+        told = self._told([hessian for of_wave in hessians for hessian in of_wave])
         original = self._streams.original
         for hidden, other in zip(self._streams.quantized, original or self._streams.quantized, strict=True):
             run, reference = self._paused(hidden), self._paused(other)
@@ -164,6 +181,17 @@ class BlockForwards:
                 self._add(wave, sums, _Read(hidden, run.input_of(position), run.outputs), paired)
             run.close()
             reference.close()
+            told.batch()
+        self._of_all_ranks([hessian for of_wave in hessians for hessian in of_wave], told)
+        return hessians
+
+    def _told(self, hessians: Sequence[Hessian]) -> Sums:
+        return Sums(self._streams.ranks, [total for hessian in hessians for total in hessian.sums()], self._n_rounds)
+
+    def _of_all_ranks(self, hessians: list[Hessian], told: Sums) -> list[Hessian]:
+        told.finish()
+        for hessian in hessians:
+            hessian.count_all(self._streams.ranks)
         return hessians
 
     def _empty(self, step: Step) -> Hessian:

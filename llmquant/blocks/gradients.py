@@ -11,6 +11,7 @@ from llmquant.quant.curvature import OutputHessian, row_blocks
 from llmquant.quant.grid import QuantScheme
 from llmquant.quant.sensitivity import Sensitivity, left
 from llmquant.quant.solvers import Curvature, SolveOptions
+from llmquant.ranks import Ranks, Sums
 
 
 class BlockGradients:
@@ -48,6 +49,15 @@ class BlockGradients:
                 if self._felt:
                     self._felt[number].add(x, g)
         return found.entering
+
+    def sums(self, ranks: Ranks, n_rounds: int) -> Sums:
+        """What to tell `ranks` of every batch."""
+        return Sums(ranks, [tensor for total in self._sums for tensor in total.sums()], n_rounds)
+
+    def count_all(self, ranks: Ranks) -> None:
+        """The tokens of all ranks, whose sums are added up."""
+        for total in self._sums:
+            total.count_all(ranks)
 
     @property
     def unmoved(self) -> list[str]:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from llmquant.formats import LinearSpec
+from llmquant.quant.grid import QuantizedWeight
 from llmquant.quant.hessian import quadratic
 from llmquant.quant.histograms import histograms
-from llmquant.quant.solvers.base import Solution, pieces
+from llmquant.quant.solvers.base import LayerTask, Solution, pieces
 from llmquant.quant.solvers.rtn import round_to_nearest
 
 
@@ -50,19 +51,54 @@ class Inputs:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Found:
+    """A solution, and how good it is, by rows: all that is kept of it, and that ranks tell each other.
+
+    loss_O     e^T H e of every row e of E = target - dequantized weight; 0 without H, as are the others
+    rtn_loss_O the same of plain rounding
+    energy_O   w^T H w of the original rows
+    """
+
+    weight: QuantizedWeight
+    loss_O: Tensor
+    rtn_loss_O: Tensor
+    energy_O: Tensor
+    notes: tuple[str, ...] = ()
+
+    def rows(self, rows: slice) -> "Found":
+        """Of some rows: one linear of a stack."""
+        losses = self.loss_O[rows], self.rtn_loss_O[rows], self.energy_O[rows]
+        return Found(self.weight.rows(rows), *losses, self.notes)
+
+    def to(self, device: torch.device) -> "Found":
+        """The same on another device."""
+        losses = self.loss_O.to(device), self.rtn_loss_O.to(device), self.energy_O.to(device)
+        return Found(self.weight.to(device), *losses, self.notes)
+
+
+def found(task: LayerTask, solution: Solution) -> Found:
+    """A solution without its target, which is as large as the weight. In pieces of rows: of all rows at once their
+    differences would be the peak of a run's memory."""
+    loss_O, H_II = solution.loss_O, task.H_II
+    rtn_loss_O, energy_O = torch.zeros_like(loss_O), torch.zeros_like(loss_O)
+    for rows in pieces(task.weight_OI) if H_II is not None else ():
+        assert H_II is not None
+        plain_OI = round_to_nearest(task.weight_OI[rows], task.scheme)
+        rtn_loss_O[rows] = quadratic(solution.target_OI[rows] - plain_OI, H_II)
+        energy_O[rows] = quadratic(task.weight_OI[rows], H_II)
+    return Found(solution.weight, loss_O, rtn_loss_O, energy_O, solution.notes)
+
+
 def measure(
-    spec: LinearSpec, weight_OI: Tensor, dense_OI: Tensor, part: Solution, inputs: Inputs, bits: float
+    spec: LinearSpec, weight_OI: Tensor, dense_OI: Tensor, part: Found, inputs: Inputs, bits: float
 ) -> LayerReport:
     """The report of one linear: `weight_OI` as it was, `dense_OI` as the format's loader will see it, `bits` stored per
-    weight. Differences are taken in pieces of rows: of all rows at once they would be the peak of a run's memory."""
+    weight."""
     power, loss = _square(weight_OI), float(part.loss_O.sum())
-    weight_error = rtn_loss = energy = 0.0
-    for rows in pieces(weight_OI):
-        weight_error += _square(weight_OI[rows] - dense_OI[rows]) / power if power else 0.0
-        if inputs.H_II is not None:
-            plain_OI = round_to_nearest(weight_OI[rows], spec.scheme)
-            rtn_loss += float(quadratic(part.target_OI[rows] - plain_OI, inputs.H_II).sum())
-            energy += float(quadratic(weight_OI[rows], inputs.H_II).sum())
+    rtn_loss, energy = float(part.rtn_loss_O.sum()), float(part.energy_O.sum())
+    errors = (_square(weight_OI[rows] - dense_OI[rows]) for rows in pieces(weight_OI))
+    weight_error = sum(error / power for error in errors) if power else 0.0
     notes, spread = inputs.notes + part.notes, histograms(weight_OI, part.weight)
     relative = loss / energy if energy else 0.0
     if inputs.H_II is None or not all(map(math.isfinite, (loss, rtn_loss, relative))):

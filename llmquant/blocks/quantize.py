@@ -6,7 +6,7 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 from llmquant.blocks.forwards import BlockForwards, CalibrationStreams, Step, Wave
-from llmquant.blocks.solve import Solved, solve_step
+from llmquant.blocks.solve import Solved, solve_step, solve_steps
 from llmquant.formats import LinearSpec
 from llmquant.memory import SLACK, trim
 from llmquant.model.block import Block
@@ -59,8 +59,7 @@ def quantize_block(
                 if lending:
                     _lend(hessians, pool or pooled(hessians))
                 trim(SLACK)
-                for step, hessian in zip(part.steps, hessians, strict=True):
-                    done += solve_step(block, step, hessian, recipe, curvature)
+                done += solve_steps(block, part.steps, hessians, recipe, curvature, streams.ranks)
             forwards.weights_changed([spec for step in wave.steps for spec in step.specs])
             trim(SLACK)
         if advance:
@@ -91,12 +90,12 @@ def _waves(
 ) -> list[Wave]:
     """The planned linears by shared input, in the order of the forward; those of all experts of a layer together."""
     by_module = {spec.module: spec for spec in specs}
-    linears = block.linears
+    linears, n_tokens = block.linears, streams.n_tokens
 
     def strength(in_features: int) -> float:
         if streams.original is None:
             return 0.0
-        auto = default_propagation(streams.quantized.n_tokens, in_features, wide=in_features > width)
+        auto = default_propagation(n_tokens, in_features, wide=in_features > width)
         return auto if recipe.propagation == "auto" else float(recipe.propagation)
 
     waves: dict[nn.Module, Wave] = {}
@@ -108,7 +107,7 @@ def _waves(
             alone = len(members) == 1 and members[0].module in block.adds
             in_features = members[0].shape[1]
             propagation = strength(in_features)
-            part = residual_part(recipe.residual, streams.quantized.n_tokens, in_features)
+            part = residual_part(recipe.residual, n_tokens, in_features)
             step = Step(members, propagation, part if alone and propagation else 0.0)
             waves[module] = Wave(module, [step])
         else:

@@ -7,6 +7,7 @@ time: one that does not fit on the disk, or is found missing or damaged, is name
 
 import time
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from io import FileIO
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from llmquant.errors import ResumeError
 from llmquant.log import Progress
 from llmquant.model.streams import Stream
+from llmquant.ranks import ALONE, Ranks
 from llmquant.run_dir import RunDir
 
 MIN_SECONDS = 60.0  # between two snapshots,
@@ -30,8 +32,8 @@ def snapshot_bytes(sizes: Mapping[str, int]) -> int:
 class Snapshots:
     """Saves and loads `streams`, which stay the same objects for the whole run."""
 
-    def __init__(self, run: RunDir, streams: Mapping[str, Stream], log: Progress) -> None:
-        self._run, self._streams, self._log = run, streams, log
+    def __init__(self, run: RunDir, streams: Mapping[str, Stream], log: Progress, ranks: Ranks = ALONE) -> None:
+        self._run, self._streams, self._log, self._ranks = run, streams, log, ranks
         self._on = bool(streams)
         self._next = time.monotonic() + MIN_SECONDS
         if self._on and not run.room_for_streams:
@@ -41,7 +43,7 @@ class Snapshots:
             )
 
     def due(self) -> bool:
-        return self._on and time.monotonic() >= self._next
+        return self._ranks.of_first(self._on and time.monotonic() >= self._next)
 
     def save(self) -> None:
         """Keep the streams as they are after the last committed block.
@@ -51,8 +53,12 @@ class Snapshots:
         """
         if not self._on:
             return
-        begin = time.monotonic()
-        if problem := self._run.keep_streams(self._bytes()):
+        begin, _ = time.monotonic(), self._sizes  # which all ranks must ask for at once
+        chunks = self._bytes()
+        problem = self._run.keep_streams(chunks) if self._ranks.first else ""
+        for _ in chunks:  # of other ranks that no disk took; a rank that does not write sends its own
+            pass
+        if problem := self._ranks.of_first(problem):
             self._on = False
             self._log.line(f"no snapshot of streams after block {len(self._run.records)}, nor later: {problem}")
         now = time.monotonic()
@@ -63,28 +69,59 @@ class Snapshots:
 
         0: there is none, and the streams hold the embeddings still. The caller compares checksums.
         """
+        blocks = self._ranks.of_first(self._newest_sound() if self._ranks.first else 0)
+        if not blocks:
+            return 0
+        end = 0
+        with FileIO(self._run.streams.path(blocks)) as file:
+            for number, stream in enumerate(self._streams.values()):
+                own = []
+                for rank, nbytes in self._in_order(number):
+                    own += [end] if rank == self._ranks.rank else []
+                    end += nbytes
+                places = iter(own)
+                stream.update(lambda hidden, file=file, places=places: _read_like(hidden, file, next(places)))  # type: ignore[misc]
+        self._log.line(f"streams after block {blocks}: from the snapshot")
+        return blocks
+
+    def _newest_sound(self) -> int:
+        """After how many blocks the newest snapshot was taken that can be used; 0: there is none."""
         for record in reversed(self._run.streams.kept):
             blocks = int(record["blocks"])
-            if problem := self._run.streams.problem(record):
-                self._log.line(f"snapshot of streams after block {blocks}: {problem}; it is not used")
-                continue
-            with FileIO(self._run.streams.path(blocks)) as file:
-                for stream in self._streams.values():
-                    stream.update(lambda hidden, file=file: _read_like(hidden, file))  # type: ignore[misc]
-            self._log.line(f"streams after block {blocks}: from the snapshot")
-            return blocks
+            if not (problem := self._run.streams.problem(record)):
+                return blocks
+            self._log.line(f"snapshot of streams after block {blocks}: {problem}; it is not used")
         if self._run.streams.kept:
             self._log.line("no snapshot is sound: finished blocks are gone through again from the embeddings")
         return 0
 
     def _bytes(self) -> Iterator[memoryview]:
-        for stream in self._streams.values():
-            for hidden in stream.hidden():
-                yield hidden.cpu().contiguous().view(torch.uint8).numpy().data.cast("B")
+        """All batches of the first stream, then of the next; those of other ranks come to the first one in between."""
+        ranks = self._ranks
+        for number, stream in enumerate(self._streams.values()):
+            own = (hidden.cpu().contiguous().view(torch.uint8).flatten() for hidden in stream.hidden())
+            for rank, nbytes in self._in_order(number):
+                if rank == ranks.rank and ranks.first:
+                    yield next(own).numpy().data
+                elif rank == ranks.rank:
+                    ranks.send(next(own))
+                elif ranks.first:
+                    yield ranks.receive(torch.empty(nbytes, dtype=torch.uint8), rank).numpy().data
+
+    def _in_order(self, number: int) -> list[tuple[int, int]]:
+        """(rank, bytes) of all batches of a stream."""
+        shares = [[(rank, nbytes) for nbytes in sizes[number]] for rank, sizes in enumerate(self._sizes)]
+        return self._ranks.in_order(shares)
+
+    @cached_property
+    def _sizes(self) -> list[list[list[int]]]:
+        """Bytes of the batches of every stream of every rank."""
+        return self._ranks.gathered([[hidden.nbytes for hidden in s.hidden()] for s in self._streams.values()])
 
 
-def _read_like(hidden: Tensor, file: FileIO) -> Tensor:
-    """The next bytes of `file` as a tensor of the shape and dtype of `hidden`."""
+def _read_like(hidden: Tensor, file: FileIO, place: int) -> Tensor:
+    """The bytes of `file` from a place on as a tensor of the shape and dtype of `hidden`."""
+    file.seek(place)
     found = torch.empty(hidden.shape, dtype=hidden.dtype)
     data = found.view(torch.uint8).numpy().data.cast("B")
     while data:

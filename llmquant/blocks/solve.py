@@ -1,6 +1,6 @@
 """Linears that share an input: one task for the solver, and its solution set back into the block linear by linear."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from llmquant.blocks.forwards import Step
-from llmquant.blocks.measure import Inputs, LayerReport, measure
+from llmquant.blocks.measure import Found, Inputs, LayerReport, measure
+from llmquant.blocks.spread import spread
 from llmquant.errors import SolveError, option
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.model.block import Block
 from llmquant.quant.grid import QuantizedWeight, QuantScheme
 from llmquant.quant.hessian import Hessian
-from llmquant.quant.matmul import matmul
-from llmquant.quant.solvers import SOLVERS, Curvature, LayerTask, Solution, SolveOptions
+from llmquant.quant.solvers import Curvature, LayerTask, SolveOptions
 from llmquant.quant.solvers.refine import default_sweeps
+from llmquant.ranks import ALONE, Ranks
 from llmquant.recipe import Recipe
 
 
@@ -38,69 +39,93 @@ def stacks(specs: Sequence[LinearSpec]) -> list[list[LinearSpec]]:
     return list(alike.values())
 
 
+def solve_steps(
+    block: Block,
+    steps: Sequence[Step],
+    hessians: Sequence[Hessian],
+    recipe: Recipe,
+    curvature: Mapping[str, Curvature] = MappingProxyType({}),
+    ranks: Ranks = ALONE,
+) -> list[Solved]:
+    """Quantize the linears of `steps` and leave their dequantized weights in the block.
+
+    hessians    of the inputs of each step
+    curvature   of the stacks of the block, by the first module of each
+
+    Where there are as many steps as ranks (experts), each rank solves whole steps; else its rows of every one.
+    SolveError where the policy is to fail.
+    """
+    pairs = list(zip(steps, hessians, strict=True))
+    if ranks.alone or len(pairs) < ranks.size:
+        return [item for step, hessian in pairs for item in solve_step(block, step, hessian, recipe, curvature, ranks)]
+    owners = _owners(steps, ranks.size)
+    own = {
+        number: [item for item, _ in _solved(block, step, hessian, recipe, curvature, ALONE)]
+        for number, (step, hessian) in enumerate(pairs)
+        if owners[number] == ranks.rank
+    }
+    everywhere = {number: items for of_rank in ranks.gathered(own) for number, items in of_rank.items()}
+    return [_set_back(block, item, recipe.format) for number in sorted(everywhere) for item in everywhere[number]]
+
+
+def _owners(steps: Sequence[Step], n_ranks: int) -> list[int]:
+    """The rank that solves each step: the dearest first, each to the one that is least busy."""
+    costs = [step.in_features**2 * (step.in_features + sum(spec.shape[0] for spec in step.specs)) for step in steps]
+    busy, owners = [0] * n_ranks, [0] * len(steps)
+    for number in sorted(range(len(steps)), key=lambda number: -costs[number]):
+        owners[number] = busy.index(min(busy))
+        busy[owners[number]] += costs[number]
+    return owners
+
+
 def solve_step(
     block: Block,
     step: Step,
     hessian: Hessian | None,
     recipe: Recipe,
     curvature: Mapping[str, Curvature] = MappingProxyType({}),
+    ranks: Ranks = ALONE,
 ) -> list[Solved]:
-    """Quantize the linears of `step` and leave their dequantized weights in the block.
-
-    curvature   of the stacks of the block, by the first module of each
-
-    All share the Hessian; those of one scheme and solver are one task. SolveError where the policy is to fail.
-    """
-    inputs = _inputs(_together(step.specs), hessian, recipe)
-    drift_II = None if hessian is None else hessian.take_drift()
-    residual_OI = None if hessian is None else hessian.take_residual()
-    tasks = [replace(step, specs=specs) for specs in stacks(step.specs)]
-    return [
-        solved for task in tasks for solved in _solve(block, task, inputs, (drift_II, residual_OI), recipe, curvature)
-    ]
+    """The same for one step. All its linears share the Hessian (None: a solver that needs none); those of one scheme
+    and solver are one task, whose rows the ranks share."""
+    solved = _solved(block, step, hessian, recipe, curvature, ranks)
+    return [_set_back(block, item, recipe.format, dense_OI) for item, dense_OI in solved]
 
 
 def solve_alone(spec: LinearSpec, weight_OI: Tensor, recipe: Recipe) -> Solved:
     """Quantize a linear that no block of ours runs, by a method that needs no text."""
-    step = Step([spec], 0.0)
     task = LayerTask(spec.module, weight_OI, None, 0, spec.scheme)
-    part = SOLVERS[spec.method](task, _options(step, recipe))
-    report, _ = _report(spec, weight_OI, part, Inputs(None, 0), recipe.format)
-    return Solved(spec, part.weight.cpu(), report)
+    part = spread(task, spec.method, _options(Step([spec], 0.0), recipe))
+    return _report(spec, weight_OI, part, Inputs(None, 0), recipe.format)[0]
 
 
-def _solve(
+def _solved(
     block: Block,
     step: Step,
-    inputs: Inputs,
-    drifts: tuple[Tensor | None, Tensor | None],
+    hessian: Hessian | None,
     recipe: Recipe,
     curvature: Mapping[str, Curvature],
-) -> list[Solved]:
-    """Linears of one input, scheme and solver as one task of stacked rows, which know nothing of each other's.
+    ranks: Ranks,
+) -> Iterator[tuple[Solved, Tensor]]:
+    """The linears of a step one by one, and what a loader makes of each, dense_OI; the block is as it was."""
+    inputs = _inputs(_together(step.specs), hessian, recipe)
+    drift_II = None if hessian is None else hessian.take_drift()
+    residual_OI = None if hessian is None else hessian.take_residual()
+    for specs in stacks(step.specs):
+        weights, name, scheme = [block.weight(spec) for spec in specs], _together(specs), specs[0].scheme
+        H_OO = curvature.get(specs[0].module, ())
 
-    drifts   drift_II of the input, and R_OI of the residual
-    """
-    drift_II, residual_OI = drifts
-    specs, weights = step.specs, [block.weight(spec) for spec in step.specs]
-    name = _together(specs)
-    # All rows stacked are a copy: the solver's, freed before the parts are reported.
-    weight_OI = torch.cat(weights) if len(weights) > 1 else weights[0]
-    drift_OI = None
-    if drift_II is not None and (residual_OI is not None or len(weight_OI) <= len(drift_II)):
-        drift_OI, drift_II = matmul(weight_OI, drift_II), None
-    if drift_OI is not None and residual_OI is not None:
-        drift_OI.add_(residual_OI, alpha=step.residual)
-    H_OO = curvature.get(specs[0].module, ())
-    task = LayerTask(name, weight_OI, inputs.H_II, inputs.n_tokens, specs[0].scheme, drift_OI, drift_II, H_OO)
-    solution = SOLVERS[specs[0].method](task, _options(step, recipe))
-    del task, weight_OI, drift_OI, drift_II, residual_OI, drifts
-    done, start = [], 0
-    for spec, weight_OI in zip(specs, weights, strict=True):
-        part = solution.rows(slice(start, start + len(weight_OI)))
-        start += len(weight_OI)
-        done.append(_set_back(block, spec, weight_OI, part, inputs, recipe.format))
-    return done
+        def task() -> LayerTask:  # all rows stacked are a copy, freed with it before the parts are reported
+            weight_OI = torch.cat(weights) if len(weights) > 1 else weights[0]  # noqa: B023
+            facts = inputs.H_II, inputs.n_tokens, scheme, drift_II, residual_OI, H_OO  # noqa: B023
+            return LayerTask(name, weight_OI, *facts)  # noqa: B023
+
+        part = spread(task(), specs[0].method, _options(replace(step, specs=specs), recipe), ranks)
+        start = 0
+        for spec, weight_OI in zip(specs, weights, strict=True):
+            rows = slice(start, start + len(weight_OI))
+            start = rows.stop
+            yield _report(spec, weight_OI, part.rows(rows), inputs, recipe.format)
 
 
 def _together(specs: Sequence[LinearSpec]) -> str:
@@ -131,29 +156,33 @@ def _options(step: Step, recipe: Recipe) -> SolveOptions:
         recipe.order,
         recipe.damp,
         step.propagation,
+        step.residual,
         recipe.refit,
         default_sweeps(scheme.bits, scheme.group_size) if recipe.sweeps is None else recipe.sweeps,
         on_bad_layer=recipe.on_bad_layer,
     )
 
 
-def _set_back(
-    block: Block, spec: LinearSpec, weight_OI: Tensor, part: Solution, inputs: Inputs, format_name: str
-) -> Solved:
-    report, dense_OI = _report(spec, weight_OI, part, inputs, format_name)
-    weight = part.weight.cpu()
-    if (read := block.stored(spec, weight)) is not None:
-        block.set_weight(spec, read)
-        return Solved(spec, None, report)
-    again = partial(FORMATS[format_name].loaded, spec, weight)
-    block.set_weight(spec, again if block.is_made(spec) else dense_OI)
-    return Solved(spec, weight, report)
-
-
 def _report(
-    spec: LinearSpec, weight_OI: Tensor, part: Solution, inputs: Inputs, format_name: str
-) -> tuple[LayerReport, Tensor]:
+    spec: LinearSpec, weight_OI: Tensor, part: Found, inputs: Inputs, format_name: str
+) -> tuple[Solved, Tensor]:
     """How well it was quantized, by the weight as a loader will see it; and that weight, dense_OI."""
     dense_OI = FORMATS[format_name].loaded(spec, part.weight)
     bits = FORMATS[format_name].weight_bits(spec) / (spec.shape[0] * spec.shape[1])
-    return measure(spec, weight_OI, dense_OI, part, inputs, bits), dense_OI
+    report = measure(spec, weight_OI, dense_OI, part, inputs, bits)
+    return Solved(spec, part.weight.cpu(), report), dense_OI
+
+
+def _set_back(block: Block, item: Solved, format_name: str, dense_OI: Tensor | None = None) -> Solved:
+    """The block runs with the quantized weight from now on; `dense_OI` where it is made already."""
+    assert item.weight is not None
+    if (read := block.stored(item.spec, item.weight)) is not None:
+        block.set_weight(item.spec, read)
+        return replace(item, weight=None)
+    again = partial(_loaded, format_name, item.spec, item.weight, block.device)
+    block.set_weight(item.spec, again if dense_OI is None or block.is_made(item.spec) else dense_OI)
+    return item
+
+
+def _loaded(format_name: str, spec: LinearSpec, weight: QuantizedWeight, device: torch.device) -> Tensor:
+    return FORMATS[format_name].loaded(spec, weight.to(device))

@@ -15,7 +15,8 @@ from llmquant.cli.progress import JsonLines
 from llmquant.cli.push import push
 from llmquant.cli.run import run
 from llmquant.cli.spellings import naming, normalise, suggestion
-from llmquant.errors import Interrupted, LLMQuantError
+from llmquant.errors import Interrupted, LLMQuantError, RecipeError
+from llmquant.ranks import n_ranks, said_by_another
 
 app = typer.Typer(
     name="llmquant",
@@ -52,13 +53,16 @@ look.register(app, run)
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code. Every error of ours and of the system is one line on stderr."""
     caught: Exception | None = None
+    ended: Interrupted | None = None
     arguments = normalise(sys.argv[1:] if arguments is None else arguments, look.options_of(app))
     try:
+        if n_ranks() > 1 and (arguments[:1] != ["run"] or "--dry-run" in arguments):
+            raise RecipeError(f"{n_ranks()} ranks", "llmquant run alone knows them", remedy="leave torchrun out")
         return int(app(args=arguments, prog_name="llmquant", standalone_mode=False) or 0)
     except typer.TyperException as error:  # unknown options, missing values
         message, code = suggestion(error) or error.format_message(), 2
-    except Interrupted:
-        message, code = "interrupted", 75
+    except Interrupted as error:
+        message, code, ended = "interrupted", 75, error
     except typer.Abort:
         message, code = "aborted", 1
     except LLMQuantError as error:
@@ -66,6 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
         message, code, caught = error.message(naming(command, look.names_of_fields(app))), error.exit_code, error
     except OSError as error:  # the disk, a network file system, a permission: nothing of ours is wrong
         message, code, caught = f"{error.filename or 'the system'}: {error.strerror or error}", 1, error
+    if said_by_another(caught or ended):
+        return code
     if caught is not None and "--debug" in arguments:
         traceback.print_exception(caught)
     message = " ".join(message.split())

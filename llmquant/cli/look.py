@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout in place of the tables")]
 # What makes no sense where nothing runs; `json` gets another meaning.
-_NOT_IN_PLAN = ("dry_run", "json", "quiet", "resume")
+_NOT_IN_PLAN = ("dry_run", "json", "quiet", "resume", "rank_timeout", "rank_sums")
 
 
 def register(app: typer.Typer, run: Callable[..., Any]) -> None:

@@ -1,5 +1,6 @@
 """`llmquant run`: every option of a quantization, and what is checked before it starts."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -208,6 +209,18 @@ def run(
             rich_help_panel=_JOB,
         ),
     ] = None,
+    rank_timeout: Annotated[
+        float,
+        typer.Option(help="With torchrun: minutes that a process waits for another one", rich_help_panel=_RUN),
+    ] = 120.0,
+    rank_sums: Annotated[
+        str,
+        typer.Option(
+            help="With torchrun: add up in the order of the batches (batch: the codes of one process), or each "
+            "process's own first (rank: less to send)",
+            rich_help_panel=_RUN,
+        ),
+    ] = "batch",
     timed: Annotated[
         bool,
         typer.Option("--time", help="Of a plan: quantize one block to see how long it takes", rich_help_panel=_RUN),
@@ -251,10 +264,20 @@ def run(
         )
     if dry_run:
         return look.show_plan(model, settings, options, as_json=json, timed=timed)
-    from llmquant.pipeline import quantize_with
+    from llmquant.pipeline import quantize_on_ranks
+    from llmquant.ranks import joined
 
-    with progress(quiet, json) as log, stoppable():
-        report = quantize_with(model, settings, options, log)
+    if rank_sums not in ("batch", "rank"):
+        raise RecipeError(option("rank_sums"), repr(rank_sums), expected="batch or rank")
+    by_batch = rank_sums == "batch"
+    with (
+        stoppable(),
+        joined(settings.device, rank_timeout, by_batch=by_batch) as ranks,
+        progress(quiet or not ranks.first, json) as log,
+    ):
+        report = quantize_on_ranks(model, settings, replace(options, ranks=ranks), log)
+    if report is None:  # of another rank
+        return
     show_report(report)
     if push_to_hub is not None and report.out is not None:
         push_result(report.out, push_to_hub, quiet or json)

@@ -13,8 +13,8 @@ Shapes: B windows of a batch, N tokens, T time, D hidden, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 from typing import Annotated, Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from torch import Tensor
 from llmquant.errors import SolveError, option
 from llmquant.memory import SLACK, trim
 from llmquant.model.streams import Stream, Streams
+from llmquant.ranks import Ranks
 from llmquant.text.windows import Windows
 
 ORIGINAL, OURS = "original", "llmquant"  # names of the two lanes of every run,
@@ -177,6 +178,19 @@ class Lanes:
             # 3. The next chunk, as large as the vocabulary allows.
             self._chunk = max(1, LOGITS_AT_ONCE // reference.shape[1])
             start = stop
+
+
+def of_all_ranks(scores: Mapping[str, TokenScores], windows: Windows, ranks: Ranks) -> dict[str, TokenScores]:
+    """The scores of all `windows`, from those of every rank's share of them."""
+    all_windows = range(len(windows.ids))
+    numbers = [all_windows[start : start + windows.per_batch] for start in all_windows[:: windows.per_batch]]
+    shares = [[n for batch in replace(ranks, rank=rank).share(numbers) for n in batch] for rank in range(ranks.size)]
+    order = np.argsort([number for share in shares for number in share])
+    parts = ranks.gathered({lane: astuple(score) for lane, score in scores.items()})
+    return {
+        lane: TokenScores(*(np.concatenate(rows)[order] for rows in zip(*(part[lane] for part in parts), strict=True)))
+        for lane in scores
+    }
 
 
 def log_probabilities(logits_NV: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from llmquant.quant.hessian import add_products, mirrored
+from llmquant.ranks import Ranks
 
 _MOST = 2048  # rows of a block
 
@@ -80,6 +81,14 @@ class OutputHessian:
         for rows, sum_bb in zip(self._rows, self._sums, strict=True):
             add_products(sum_bb, g_NO[:, rows] if len(self._rows) > 1 else g_NO, self._products)
         self.n_tokens += len(g_NO)
+
+    def sums(self) -> list[Tensor]:
+        """All that is added up over the tokens."""
+        return self._sums
+
+    def count_all(self, ranks: Ranks) -> None:
+        """The tokens of all ranks, whose sums are added up."""
+        self.n_tokens = sum(ranks.gathered(self.n_tokens))
 
     def means(self) -> list[Tensor]:
         """H_O by blocks of rows, symmetric to the bit. Divides the sums in place: call this once."""

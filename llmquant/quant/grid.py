@@ -106,7 +106,7 @@ class QuantizedWeight:
         if low < self.scheme.code_min or high > self.scheme.code_max:
             raise ValueError(f"{what} {low}..{high} outside {self.scheme.code_min}..{self.scheme.code_max}")
 
-    def rows(self, rows: slice) -> "QuantizedWeight":
+    def rows(self, rows: slice | Tensor) -> "QuantizedWeight":
         """The given rows, copied into memory of their own."""
         zeros_OG = None if self.zeros_OG is None else self.zeros_OG[rows].contiguous()
         return QuantizedWeight(

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from llmquant.quant.matmul import add_product, matmul, sums_of
+from llmquant.ranks import Ranks
 
 # Few tokens per input dimension leave H noisy and need more damping: 0.01, or 0.003 from 8 tokens per dimension on.
 _DAMP_FEW, _DAMP_MANY, _MANY = 0.01, 0.003, 8
@@ -119,6 +120,15 @@ class Hessian:
         if pool.n_tokens:
             self.sum_II.add_(pool.sum_II, alpha=n_tokens / pool.n_tokens)
             self.n_lent += n_tokens
+
+    def sums(self) -> list[Tensor]:
+        """All that is added up over the tokens."""
+        return [total for total in (self.sum_II, self.drift_II, self.residual_OI) if total is not None]
+
+    def count_all(self, ranks: Ranks) -> None:
+        """The tokens of all ranks, whose sums are added up."""
+        counts = ranks.gathered((self.n_tokens, self.n_excluded))
+        self.n_tokens, self.n_excluded = (sum(of_ranks) for of_ranks in zip(*counts, strict=True))
 
     def mean(self) -> Tensor:
         """H_II = sum / N, symmetric to the bit. Divides the sum in place: call this once."""

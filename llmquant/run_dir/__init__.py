@@ -13,5 +13,6 @@ file is one call of `disk.py`.
 
 from llmquant.run_dir.disk import write_json_file
 from llmquant.run_dir.folder import RunDir
+from llmquant.run_dir.follower import FollowedRun
 
-__all__ = ["RunDir", "write_json_file"]
+__all__ = ["FollowedRun", "RunDir", "write_json_file"]

@@ -13,6 +13,7 @@ from llmquant.ahead import ahead
 from llmquant.errors import LLMQuantError, OutputError, ResumeError, VerifyError, option
 from llmquant.formats.base import Layout
 from llmquant.paths import expanded
+from llmquant.ranks import ALONE, Ranks
 from llmquant.run_dir.curvature_files import CurvatureFiles
 from llmquant.run_dir.disk import FULL, Disk, disk_error, fsync_path, lock, replace_file
 from llmquant.run_dir.journal import Journal, Record
@@ -32,6 +33,7 @@ class RunDir:
 
     out          must not exist, or be empty, or, with `overwrite`, be a folder that llmquant wrote
     fingerprint  everything that decides the output, by name; only a run with the same one is continued
+    ranks        that take part in the run; this one is the first of them
     resume       "auto" continues an interrupted run if there is one; "required" is an error if there is none; "never"
                  throws it away
 
@@ -58,6 +60,7 @@ class RunDir:
         fingerprint: Mapping[str, str] | None = None,
         threads: int = 1,
         disk: Disk | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         # Follow links: a rename would replace the link, not the folder that it points to.
         self.out = expanded(out, OutputError).resolve()
@@ -67,7 +70,7 @@ class RunDir:
         self.allocation: Record | None = None
         self.finished = False
         self.threads = threads
-        self._overwrite, self._resume, self._disk = overwrite, resume, disk or Disk()
+        self._overwrite, self._resume, self._disk, self._ranks = overwrite, resume, disk or Disk(), ranks
         self._fingerprint = dict(fingerprint or {})
         self.tensors, self.streams = TensorFiles(self._disk, self.path), StreamFiles(self._disk, self.partial)
         self.curvature = CurvatureFiles(self._disk, self.partial)
@@ -76,6 +79,11 @@ class RunDir:
         self._weights: dict[str, dict[str, Any]] = {}  # sizes and hashes that `weight_files` has taken
         self._lock: int | None = None
         self._journal: Journal | None = None
+        self.room_for_streams = True
+        self._check(needed_bytes, streams_bytes)
+
+    def _check(self, needed_bytes: int, streams_bytes: int) -> None:
+        """OutputError where a run cannot start."""
         try:
             if not (self.partial / _JOB).is_file():
                 self._check_remains()
@@ -122,7 +130,21 @@ class RunDir:
         except BaseException:
             self._close()
             raise
+        self._tell()
         return self
+
+    def _tell(self) -> None:
+        """The first rank knows what an earlier run left; now the others do."""
+        known = (
+            self.finished,
+            self.threads,
+            self.records,
+            self.room_for_streams,
+            self.streams.kept,
+            self.curvature.complete,
+        )
+        self.finished, self.threads, self.records, self.room_for_streams, kept, complete = self._ranks.of_first(known)
+        self.streams.kept, self.curvature.complete = kept, complete
 
     def _open(self) -> None:
         """Take the lock; then start anew, or read how far the earlier run came."""

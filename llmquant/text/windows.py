@@ -8,13 +8,14 @@ Shapes: n windows, B windows of a batch, T tokens of a window.
 
 import hashlib
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmquant.errors import CalibrationError, option
+from llmquant.ranks import Ranks
 from llmquant.text.corpus import Text, load_text
 from llmquant.text.mixture import parse_mixture, split_samples
 from llmquant.text.tokenizer import as_text, leading_bos, tokenize, tokenize_pieces
@@ -46,9 +47,18 @@ class Windows:
             "ids_sha256": hashlib.sha256(self.ids.numpy().tobytes()).hexdigest(),
         }
 
-    def batches(self, tokens: int = BATCH_TOKENS) -> list[Tensor]:
-        """Groups of windows [B, T] of about `tokens` tokens each."""
-        return list(torch.split(self.ids, windows_per_batch(self.ids.shape[1], tokens)))
+    def batches(self) -> list[Tensor]:
+        """Groups of windows [B, T]."""
+        return list(torch.split(self.ids, self.per_batch)) if len(self.ids) else []
+
+    @property
+    def per_batch(self) -> int:
+        """Windows of a batch."""
+        return windows_per_batch(self.ids.shape[1])
+
+    def share_of(self, ranks: Ranks) -> "Windows":
+        """The windows in this rank's part of the batches, which are the same batches as without ranks."""
+        return replace(self, ids=torch.cat([self.ids[:0], *ranks.share(self.batches())]))
 
 
 def windows_per_batch(seq_len: int, tokens: int = BATCH_TOKENS) -> int:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import llmquant
 from llmquant.blocks import measure
-from llmquant.blocks import solve as solve_module
+from llmquant.blocks import spread as spread_module
 from llmquant.job import prepare
 from llmquant.log import SILENT
 from llmquant.quant.hessian import Hessian, default_propagation, residual_part
@@ -36,17 +36,16 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         tasks.append((replace(task, H_II=H), options))
         return GPTQ(task, options)
 
-    monkeypatch.setitem(solve_module.SOLVERS, "gptq", solve)
+    monkeypatch.setitem(spread_module.SOLVERS, "gptq", solve)
     return tasks
 
 
-def drift_of(task: LayerTask) -> Tensor | None:
-    """W (C - H), in whichever form the solver got it."""
+def drift_of(task: LayerTask, options: SolveOptions) -> Tensor | None:
+    """W (C - H) + b R."""
     if task.drift_II is None:
-        return task.drift_OI
-    assert task.drift_OI is None
-    assert task.weight_OI.shape[0] > task.weight_OI.shape[1]
-    return task.weight_OI @ task.drift_II
+        return None
+    drift_OI = task.weight_OI @ task.drift_II
+    return drift_OI if task.residual_OI is None else drift_OI + options.residual * task.residual_OI
 
 
 def quantize(model: Path, out: Path, **flags: Any) -> None:
@@ -119,16 +118,16 @@ def test_hessian_and_drift_pair_the_original_with_the_quantized_prefix(
             expected += part * (wanted[place] - before_block[place]).T @ x_hat / len(x)
         if products == "float32":
             torch.testing.assert_close(task.H_II, H, rtol=1e-3, atol=1e-5)
-            torch.testing.assert_close(drift_of(task), expected, rtol=1e-2, atol=2e-6)
+            torch.testing.assert_close(drift_of(task, options), expected, rtol=1e-2, atol=2e-6)
         else:  # every factor is rounded by up to 2^-9, several times on the way
-            drift = drift_of(task)
+            drift = drift_of(task, options)
             assert drift is not None
             assert float((task.H_II - H).norm()) < 2**-6 * float(H.norm())
             assert float((drift - expected).norm()) <= 0.1 * float(expected.norm()) + 2**-6 * float(H.norm())
         solution = GPTQ(task, options)
         put(quantized, task.name, solution.weight.dequantize())
     for number, moved in ((1, passes == "step"), (5, True)):  # inside the first block only where steps see each other
-        drift = drift_of(seen[number][0])
+        drift = drift_of(*seen[number])
         assert drift is not None
         assert bool(drift.any()) == moved
 
@@ -142,7 +141,7 @@ def test_the_text_goes_through_a_block_that_does_not_need_it(
     job = prepare(tiny_model("llama"), llmquant.make_recipe("x", flags=TINY | flags), RunOptions(), SILENT)
     assert job.calibration is not None
     name = "model.layers.2.self_attn.q_proj"
-    task = next(task for task, _ in seen if task.name.startswith(name))
+    task, options = next(pair for pair in seen if pair[0].name.startswith(name))
     x, x_hat = (
         inputs_of(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), job.calibration.ids, [name])[name]
         for model in (tiny_model("llama"), tmp_path / "out")
@@ -150,7 +149,7 @@ def test_the_text_goes_through_a_block_that_does_not_need_it(
     assert task.H_II is not None
     torch.testing.assert_close(task.H_II, x_hat.T @ x_hat / len(x_hat), rtol=1e-3, atol=1e-5)
     expected = task.weight_OI @ ((x - x_hat).T @ x_hat / len(x))
-    torch.testing.assert_close(drift_of(task), expected, rtol=1e-2, atol=2e-6)
+    torch.testing.assert_close(drift_of(task, options), expected, rtol=1e-2, atol=2e-6)
 
 
 def test_the_strength_follows_the_tokens_and_is_switched_off_by_zero(
@@ -161,11 +160,11 @@ def test_the_strength_follows_the_tokens_and_is_switched_off_by_zero(
         width = task.weight_OI.shape[1]
         wide = width > 64  # the tiny models' hidden size
         assert options.propagation == default_propagation(task.n_tokens, width, wide=wide)
-        assert (drift_of(task) is None) == (options.propagation == 0)
-    assert {drift_of(task) is None for task, _ in seen} == {True, False}  # 192 tokens are too few for wide inputs
+        assert (drift_of(task, options) is None) == (options.propagation == 0)
+    assert {drift_of(*pair) is None for pair in seen} == {True, False}  # 192 tokens are too few for wide inputs
     seen.clear()
     quantize(tiny_model("llama"), tmp_path / "off", propagation=0)
-    assert all(drift_of(task) is None and options.propagation == 0 for task, options in seen)
+    assert all(drift_of(task, options) is None and options.propagation == 0 for task, options in seen)
 
 
 @pytest.mark.parametrize("name", ["phi3", "cohere", "gemma2"])

@@ -132,8 +132,8 @@ def test_streams_that_are_not_those_of_the_block_are_an_error(
     cut(model, tmp_path / "out")
     real = snapshots._read_like
 
-    def wrong(hidden: Tensor, file: Any) -> Tensor:
-        return real(hidden, file) + torch.finfo(hidden.dtype).eps
+    def wrong(hidden: Tensor, file: Any, place: int) -> Tensor:
+        return real(hidden, file, place) + torch.finfo(hidden.dtype).eps
 
     monkeypatch.setattr(snapshots, "_read_like", wrong)
     with pytest.raises(ResumeError, match=r"block 1, stream original: differs"):

@@ -25,7 +25,8 @@ def streamed(skeleton: Skeleton) -> tuple[Tensor, dict[str, Tensor]]:
         with block.loaded():
             hidden.append(block.forward(hidden[-1]))
     with skeleton.head() as logits_of:
-        gradient = head_gradient(hidden.pop(), logits_of, torch.Generator().manual_seed(0))
+        random_N = torch.rand(IDS.numel(), generator=torch.Generator().manual_seed(0))
+        gradient = head_gradient(hidden.pop(), logits_of, random_N)
     for block in reversed(skeleton.blocks):
         with block.loaded():
             modules = [name for names in block.steps for name in names]

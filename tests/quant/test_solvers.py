@@ -269,7 +269,7 @@ def propagation_task(**options: int) -> tuple[LayerTask, Tensor, Tensor]:
         hessians.add(seen[start : start + 100], x[start : start + 100])
     task, drift = problem(**options), hessians.take_drift()
     assert drift is not None
-    return replace(task, H_II=hessians.mean(), n_tokens=400, drift_OI=task.weight_OI @ drift), x, seen
+    return replace(task, H_II=hessians.mean(), n_tokens=400, drift_II=drift), x, seen
 
 
 def test_full_propagation_aims_at_the_closed_form() -> None:
@@ -303,20 +303,29 @@ def test_propagation_lowers_the_output_error_and_its_strength_is_linear(order: s
     torch.testing.assert_close(solutions[1].target_OI, (task.weight_OI + solutions[2].target_OI) / 2)
 
 
-@both_orders
-def test_drift_may_be_given_without_the_weights(order: str) -> None:
+def test_many_rows_have_the_target_of_few() -> None:
+    """The product with W is taken before the division by H for few rows, and behind it for more rows than inputs."""
     task = propagation_task()[0]
-    drift_II = torch.linalg.lstsq(task.weight_OI, task.drift_OI).solution  # any one that W makes the same of
-    other = replace(task, drift_OI=None, drift_II=drift_II)
-    first, second = (solve_gptq(one, SolveOptions(order=order, propagation=0.5)) for one in (task, other))
-    torch.testing.assert_close(first.target_OI, second.target_OI, rtol=1e-9, atol=1e-12)
-    assert torch.equal(first.weight.codes_OI, second.weight.codes_OI)
+    times = -(-(task.weight_OI.shape[1] + 1) // len(task.weight_OI))
+    many = replace(task, weight_OI=task.weight_OI.repeat(times, 1))
+    few, first = (solve_gptq(one, SolveOptions(propagation=0.5)).target_OI for one in (task, many))
+    torch.testing.assert_close(first[: len(few)], few, rtol=1e-9, atol=1e-12)
+
+
+def test_the_target_makes_up_for_the_residual() -> None:
+    task = propagation_task()[0]
+    R_OI = torch.randn(task.weight_OI.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    options = SolveOptions(propagation=0.5, residual=0.25, damp=0.01)
+    plain, other = (solve_gptq(replace(task, residual_OI=R), options).target_OI for R in (None, R_OI))
+    H = hessian(task)
+    H_l = H + 0.01 * H.diagonal().mean() * torch.eye(64, dtype=H.dtype)
+    torch.testing.assert_close(other - plain, 0.5 * 0.25 * R_OI @ torch.linalg.inv(H_l), rtol=1e-9, atol=1e-12)
 
 
 def test_without_drift_nothing_is_propagated() -> None:
     task = propagation_task()[0]
-    plain = solve_gptq(replace(task, drift_OI=None), SolveOptions(propagation=1.0))
-    unmoved = solve_gptq(replace(task, drift_OI=torch.zeros_like(task.weight_OI)), SolveOptions(propagation=1.0))
+    plain = solve_gptq(replace(task, drift_II=None), SolveOptions(propagation=1.0))
+    unmoved = solve_gptq(replace(task, drift_II=torch.zeros_like(hessian(task))), SolveOptions(propagation=1.0))
     assert torch.equal(plain.weight.codes_OI, unmoved.weight.codes_OI)
 
 
@@ -380,7 +389,7 @@ def test_groups_without_a_code_keep_their_scale() -> None:
     task = propagation_task(group=16)[0]
     weight = task.weight_OI.clone()
     weight[:, 16:32] = 0
-    task = replace(task, weight_OI=weight, H_II=hessian(task).diagonal().diag(), drift_OI=None)
+    task = replace(task, weight_OI=weight, H_II=hessian(task).diagonal().diag(), drift_II=None)
     plain, swept = (solve_gptq(task, SolveOptions(refit=True, sweeps=n)).weight for n in (0, 1))
     assert torch.equal(plain.scales_OG[:, 1], swept.scales_OG[:, 1])
     assert not torch.equal(plain.scales_OG, swept.scales_OG)

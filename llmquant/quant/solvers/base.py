@@ -39,6 +39,7 @@ class SolveOptions:
     order: str = "descending"  # descending | natural
     damp: float | None = None  # damping as a share of mean(diag H); None: `default_damp`
     propagation: float = 0.0  # strength of error propagation, 0 to 1
+    residual: float = 0.0  # b, the part of it that is for the residual
     refit: bool = False  # whether each sweep fits the scales to the codes, too
     sweeps: int = 0  # sweeps of coordinate descent on the codes
     curvature_damp: float = 0.2  # damping of H_O as a share of its mean diagonal
@@ -54,9 +55,8 @@ class LayerTask:
 
     weight_OI  the original weight W, float32 or float64
     H_II       E[xhat xhat^T]; None for a solver that needs no data
-    drift_II   C - H with C = E[x xhat^T], for error propagation; cheaper than drift_OI where O > I
-    drift_OI   given in its place: W (C - H) where O <= I, or W (C - H) + b R, which also makes up for errors of the
-               residual; without either there is no error propagation
+    drift_II   C - H with C = E[x xhat^T], for error propagation; None: there is none
+    residual_OI   R = E[(r - rhat) xhat^T] of the residual r that the output is added to, to make up for its errors, too
     H_OO       of the rows (`quant/curvature.py`); empty: all outputs count alike
 
     ValueError where H or the group size does not fit the weight.
@@ -67,8 +67,8 @@ class LayerTask:
     H_II: Tensor | None
     n_tokens: int
     scheme: QuantScheme
-    drift_OI: Tensor | None = None
     drift_II: Tensor | None = None
+    residual_OI: Tensor | None = None
     H_OO: Curvature = ()
 
     def __post_init__(self) -> None:

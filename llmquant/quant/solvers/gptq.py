@@ -82,7 +82,7 @@ def solve_gptq(task: LayerTask, options: SolveOptions) -> Solution:
     U_II, damp, tries = factored
     lam = ridge(float(diagonal.mean()), damp)
     # 3. The target: what the codes should come close to.
-    target_OI = _target(task, options.propagation, U_II, order)
+    target_OI = _target(task, options, U_II, order)
     # 4. Scales from the target.
     scales_OG, zeros_OG = _GRIDS[options.grid](target_OI, diagonal + lam, scheme)
     # 5. Codes by the loop; by a loop over rows, too, where it is known how the model adds their errors up.
@@ -106,8 +106,8 @@ def solve_gptq(task: LayerTask, options: SolveOptions) -> Solution:
     return Solution(weight, loss_O, target_OI, tuple(notes))
 
 
-def _target(task: LayerTask, strength: float, U_II: Tensor, order: Tensor) -> Tensor:
-    """T = W + a W (C - H) H_l^-1, a the `strength`; W itself without drift.
+def _target(task: LayerTask, options: SolveOptions, U_II: Tensor, order: Tensor) -> Tensor:
+    """T = W + a W (C - H) H_l^-1, a the strength of propagation; W itself without drift.
 
     Why. The layer should give on its inputs xhat, which carry the errors of all layers before it, what the original
     layer gives on x. That is a loss with the same H and another target:
@@ -115,19 +115,26 @@ def _target(task: LayerTask, strength: float, U_II: Tensor, order: Tensor) -> Te
         E ||W x - Q xhat||^2 = tr((Q - W*) H (Q - W*)^T) + const,   W* = W C H^-1 = W + W (C - H) H^-1
 
     so any solver can aim at it. H^-1 comes from the factor that the codes need anyway: two triangular solves.
+    Where the output is added to a residual that carries errors, too, b R joins W (C - H).
     Trade-off: with few tokens W* fits their noise, hence a below 1 (`hessian.default_propagation`).
 
     Source: Arai and Ichikawa, Quantization Error Propagation (arXiv 2504.09629). Ours divides by the damped H_l.
     """
-    weight_OI, drift_XI = task.weight_OI, task.drift_OI if task.drift_II is None else task.drift_II
-    if not strength or drift_XI is None:
+    weight_OI, drift_XI = task.weight_OI, task.drift_II
+    if not options.propagation or drift_XI is None:
         return weight_OI
+    # The product with W first or last, whichever leaves fewer rows to divide.
+    first = task.residual_OI is not None or len(weight_OI) <= len(drift_XI)
+    if first:
+        drift_XI = matmul(weight_OI, drift_XI)
+    if task.residual_OI is not None:
+        drift_XI.add_(task.residual_OI, alpha=options.residual)
     moved_XI = torch.empty_like(drift_XI)
     for rows in pieces(drift_XI):
         moved_XI[rows] = divided(drift_XI[rows], U_II, order)
-    if task.drift_II is not None:
+    if not first:
         moved_XI = matmul(weight_OI, moved_XI)
-    return moved_XI.mul_(strength).add_(weight_OI)
+    return moved_XI.mul_(options.propagation).add_(weight_OI)
 
 
 def divided(drift_XI: Tensor, U_II: Tensor, order: Tensor) -> Tensor:
