@@ -67,6 +67,11 @@ class Draft:
         return self.plan.calibrated
 
     @property
+    def solves(self) -> bool:
+        """Whether codes are solved for: not where all are rounded to nearest, or taken over."""
+        return self.calibrated and self.finished is None
+
+    @property
     def baselines(self) -> tuple[str, ...]:
         """The lanes that are neither the original's nor ours."""
         return tuple(name for name in self.lanes if name not in (ORIGINAL, OURS, BEFORE))

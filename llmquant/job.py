@@ -37,11 +37,6 @@ class Job(Draft):
     card: dict[str, Any]  # what the original's own card says, by `read_card`
 
     @property
-    def solves(self) -> bool:
-        """Whether codes are solved for: not where all are rounded to nearest, or taken over."""
-        return self.calibrated and self.finished is None
-
-    @property
     def libraries(self) -> tuple[str, ...]:
         """Those that compute the output besides the usual ones."""
         return ("triton",) if self.solves and kernels.runs_on(self.skeleton.device) else ()

@@ -15,13 +15,16 @@ import tiny
 from broken import TINY, files, run, weights
 from pretend_device import on_pretend_device
 from together import Ended, on_ranks
+from torch import Tensor
 
 from llmquant import loop
 from llmquant.blocks.forwards import Step
 from llmquant.blocks.solve import _owners
 from llmquant.cli.app import main
 from llmquant.errors import SolveError
+from llmquant.preflight.estimate import estimate
 from llmquant.ranks import Ranks
+from llmquant.recipe import RunOptions, make_recipe
 from llmquant.text import windows
 
 pytestmark = pytest.mark.usefixtures("short_runs", "small_batches")
@@ -218,6 +221,49 @@ def test_what_ranks_cannot_do_is_refused_once(flags: dict[str, Any], said: str, 
     assert len(lines) == 1, ended
     assert said in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("order", ["batch", "rank"])
+def test_a_plan_knows_what_each_rank_sends(
+    order: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the codes, which go with their losses and notes."""
+    counted = [0]
+    parts_at, of_rank = Ranks.parts_at, Ranks.of_rank
+
+    def to_owner(self: Ranks, owner: int, tensor: Tensor) -> list[Tensor]:
+        counted[0] += tensor.nbytes * (owner != self.rank)
+        return parts_at(self, owner, tensor)
+
+    def from_owner(self: Ranks, owner: int, tensor: Tensor) -> Tensor:
+        counted[0] += tensor.nbytes * (self.size - 1) * (owner == self.rank)
+        return of_rank(self, owner, tensor)
+
+    monkeypatch.setattr(Ranks, "parts_at", to_owner)
+    monkeypatch.setattr(Ranks, "of_rank", from_owner)
+    flags = {"rank_sums": order, "propagation": 0.5}
+
+    def work(rank: int) -> int:
+        code = main(arguments(model, tmp_path / "out", **flags))
+        (tmp_path / f"sent-{rank}").write_text(str(counted[0]))
+        return code
+
+    assert [one.code for one in on_ranks(2, work, tmp_path)] == [0, 0]
+    recipe = make_recipe(str(model), flags=TEXT | {"eval_data": "builtin", "propagation": 0.5})
+    plan = estimate(model, recipe, RunOptions(tmp_path / "planned", ranks=Ranks(0, 2, order == "batch")))
+    codes = sum(kind.count * kind.shape[0] * kind.shape[1] for kind in plan.kinds if kind.bits is not None) // 2
+    assert [int((tmp_path / f"sent-{rank}").read_text()) for rank in (0, 1)] == [plan.sent_bytes - codes] * 2
+
+
+def test_a_plan_of_ranks_is_of_each(model: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(str(model), flags=TEXT | {"eval_data": "builtin"})
+    one, five = (estimate(model, recipe, RunOptions(tmp_path / "out", ranks=Ranks(0, size))) for size in (1, 5))
+    assert five.memory["streams in memory"] * 5 == one.memory["streams in memory"]
+    assert five.memory["sums of other ranks"] > 0 == one.memory.get("sums of other ranks", 0)
+    assert (one.sent_bytes, one.ranks, five.ranks) == (0, 1, 5)
+    assert 0 < five.sent_bytes_of_block < five.sent_bytes
+    refused = estimate(model, recipe, RunOptions(tmp_path / "out", ranks=Ranks(0, 5)), timed=True)
+    assert [problem.exit_code for problem in refused.problems if problem.blocking] == [2]
 
 
 @pytest.mark.parametrize("command", [["doctor"], ["run", "--model", "demo", "--dry-run"]])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout in place of the tables")]
 # What makes no sense where nothing runs; `json` gets another meaning.
-_NOT_IN_PLAN = ("dry_run", "json", "quiet", "resume", "rank_timeout", "rank_sums")
+_NOT_IN_PLAN = ("dry_run", "json", "quiet", "resume", "rank_timeout")
 
 
 def register(app: typer.Typer, run: Callable[..., Any]) -> None:
@@ -119,6 +119,17 @@ def _print_plan(found: "Estimate") -> None:
             ["peak memory", _sum_of(found.memory, size, "at most ")],
             *([["on the device", _sum_of(found.device_memory, size, "at most ")]] if found.device_memory else []),
             ["disk", _sum_of(found.disk, size)],
+            *(
+                [
+                    [
+                        "ranks",
+                        f"{found.ranks}; each sends {size(found.sent_bytes)}, up to {size(found.sent_bytes_of_block)} "
+                        "for a block",
+                    ]
+                ]
+                if found.ranks > 1
+                else []
+            ),
             ["time", _sum_of(found.seconds, duration, "about ")],
         ]
     for name, text in summary:

@@ -24,6 +24,7 @@ from llmquant.cli.push import check_login, push_result
 from llmquant.cli.spellings import count, strength
 from llmquant.errors import RecipeError, option
 from llmquant.log import calm_libraries
+from llmquant.ranks import Ranks, joined
 from llmquant.recipe import Recipe, RunOptions, make_recipe
 
 _JOB, _SOLVER, _CALIB, _EVAL, _RUN = "What", "How codes are chosen", "Calibration", "Evaluation", RUN_PANEL
@@ -225,6 +226,9 @@ def run(
         bool,
         typer.Option("--time", help="Of a plan: quantize one block to see how long it takes", rich_help_panel=_RUN),
     ] = False,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Of a plan: processes that share the run (torchrun)", rich_help_panel=_RUN)
+    ] = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, as `llmquant plan` does", rich_help_panel=_RUN)
     ] = False,
@@ -262,20 +266,23 @@ def run(
         raise RecipeError(
             option("timed"), "without a plan", remedy=f"llmquant plan --time, or {option('dry_run')} beside it"
         )
-    if dry_run:
-        return look.show_plan(model, settings, options, as_json=json, timed=timed)
-    from llmquant.pipeline import quantize_on_ranks
-    from llmquant.ranks import joined
-
+    if ranks > 1 and not dry_run:
+        remedy = f"torchrun --nproc-per-node {ranks} -m llmquant run ..., or {option('dry_run')} beside it"
+        raise RecipeError(option("ranks"), "without a plan", remedy=remedy)
     if rank_sums not in ("batch", "rank"):
         raise RecipeError(option("rank_sums"), repr(rank_sums), expected="batch or rank")
     by_batch = rank_sums == "batch"
+    if dry_run:
+        shared = replace(options, ranks=Ranks(0, ranks, by_batch))
+        return look.show_plan(model, settings, shared, as_json=json, timed=timed)
+    from llmquant.pipeline import quantize_on_ranks
+
     with (
         stoppable(),
-        joined(settings.device, rank_timeout, by_batch=by_batch) as ranks,
-        progress(quiet or not ranks.first, json) as log,
+        joined(settings.device, rank_timeout, by_batch=by_batch) as own,
+        progress(quiet or not own.first, json) as log,
     ):
-        report = quantize_on_ranks(model, settings, replace(options, ranks=ranks), log)
+        report = quantize_on_ranks(model, settings, replace(options, ranks=own), log)
     if report is None:  # of another rank
         return
     show_report(report)

@@ -15,7 +15,7 @@ from llmquant.checkpoint import stored_forms
 from llmquant.curvature import CurvaturePass
 from llmquant.draft import Draft
 from llmquant.draft import draft as make_draft
-from llmquant.errors import CalibrationError, LLMQuantError, OutputError, flag, option
+from llmquant.errors import CalibrationError, LLMQuantError, OutputError, RecipeError, flag, option
 from llmquant.formats.runtimes import RUNTIMES, lint, opens
 from llmquant.job import said_of_experts, windows
 from llmquant.log import SILENT, Lines
@@ -26,6 +26,7 @@ from llmquant.paths import expanded
 from llmquant.plan import Row
 from llmquant.preflight.flops import Tokens, Work, matmul_rate, work_of
 from llmquant.preflight.memory_bound import MemoryBound, memory_bound
+from llmquant.preflight.shared import Sent, of_busiest, sent, tokens_of_busiest
 from llmquant.preflight.trial import try_block
 from llmquant.recipe import Recipe, RunOptions
 from llmquant.recovery import RecoveryPlan
@@ -40,6 +41,7 @@ T = TypeVar("T")
 
 _START_SECONDS = 4.0  # to import torch and transformers, open the model and cut the texts into windows
 _FULL_TOKENS = 300_000  # what --eval-tokens full is taken for: wikitext-2's test split has about that many
+_LINK_RATE = 10e9  # bytes per second from one rank to another, taken for every network
 _DISK_RATE = 300e6  # bytes per second, taken for reading the source twice and writing and re-reading the output
 
 
@@ -84,6 +86,9 @@ class Estimate:
     device_memory: dict[str, int] = field(default_factory=dict)  # of the accelerator; empty on a CPU
     disk: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    ranks: int = 1
+    sent_bytes: int = 0  # by each of several ranks, in all
+    sent_bytes_of_block: int = 0  # for the block with most
     assumptions: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
@@ -160,7 +165,11 @@ def estimate(
     if said := said_of_experts(draft, tokens.calibration):
         found.warn(said)
     found.attempt(lambda: draft.refuse_parked(tokens.calibration, tokens.evaluation))
-    _memory(found, memory_bound(draft, curvature, recovery, tokens, sizes), draft)
+    n_ranks = options.ranks.size
+    own = tokens_of_busiest(tokens, n_ranks)
+    n_curvature = of_busiest(curvature.n_tokens, tokens.seq_len, n_ranks)
+    own_sizes = draft.stream_sizes(own.calibration, own.evaluation)
+    _memory(found, memory_bound(draft, curvature, recovery, own, own_sizes), draft)
     found.disk = {
         "output": draft.output_bytes() + more,
         "streams in files": draft.spilled_bytes(sizes),
@@ -171,7 +180,11 @@ def estimate(
     }
     needed = draft.needed_bytes(sizes) + curvature.disk_bytes + recovery.disk_bytes + more
     found.attempt(lambda: _check_target(found, draft.target, options.overwrite, needed))
-    _time(found, work_of(draft, curvature, recovery, tokens, len(lanes)), skeleton)
+    _time(found, work_of(draft, curvature, recovery, own, len(lanes), n_curvature), skeleton)
+    if n_ranks > 1:
+        _shared(found, sent(draft, curvature, tokens), n_ranks)
+    if timed and n_ranks > 1:
+        found.refuse(RecipeError(option("timed"), f"{n_ranks} ranks", remedy=f"leave {option('ranks')} out"))
     if not timed or found.exit_code:
         return found
     trial = found.attempt(lambda: try_block(draft, curvature, recovery, tokens, len(lanes)))
@@ -267,6 +280,13 @@ def _check_target(found: Estimate, target: Path, overwrite: bool, needed: int) -
         RunDir(target, overwrite=overwrite, needed_bytes=needed)  # checks only: entering it would create the folder
     except OSError as error:
         raise OutputError(str(target), error.strerror or str(error), remedy=f"choose another {option('out')}") from None
+
+
+def _shared(found: Estimate, each: Sent, n_ranks: int) -> None:
+    """What ranks send each other, and how long that may take."""
+    found.ranks, found.sent_bytes, found.sent_bytes_of_block = n_ranks, each.total, each.block
+    found.seconds["telling other ranks"] = each.total / _LINK_RATE
+    found.assumptions.append(f"memory and time of each of {n_ranks} ranks; {_LINK_RATE / 1e9:.0f} GB/s between them")
 
 
 def _replace_time(found: Estimate, measured: dict[str, float]) -> None:

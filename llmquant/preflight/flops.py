@@ -57,8 +57,12 @@ class Work:
         }
 
 
-def work_of(draft: Draft, curvature: CurvaturePass, recovery: RecoveryPlan, tokens: Tokens, n_lanes: int) -> Work:
-    """The work of a run with `n_lanes` evaluation lanes."""
+def work_of(
+    draft: Draft, curvature: CurvaturePass, recovery: RecoveryPlan, tokens: Tokens, n_lanes: int, n_curvature: int
+) -> Work:
+    """The work of one rank of a run with `n_lanes` evaluation lanes: of its `tokens`, `n_curvature` of the curvature
+    pass, and its part of the rows."""
+    n_ranks = draft.options.ranks.size
     plan, skeleton, recipe = draft.plan, draft.skeleton, draft.recipe
     shares = {name: share for block in skeleton.blocks for name, share in block.shares.items()}
     block_weights = sum(
@@ -77,9 +81,9 @@ def work_of(draft: Draft, curvature: CurvaturePass, recovery: RecoveryPlan, toke
     forward_flops += 2.0 * evaluated * (block_weights + attention * tokens.eval_seq_len)
     forward_flops += 2.0 * evaluated * skeleton.vocab_size * skeleton.hidden_size
     # The curvature pass: forwards, and once more with gradients of what they read, which cost as much again.
-    forward_flops += 6.0 * curvature.n_tokens * (block_weights + attention * tokens.seq_len)
-    forward_flops += 4.0 * curvature.n_tokens * skeleton.vocab_size * skeleton.hidden_size
-    forward_flops += 1.0 * curvature.n_tokens * sum(curvature.entries)  # half of a symmetric product
+    forward_flops += 6.0 * n_curvature * (block_weights + attention * tokens.seq_len)
+    forward_flops += 4.0 * n_curvature * skeleton.vocab_size * skeleton.hidden_size
+    forward_flops += 1.0 * n_curvature * sum(curvature.entries)  # half of a symmetric product
     # The recovery: the original once; in every step forwards and, by gradients of what is read and of weights, three
     # more; the head of both models, backwards through one. What is held out goes forwards only.
     steps = recovery.n_steps * recovery.n_tokens / max(1, len(recovery.groups))
@@ -94,20 +98,20 @@ def work_of(draft: Draft, curvature: CurvaturePass, recovery: RecoveryPlan, toke
             n_calibration * share * width**2 * (3.0 if drift else 1.0) + width**3 / 3
         )  # half of a symmetric product
         # feedback, loss, plain rounding's loss and energy, half a product each; the drift's two
-        solve_flops += rows * width**2 * (4 + (4 if drift else 0))
+        solve_flops += rows * width**2 * (4 + (4 if drift else 0)) / n_ranks
     adds = {name for block in skeleton.blocks for name in block.adds} if drift and recipe.residual else set()
     for spec in plan.in_blocks if n_calibration else ():
         if spec.module in adds:  # the residual's sum
             solve_flops += 2 * n_calibration * spec.shape[0] * spec.shape[1]
         sweeps = default_sweeps(spec.scheme.bits, spec.scheme.group_size) if recipe.sweeps is None else recipe.sweeps
-        solve_flops += spec.shape[0] * spec.shape[1] ** 2 * 2 * sweeps  # a product per sweep
+        solve_flops += spec.shape[0] * spec.shape[1] ** 2 * 2 * sweeps / n_ranks  # a product per sweep
     planned = sum(spec.shape[0] * spec.shape[1] for spec in plan.specs)
     # A target size: the error of every scheme for each token, then two trials of the loop on as many tokens.
     rounds = 3 if draft.candidates else 1
     if draft.candidates:
         forward_flops += 2.0 * (len(draft.candidates) + 2) * curvature.n_tokens * block_weights
         solve_flops *= rounds
-    solved = planned * rounds if n_calibration else 0
+    solved = planned * rounds // n_ranks if n_calibration else 0
     return Work(forward_flops, solve_flops, planned, solved)
 
 

@@ -12,6 +12,7 @@ from llmquant.curvature import CurvaturePass
 from llmquant.draft import Draft
 from llmquant.model.streams import lies_on
 from llmquant.preflight.flops import Tokens
+from llmquant.preflight.shared import sums_of
 from llmquant.recovery import RecoveryPlan
 from llmquant.text.windows import windows_per_batch
 
@@ -66,6 +67,10 @@ def memory_bound(
         "largest embedding or head": sizes.outer * width,
         "activations of a batch": sizes.activations * width,
     }
+    if (n_ranks := draft.options.ranks.size) > 1:  # of a range of rows, and the totals of that range
+        n_tokens = n_ranks * tokens.calibration
+        told = max((n for block in skeleton.blocks for n in sums_of(draft, block.index, n_tokens)), default=0)
+        work["sums of other ranks"] = 4 * told + 4 * told // n_ranks
     if outer := max((math.prod(row.shape) for row in draft.plan.block(None) if row.spec is not None), default=0):
         work["largest of them that is quantized"] = _SOLVED_ALONE * outer
     if entries := max(curvature.entries):  # summed up or solved with; what autograd keeps of a batch
