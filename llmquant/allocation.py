@@ -213,7 +213,13 @@ def _with_rules(job: Job, rules: Sequence[Rule]) -> Job:
     recipe: Recipe = replace(job.recipe, rules=(*job.recipe.rules, *rules))
     drawn = planned(recipe, job.options, job.skeleton, job.chosen, SILENT)
     facts = vars(drawn) | {"products": job.products}  # that of the passes before
-    return Job(**facts, calibration=job.calibration, evaluation=job.evaluation, card=job.card)
+    return Job(
+        **facts,
+        calibration=job.calibration,
+        evaluation=job.evaluation,
+        more_evaluation=job.more_evaluation,
+        card=job.card,
+    )
 
 
 def _measured(job: Job, run: RunDir, curvature: CurvaturePass, options: Mapping[str, Schemes]) -> dict[str, Array]:

@@ -15,6 +15,7 @@ from llmquant.checkpoint import bits_per_weight, open_checkpoint
 from llmquant.draft import draft_model, refuse_parked, said_of_parked, stream_bytes
 from llmquant.errors import SourceError, option
 from llmquant.job import evaluation_text
+from llmquant.lanes.enough import AIM, first_part, windows_to_add
 from llmquant.lanes.scores import (
     ORIGINAL,
     Figures,
@@ -23,6 +24,7 @@ from llmquant.lanes.scores import (
     bootstrap_ratio,
     exponential,
     figures,
+    joined,
     standard_error,
 )
 from llmquant.log import SILENT, BlockDone, Log, Progress, Stopwatch, progress_of
@@ -110,12 +112,29 @@ def score_tokens(
         first = next(iter(lanes.values()))
         tokenizer = load_tokenizer(first.source)
         windows = evaluation_text(first.skeleton, tokenizer, recipe, progress)
-    seq_len, budget = windows.ids.shape[1], parse_size("max_ram", max_ram)
-    sizes = {name: stream_bytes(lane.skeleton, windows.n_tokens, seq_len) for name, lane in lanes.items()}
+    budget = parse_size("max_ram", max_ram)
+    if recipe.eval_tokens != "auto":
+        return windows, lanes, _scores(lanes, windows, budget, watch, progress)
+    whole, windows = windows, first_part(windows)
+    scores = _scores(lanes, windows, budget, watch, progress)
+    while count := windows_to_add(list(scores.values())[1:], len(whole.ids) - len(windows.ids)):
+        if any(lane.skeleton.parked for lane in lanes.values()):  # for which --max-ram has room
+            count = min(count, len(first_part(whole).ids))
+        more = replace(whole, ids=whole.behind(windows).ids[:count])
+        progress.line(f"--tokens auto: {more.n_tokens} tokens more, for a KL that is known to {AIM:.0%}")
+        scores = joined([scores, _scores(lanes, more, budget, watch, progress)])
+        windows = replace(whole, ids=whole.ids[: len(windows.ids) + count])
+    return windows, lanes, scores
+
+
+def _scores(
+    lanes: dict[str, Lane], windows: Windows, budget: int, watch: Stopwatch, log: Progress
+) -> dict[str, TokenScores]:
+    sizes = {name: stream_bytes(lane.skeleton, windows.n_tokens, windows.ids.shape[1]) for name, lane in lanes.items()}
     parked = [name for name, lane in lanes.items() if lane.skeleton.parked]
     refuse_parked({name: sizes[name] for name in parked}, budget, ["eval_tokens"])
     with Streams(sizes, budget, unnamed_file, parked) as streams:
-        return windows, lanes, _stream(lanes, Lanes(tuple(lanes), windows, streams), watch, progress)
+        return _stream(lanes, Lanes(tuple(lanes), windows, streams), watch, log)
 
 
 def noise_floor(source: Source, skeleton: Skeleton, windows: Windows, watch: Stopwatch) -> Figures | None:

@@ -125,6 +125,11 @@ class HiddenStates:
             calibration.quantized.update(calibrate)
         self.advance_ours(block)
 
+    def forget(self) -> None:
+        """Behind the scores nobody reads any of them."""
+        for stream in self.streams().values():
+            stream.close()
+
     def forget_calibration(self) -> None:
         """Behind the last block nobody reads it."""
         for stream in (self.calibration.quantized, self.calibration.original) if self.calibration is not None else ():

@@ -12,6 +12,7 @@ from llmquant.ahead import ahead
 from llmquant.coverage import enough_batches
 from llmquant.draft import Draft, draft
 from llmquant.errors import CalibrationError, RecipeError, option
+from llmquant.lanes.enough import MOST_TOKENS, first_part
 from llmquant.log import Progress
 from llmquant.model.skeleton import Skeleton
 from llmquant.quant import kernels
@@ -34,6 +35,7 @@ class Job(Draft):
 
     calibration: Windows | None
     evaluation: Windows | None
+    more_evaluation: Windows | None  # what may be scored behind it, with --eval-tokens auto
     card: dict[str, Any]  # what the original's own card says, by `read_card`
 
     @property
@@ -54,11 +56,21 @@ def prepare(model: str | Path, recipe: Recipe, options: RunOptions, log: Progres
         most, calibration = calibration, as_many_as_needed(drawn, calibration, log)
         if calibration is not most:  # other places of the text
             check_calibration(drawn, calibration, evaluation, log)
+    more = None
+    if evaluation is not None and recipe.eval_tokens == "auto":
+        whole, evaluation = evaluation, first_part(evaluation)
+        more = whole.behind(evaluation)
     refuse_idle_ranks(options.ranks, calibration)
     if calibration is not None and (said := said_of_experts(drawn, calibration.n_tokens)):
         log.line(said)
     drawn.refuse_parked(*(0 if text is None else text.n_tokens for text in (calibration, evaluation)))
-    return Job(**vars(drawn), calibration=calibration, evaluation=evaluation, card=read_card(drawn.source, log))
+    return Job(
+        **vars(drawn),
+        calibration=calibration,
+        evaluation=evaluation,
+        more_evaluation=more,
+        card=read_card(drawn.source, log),
+    )
 
 
 def refuse_idle_ranks(ranks: Ranks, calibration: Windows | None) -> None:
@@ -130,7 +142,8 @@ def evaluation_text(skeleton: Skeleton, tokenizer: object, recipe: Recipe, log: 
     if recipe.eval_window < seq_len:
         seq_len = recipe.eval_window
         log.line(f"evaluation: one window of the {seq_len} tokens that are asked for")
-    tokens = None if recipe.eval_tokens == "full" else int(recipe.eval_tokens)
+    tokens = {"full": None, "auto": MOST_TOKENS}.get(str(recipe.eval_tokens), recipe.eval_tokens)
+    assert not isinstance(tokens, str)
     found = evaluation_windows(tokenizer, recipe.eval_data, tokens, seq_len)
     check_ids(found.ids, skeleton.vocab_size, skeleton.where)
     return found
@@ -170,7 +183,11 @@ def fingerprint(job: Job, weights: str) -> dict[str, str]:
     recipe = {f"recipe.{name}": json.dumps(value) for name, value in job.recipe.as_dict().items()}
     del recipe["recipe.on_bad_layer"]
     side = {file: hashlib.sha256(job.source.local(file).read_bytes()).hexdigest() for file in job.source.side_files()}
-    windows = {"calibration text": job.calibration, "evaluation text": job.evaluation}
+    windows = {
+        "calibration text": job.calibration,
+        "evaluation text": job.evaluation,
+        "more evaluation text": job.more_evaluation,
+    }
     parts: dict[str, Any] = {
         "model": job.source.name,
         "revision": job.source.revision,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -118,9 +119,10 @@ def quantize_on_ranks(model: str | Path, recipe: Recipe, options: RunOptions, lo
             if ranks.first == turn:
                 output.open(run, parse_size("max_shard_size", recipe.max_shard_size))
             ranks.wait()
-        layers, recovered, lanes = Loop(job, run, curvature, recovery, streams, watch, log).go()
+        layers, recovered, lanes, scored = Loop(job, run, curvature, recovery, streams, watch, log).go()
         if not ranks.first:
             return None
+        job = replace(job, evaluation=scored)
         run.tensors.finish()
         with watch.stage("verify"):
             output.finish(run)

@@ -85,7 +85,7 @@ class Recipe:
     seed: int = 0
     # evaluation text
     eval_data: str = "auto"
-    eval_tokens: int | str = 65536  # or "full"
+    eval_tokens: int | str = 65536  # or "full", or "auto": as many as KL to 3% takes
     eval_seq_len: int = 2048
     baselines: str = "auto"  # auto | none | a comma-separated list
     # numerics and files
@@ -113,8 +113,8 @@ class Recipe:
                 raise RecipeError(option(name), str(value), expected="2 or more tokens in a window")
         if self.sweeps is not None and self.sweeps < 0:
             raise RecipeError(option("sweeps"), str(self.sweeps), expected="0 or more")
-        if self.eval_tokens != "full" and (not isinstance(self.eval_tokens, int) or self.eval_tokens < 2):
-            raise RecipeError(option("eval_tokens"), f"{self.eval_tokens}", expected="full, or 2 or more tokens")
+        if self.eval_tokens not in ("full", "auto") and (not isinstance(self.eval_tokens, int) or self.eval_tokens < 2):
+            raise RecipeError(option("eval_tokens"), f"{self.eval_tokens}", expected="auto, full, or 2 or more tokens")
         if self.damp is not None and not 0 < self.damp < 1:
             raise RecipeError(option("damp"), f"{self.damp}", expected="a share between 0 and 1")
         if self.propagation != "auto" and not (
@@ -163,7 +163,7 @@ class Recipe:
     @property
     def eval_window(self) -> int:
         """Tokens in a window of evaluation text: `eval_seq_len`, or all where `eval_tokens` are fewer."""
-        return self.eval_seq_len if self.eval_tokens == "full" else min(self.eval_seq_len, int(self.eval_tokens))
+        return self.eval_seq_len if isinstance(self.eval_tokens, str) else min(self.eval_seq_len, self.eval_tokens)
 
     @property
     def most_samples(self) -> int:

@@ -17,7 +17,11 @@ from llmquant.recipe import Recipe, make_recipe
 _DEFAULTS = Recipe()
 _Data = Annotated[Optional[str], typer.Option("--data", help=f"Text: {DATA} [dim]\\[default: {_DEFAULTS.eval_data}]")]
 _Tokens = Annotated[
-    Optional[str], typer.Option("--tokens", help=f"Tokens to score, or full [dim]\\[default: {_DEFAULTS.eval_tokens}]")
+    Optional[str],
+    typer.Option(
+        "--tokens",
+        help=f"Tokens to score, full, or auto: as many as KL to 3% takes [dim]\\[default: {_DEFAULTS.eval_tokens}]",
+    ),
 ]
 _SeqLen = Annotated[
     Optional[int], typer.Option("--seq-len", help=f"Tokens in a window [dim]\\[default: {_DEFAULTS.eval_seq_len}]")

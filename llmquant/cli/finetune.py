@@ -38,7 +38,9 @@ def finetune(
         Optional[str],
         typer.Option(help="Held-out text, or none [dim]\\[default: the checkpoint's own]", rich_help_panel=_EVAL),
     ] = None,
-    eval_tokens: Annotated[Optional[str], typer.Option(help="Tokens to score, or full", rich_help_panel=_EVAL)] = None,
+    eval_tokens: Annotated[
+        Optional[str], typer.Option(help="Tokens to score, full, or auto", rich_help_panel=_EVAL)
+    ] = None,
     eval_seq_len: Annotated[Optional[int], typer.Option(help="Tokens in a window", rich_help_panel=_EVAL)] = None,
     baselines: Annotated[
         Optional[str],

@@ -119,7 +119,9 @@ def run(
             f"Held-out text: auto (wikitext2 if the Hub answers, else builtin), {DATA}, or none", "eval_data", _EVAL
         ),
     ] = None,
-    eval_tokens: Annotated[Optional[str], recipe_option("Tokens to score, or full", "eval_tokens", _EVAL)] = None,
+    eval_tokens: Annotated[
+        Optional[str], recipe_option("Tokens to score, full, or auto: as many as KL to 3% takes", "eval_tokens", _EVAL)
+    ] = None,
     eval_seq_len: Annotated[Optional[int], recipe_option("Tokens in a window", "eval_seq_len", _EVAL)] = None,
     baselines: Annotated[
         Optional[str],

@@ -180,17 +180,24 @@ class Lanes:
             start = stop
 
 
+def joined(parts: Sequence[Mapping[str, TokenScores]]) -> dict[str, TokenScores]:
+    """The scores of parts of a text that follow each other, by lane."""
+    return {
+        lane: TokenScores(
+            *(np.concatenate(rows) for rows in zip(*(astuple(part[lane]) for part in parts), strict=True))
+        )
+        for lane in parts[0]
+    }
+
+
 def of_all_ranks(scores: Mapping[str, TokenScores], windows: Windows, ranks: Ranks) -> dict[str, TokenScores]:
     """The scores of all `windows`, from those of every rank's share of them."""
-    all_windows = range(len(windows.ids))
-    numbers = [all_windows[start : start + windows.per_batch] for start in all_windows[:: windows.per_batch]]
-    shares = [[n for batch in replace(ranks, rank=rank).share(numbers) for n in batch] for rank in range(ranks.size)]
+    every = range(len(windows.ids))
+    batches = [every[start : start + windows.per_batch] for start in every[:: windows.per_batch]]
+    shares = [[n for batch in replace(ranks, rank=rank).share(batches) for n in batch] for rank in range(ranks.size)]
     order = np.argsort([number for share in shares for number in share])
-    parts = ranks.gathered({lane: astuple(score) for lane, score in scores.items()})
-    return {
-        lane: TokenScores(*(np.concatenate(rows)[order] for rows in zip(*(part[lane] for part in parts), strict=True)))
-        for lane in scores
-    }
+    found = joined(ranks.gathered(scores))
+    return {lane: TokenScores(*(rows[order] for rows in astuple(score))) for lane, score in found.items()}
 
 
 def log_probabilities(logits_NV: Tensor) -> Tensor:

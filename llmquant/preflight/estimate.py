@@ -18,6 +18,7 @@ from llmquant.draft import draft as make_draft
 from llmquant.errors import CalibrationError, LLMQuantError, OutputError, RecipeError, flag, option
 from llmquant.formats.runtimes import RUNTIMES, lint, opens
 from llmquant.job import said_of_experts, windows
+from llmquant.lanes.enough import FIRST_TOKENS, first_part
 from llmquant.log import SILENT, Lines
 from llmquant.memory import physical_memory
 from llmquant.model.devices import device_memory
@@ -212,6 +213,8 @@ def _tokens(found: Estimate, draft: Draft) -> Tokens:
     """What will go through the model: counted where the texts lie on this machine, else as many as the recipe asks
     for. Problems with the texts are noted."""
     recipe, evaluated = draft.recipe, bool(draft.lanes)
+    if evaluated and recipe.eval_tokens == "auto":
+        found.assumptions.append("--eval-tokens auto: the first part of the text is counted; more may be scored")
     context = draft.skeleton.context or max(recipe.seq_len, recipe.eval_seq_len)
     for name, length, wanted in (
         ("seq_len", recipe.seq_len, draft.calibrated),
@@ -234,15 +237,19 @@ def _tokens(found: Estimate, draft: Draft) -> Tokens:
         )
     if not found.exit_code and all(spec == "builtin" or is_file(spec) for _, spec in texts):
         cut = found.attempt(lambda: windows(draft, SILENT))
-        calibration, evaluation = (0 if text is None else text.n_tokens for text in cut or (None, None))
-        return Tokens(calibration, evaluation, *lengths)
+        calibration, evaluation = cut or (None, None)
+        if evaluation is not None and recipe.eval_tokens == "auto":
+            evaluation = first_part(evaluation)
+        counts = [0 if text is None else text.n_tokens for text in (calibration, evaluation)]
+        return Tokens(counts[0], counts[1], *lengths)
     n_calibration = recipe.most_samples * lengths[0] if draft.calibrated else 0
     if draft.calibrated and recipe.samples == "auto":
         found.assumptions.append(f"--samples auto is taken for {recipe.most_samples} windows, the most")
     full = recipe.eval_tokens == "full"
     if evaluated and full:
         found.assumptions.append(f"--eval-tokens full is taken for {_FULL_TOKENS} tokens")
-    n_evaluation = (_FULL_TOKENS if full else int(recipe.eval_tokens)) if evaluated else 0
+    taken = {"full": _FULL_TOKENS, "auto": FIRST_TOKENS}.get(str(recipe.eval_tokens), recipe.eval_tokens)
+    n_evaluation = int(taken) if evaluated else 0
     return Tokens(n_calibration, n_evaluation, *lengths)
 
 

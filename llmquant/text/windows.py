@@ -51,6 +51,10 @@ class Windows:
         """Groups of windows [B, T]."""
         return list(torch.split(self.ids, self.per_batch)) if len(self.ids) else []
 
+    def behind(self, scored: "Windows") -> "Windows":
+        """Those behind the ones that were `scored` of them, the first."""
+        return replace(self, ids=self.ids[len(scored.ids) :])
+
     @property
     def per_batch(self) -> int:
         """Windows of a batch."""
