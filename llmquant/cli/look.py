@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llmquant.preflight.estimate import Estimate
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout in place of the tables")]
+_BUSY = 1.2  # times as long as on an idle machine: worth a word
 # What makes no sense where nothing runs; `json` gets another meaning.
 _NOT_IN_PLAN = ("dry_run", "json", "quiet", "resume", "rank_timeout")
 
@@ -132,6 +133,9 @@ def _print_plan(found: "Estimate") -> None:
             ),
             ["time", _sum_of(found.seconds, duration, "about ")],
         ]
+        if found.busy > _BUSY:
+            now = duration(found.busy * sum(found.seconds.values()))
+            summary += [["", f"{now} while this machine is as busy as it is now"]]
     for name, text in summary:
         console.print(f"[bold]{name:16}[/]", end="")
         console.print(text, markup=False, soft_wrap=True)

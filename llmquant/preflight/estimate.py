@@ -86,7 +86,8 @@ class Estimate:
     memory: dict[str, int] = field(default_factory=dict)  # of the machine
     device_memory: dict[str, int] = field(default_factory=dict)  # of the accelerator; empty on a CPU
     disk: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # of an idle machine
+    busy: float = 1.0  # how many times as long it takes while the machine is as busy as now
     ranks: int = 1
     sent_bytes: int = 0  # by each of several ranks, in all
     sent_bytes_of_block: int = 0  # for the block with most
@@ -311,14 +312,15 @@ def _time(found: Estimate, work: Work, skeleton: Skeleton) -> None:
     begin = time.perf_counter()
     rate = matmul_rate(skeleton.device, torch.float32)
     forward_rate = rate if skeleton.dtype == torch.float32 else matmul_rate(skeleton.device, skeleton.dtype)
-    found.seconds = {"starting": _START_SECONDS} | work.seconds(forward_rate, rate, skeleton.device.type)
+    found.seconds = {"starting": _START_SECONDS} | work.seconds(forward_rate.alone, rate.alone, skeleton.device.type)
+    found.busy = round(rate.alone / rate.now, 2)
     found.seconds["reading and writing"] = (2 * found.source_bytes + 2 * found.output_bytes) / _DISK_RATE
     if skeleton.device.type == "cpu" and (days := sum(found.seconds.values()) / 86400) > 1:
         found.warn(f"time: about {days:.0f} days on this CPU; use a GPU, fewer --samples, or --method rtn")
     found.assumptions += [
-        f"time: {work.forward_flops + work.solve_flops:.2e} FLOPs at {work.efficiency:.0%} of the {rate / 1e9:.0f} "
-        f"GFLOP/s that this machine showed in {time.perf_counter() - begin:.1f} s, elementwise work of the solver at a "
-        "fitted rate; "
-        f"files at {_DISK_RATE / 1e6:.0f} MB/s; downloads not counted; it can be wrong by a factor of two",
+        f"time: {work.forward_flops + work.solve_flops:.2e} FLOPs at {work.efficiency:.0%} of the "
+        f"{rate.alone / 1e9:.0f} GFLOP/s that this machine has when it is idle, by a trial of "
+        f"{time.perf_counter() - begin:.1f} s; elementwise work of the solver at a fitted rate; files at "
+        f"{_DISK_RATE / 1e6:.0f} MB/s; downloads not counted; it can be wrong by a factor of two",
         "memory is a bound by parts, not a forecast",
     ]

@@ -125,13 +125,27 @@ def _inputs(plan: Plan, skeleton: Skeleton) -> Iterator[tuple[int, int, float]]:
                 yield rows, width, block.shares.get(members[0], 1.0)
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
-    """FLOP/s of a square product on `device`, the best of a few: a fifth of a second on a small CPU."""
+@dataclass(frozen=True)
+class Rate:
+    """FLOP/s of a square product: `alone` on the machine, and `now`, beside whatever else is at work there."""
+
+    alone: float
+    now: float
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> Rate:
+    """Of the best of a few products on `device`: a fifth of a second on a small CPU.
+
+    Other programs lengthen what a clock on the wall shows, and not the processor's time that this one gets. An
+    accelerator has no such time; there both are the same.
+    """
     size = size or (1024 if device.type == "cpu" else 8192)
     a = torch.ones(size, size, device=device, dtype=dtype)
-    best = float("inf")
+    wall = alone = float("inf")
     for _ in range(4):  # the first one warms up
-        begin = time.perf_counter()
+        begin, began = time.perf_counter(), time.process_time()
         (a @ a)[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - begin)
-    return 2.0 * size**3 / best
+        wall = min(wall, time.perf_counter() - begin)
+        alone = min(alone, (time.process_time() - began) / torch.get_num_threads())
+    flops = 2.0 * size**3
+    return Rate(flops / min(wall, alone) if device.type == "cpu" else flops / wall, flops / wall)

@@ -21,7 +21,7 @@ from llmquant.model.sharing import Sharing
 from llmquant.preflight import estimate as estimate_module
 from llmquant.preflight import trial
 from llmquant.preflight.estimate import estimate
-from llmquant.preflight.flops import Tokens
+from llmquant.preflight.flops import Rate, Tokens, matmul_rate
 from llmquant.preflight.trial import Trial
 from llmquant.quant.curvature import row_blocks
 from llmquant.recipe import RunOptions
@@ -294,3 +294,24 @@ def test_a_trial_counts_blocks_tokens_and_lanes() -> None:
 def test_time_needs_a_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "--model", "demo", "--time"]) == 2
     assert "llmquant plan --time" in capsys.readouterr().err
+
+
+def test_a_busy_machine_is_said_to_be(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seconds are those of an idle one; beside them stands what it takes while others are at work."""
+    arguments = ["plan", "--model", str(model), "--group-size", "32", "--eval-data", "builtin"]
+    shown = []
+    for now in (100e9, 25e9):
+        monkeypatch.setattr(estimate_module, "matmul_rate", lambda device, dtype, now=now: Rate(100e9, now))
+        assert main([*arguments, "--json"]) == 0
+        shown.append(json.loads(capsys.readouterr().out))
+        assert main(arguments) == 0
+        assert ("while this machine is as busy as it is now" in capsys.readouterr().out) == (now < 100e9)
+    assert [one["busy"] for one in shown] == [1.0, 4.0]
+    assert shown[0]["seconds"] == shown[1]["seconds"]
+
+
+def test_a_product_takes_its_own_time_and_that_of_others() -> None:
+    rate = matmul_rate(torch.device("cpu"), torch.float32, 256)
+    assert rate.alone >= rate.now > 0
