@@ -182,7 +182,7 @@ def estimate(
     }
     needed = draft.needed_bytes(sizes) + curvature.disk_bytes + recovery.disk_bytes + more
     found.attempt(lambda: _check_target(found, draft.target, options.overwrite, needed))
-    _time(found, work_of(draft, curvature, recovery, own, len(lanes), n_curvature), skeleton)
+    _time(found, work_of(draft, curvature, recovery, own, len(lanes), n_curvature), skeleton, draft.products)
     if n_ranks > 1:
         _shared(found, sent(draft, curvature, tokens), n_ranks)
     if timed and n_ranks > 1:
@@ -307,20 +307,24 @@ def _replace_time(found: Estimate, measured: dict[str, float]) -> None:
     ]
 
 
-def _time(found: Estimate, work: Work, skeleton: Skeleton) -> None:
+def _time(found: Estimate, work: Work, skeleton: Skeleton, products: torch.dtype) -> None:
     """FLOPs by the speed of this device, measured now on one product of matrices; the rest by stated rates."""
     begin = time.perf_counter()
     rate = matmul_rate(skeleton.device, torch.float32)
-    forward_rate = rate if skeleton.dtype == torch.float32 else matmul_rate(skeleton.device, skeleton.dtype)
-    found.seconds = {"starting": _START_SECONDS} | work.seconds(forward_rate.alone, rate.alone, skeleton.device.type)
+    by_dtype = {torch.float32: rate.alone}
+    for dtype in {skeleton.dtype, products} - by_dtype.keys():
+        by_dtype[dtype] = matmul_rate(skeleton.device, dtype).alone
+    rates = {"forward": by_dtype[skeleton.dtype], "calibration": by_dtype[products], "solve": rate.alone}
+    parts = work.seconds(rates, skeleton.device.type, torch.get_num_threads())
+    found.seconds = {"starting": _START_SECONDS} | parts
     found.busy = round(rate.alone / rate.now, 2)
     found.seconds["reading and writing"] = (2 * found.source_bytes + 2 * found.output_bytes) / _DISK_RATE
     if skeleton.device.type == "cpu" and (days := sum(found.seconds.values()) / 86400) > 1:
         found.warn(f"time: about {days:.0f} days on this CPU; use a GPU, fewer --samples, or --method rtn")
     found.assumptions += [
-        f"time: {work.forward_flops + work.solve_flops:.2e} FLOPs at {work.efficiency:.0%} of the "
+        f"time: {work.flops:.2e} FLOPs at {work.efficiency:.0%} of the "
         f"{rate.alone / 1e9:.0f} GFLOP/s that this machine has when it is idle, by a trial of "
-        f"{time.perf_counter() - begin:.1f} s; elementwise work of the solver at a fitted rate; files at "
+        f"{time.perf_counter() - begin:.1f} s; what is no product at fitted rates; files at "
         f"{_DISK_RATE / 1e6:.0f} MB/s; downloads not counted; it can be wrong by a factor of two",
         "memory is a bound by parts, not a forecast",
     ]

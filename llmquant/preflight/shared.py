@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 
 from llmquant.curvature import CurvaturePass
 from llmquant.draft import Draft
-from llmquant.preflight.flops import Tokens
-from llmquant.quant.hessian import default_propagation, residual_part
+from llmquant.preflight.flops import Tokens, drifts
+from llmquant.quant.hessian import residual_part
 from llmquant.text.windows import windows_per_batch
 
 
@@ -70,9 +70,7 @@ def sums_of(draft: Draft, index: int, n_tokens: int) -> list[int]:
     for step in block.steps if draft.solves else ():
         if members := [name for name in step if name in shapes]:
             rows, width = shapes[members[0]]
-            strength = default_propagation(n_tokens, width, wide=width > draft.skeleton.hidden_size)
-            drift = bool(strength if recipe.propagation == "auto" else recipe.propagation)
-            drift = drift and block.experts_of(members[0]) is None
+            drift = drifts(draft, n_tokens, width) and block.experts_of(members[0]) is None
             part = residual_part(recipe.residual, n_tokens, width) if drift and members[0] in block.adds else 0.0
             found.append(width**2 * (2 if drift else 1) + rows * width * bool(part))
     return found
