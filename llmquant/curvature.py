@@ -94,15 +94,15 @@ def measure_curvature(job: Job, planned: CurvaturePass, run: RunDir, log: Progre
         job.skeleton.record(own.batches(), borders[0].append)
         # 1. Forwards, and the gradients at the end.
         for block, before, behind in zip(blocks, borders[:-1], borders[1:], strict=True):
-            with block.loaded():
+            with block.loaded(then=next(iter(blocks[block.index + 1 :]), block)):  # the last one is the first backwards
                 for hidden in before:
                     behind.append(block.forward(hidden, job.products))
             trim()
         _to_gradients(job, borders[-1], windows)
         # 2. Backwards.
         unmoved: list[str] = []
-        for block in reversed(blocks):
-            with block.loaded():
+        for block, then in zip(reversed(blocks), [*reversed(blocks[:-1]), None], strict=True):
+            with block.loaded(then=then):
                 sums = BlockGradients(block, planned.stacks[block.index], job.products, job.candidates)
                 told = sums.sums(ranks, -(-len(windows.batches()) // ranks.size))
                 _backwards(sums, told, borders[block.index], borders[block.index + 1])

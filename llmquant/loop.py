@@ -79,7 +79,7 @@ class Loop:
             begin = time.perf_counter()
             ahead = (block.index, block.index + 1)
             self.job.source.prefetch(row.name for index in ahead for row in self.job.plan.block(index))
-            with block.loaded():
+            with block.loaded(then=next(iter(self.blocks[block.index + 1 :]), None)):
                 solved = self._block(block)
             self._copy(block.index)
             trim()

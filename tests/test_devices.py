@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from llmquant.cli.app import main
 from llmquant.errors import RecipeError, ResumeError
 from llmquant.model import streams
 from llmquant.model.devices import pick_device, pick_dtype, pick_products
+from llmquant.model.weights import Weights
 from llmquant.preflight import estimate, flops
 from llmquant.preflight.doctor import diagnose
 from llmquant.quant import matmul
@@ -383,3 +385,23 @@ def test_wrong_kernels_are_said_where_codes_are_solved_for(
     run(model, tmp_path / "out", device="cpu", method=method, log=lines.append, **NO_SCORES)
     line = "kernels of this GPU: no compiler; the CPU does their part, which takes longer"
     assert (line in lines) == said
+
+
+@on_pretend_device
+def test_the_next_block_is_read_while_this_one_is_worked_on(
+    model: Path, on_cpu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forwards, backwards and in the loop; the head that comes between does not drop it."""
+    readers = dict[str, set[str]]()
+    read = Weights.read
+
+    def noted(self: Weights, name: str) -> torch.Tensor:
+        readers.setdefault(name, set()).add(threading.current_thread().name.rpartition("_")[0])
+        return read(self, name)
+
+    monkeypatch.setattr(Weights, "read", noted)
+    run(model, tmp_path / "out", device="pretend", baselines="none", **EXACT)
+    of_blocks = {name.split(".")[2]: names for name, names in readers.items() if name.startswith("model.layers.")}
+    assert of_blocks["1"] == {"llmquant-weights"}
+    assert "llmquant-weights" in of_blocks["0"]
+    assert weights(tmp_path / "out") == weights(on_cpu)

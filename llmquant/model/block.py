@@ -119,15 +119,20 @@ class Block:
 
     # -- weights -------------------------------------------------------------------------------------------
     @contextmanager
-    def loaded(self, instead: Mapping[str, Value] = MappingProxyType({})) -> Iterator["Block"]:
+    def loaded(
+        self, instead: Mapping[str, Value] = MappingProxyType({}), then: "Block | None" = None
+    ) -> Iterator["Block"]:
         """The block with its weights in memory, for the length of a `with`; some experts only while they are used.
 
         instead   parameter name -> what it is given, in the module's own layout, and not read
+        then      the block that is loaded next
         """
         for owner, experts in self._experts.items():
             if self._weights.on_demand.intersection(self.params):
                 experts.present = partial(self._present, owner)
         with self._weights.loaded(self.params, instead):
+            if then is not None:
+                self._weights.read_ahead(then.params)
             yield self
 
     def _present(self, owner: str, expert: int, leaves: Sequence[str]) -> AbstractContextManager[None]:

@@ -5,15 +5,16 @@ Where a weight lies (device) and in which dtype it is computed with are decided 
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmquant.ahead import ahead
+from llmquant.ahead import ahead, n_workers
 from llmquant.model.meta import dtype_plan
 from llmquant.model.names import find_ties
 from llmquant.source.base import Source
@@ -49,6 +50,7 @@ class Weights:
             self.borrowers.setdefault(owner, []).append(borrower)
         self.on_demand: set[str] = set()
         self._makers: dict[str, Callable[[], Tensor]] = {}
+        self._coming: dict[str, Future[Tensor]] = {}  # what is read already, or will be
         self._key_of = {param: key for key, param in self.param_of.items()}
         self._dtype_plan = dtype_plan(model, dtype)
         self._strict = dtype_plan(model, torch.bfloat16)
@@ -67,16 +69,36 @@ class Weights:
     def load(self, names: Iterable[str]) -> None:
         """Read `names` and put them in, in the compute dtype (or the dtype that the model insists on).
 
-        For an accelerator, which else would wait for its weights, threads read some of them at once.
+        For an accelerator, which else would wait for its weights, threads read some of them at once, or have read them
+        before (`read_ahead`).
         """
         names = list(names)
         now = [name for name in names if name not in self.on_demand]
-        in_parallel = self.device.type != "cpu" and self.source.in_parallel
-        for name, tensor in zip(now, ahead(self.read, now) if in_parallel else map(self.read, now), strict=True):
+
+        def read(name: str) -> Tensor:
+            coming = self._coming.pop(name, None)
+            return self.read(name) if coming is None else coming.result()
+
+        for name, tensor in zip(now, ahead(read, now) if self._in_threads else map(read, now), strict=True):
             self.put(name, self._placed(name, tensor))
         for name in names:
             if name in self.on_demand:
                 self.put(name, partial(self._read_in, name))
+
+    @property
+    def _in_threads(self) -> bool:
+        return self.device.type != "cpu" and self.source.in_parallel
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Read what is loaded next while an accelerator works on what is loaded now. A CPU works with all its cores,
+        and waits less for its memory."""
+        if self._in_threads:
+            now = [name for name in names if name not in self.on_demand]
+            self._coming = {name: self._readers.submit(self.read, name) for name in now}
+
+    @cached_property
+    def _readers(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(n_workers(), thread_name_prefix="llmquant-weights")
 
     def _read_in(self, name: str) -> Tensor:
         return self._placed(name, self.read(name))

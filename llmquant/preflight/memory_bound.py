@@ -101,6 +101,7 @@ def memory_bound(
     largest = max((info.numel for info in draft.source.tensors.values()), default=0)
     on_the_way = {
         "largest tensors while they are read": n_workers() * 4 * largest,
+        "the next block as it is stored": 4 * sizes.block,
         "batches on their way": _BATCHES_ON_THE_WAY * sizes.batch * width,
     }
     if lies_on(skeleton.device, in_memory).type != "cpu":
