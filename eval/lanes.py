@@ -1,4 +1,4 @@
-"""What the lanes cost: python eval/lanes.py [--model demo] [--repeat 3]
+"""What the lanes cost: python eval/lanes.py [--model demo] [--tokens 32768] [--seq-len 512] [--repeat 3]
 
 Seconds of the evaluation stage of a run with all default lanes, against plain forwards of the same windows through the
 whole model in transformers, one per lane, in the same process. The aim is a ratio of at most 1.1.
@@ -23,11 +23,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--seq-len", type=int, default=512)
     arguments = parser.parse_args()
-    recipe = llmquant.make_recipe(arguments.model, flags={"method": "rtn"})
+    flags = {
+        "method": "rtn",
+        "eval_data": "builtin",
+        "eval_tokens": arguments.tokens,
+        "eval_seq_len": arguments.seq_len,
+    }
+    recipe = llmquant.make_recipe(arguments.model, flags=flags)
     source = open_source(arguments.model)
-    tokens = None if recipe.eval_tokens == "full" else int(recipe.eval_tokens)
-    windows = evaluation_windows(load_tokenizer(source), recipe.eval_data, tokens, recipe.eval_seq_len)
+    windows = evaluation_windows(load_tokenizer(source), "builtin", arguments.tokens, arguments.seq_len)
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
     ratios = []
     for _ in range(arguments.repeat):

@@ -6,7 +6,6 @@ from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmquant.blocks.measure import LayerReport
@@ -18,8 +17,6 @@ from llmquant.curvature import CurvaturePass
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.hidden import HiddenStates
 from llmquant.job import Job
-from llmquant.lanes.enough import AIM, windows_to_add
-from llmquant.lanes.scores import OF_OURS, OURS, TokenScores, joined, of_all_ranks
 from llmquant.log import BlockDone, Progress, Stopwatch
 from llmquant.memory import trim
 from llmquant.model.block import Block
@@ -28,9 +25,8 @@ from llmquant.model.weights import Value
 from llmquant.quant.grid import QuantizedWeight
 from llmquant.recovery import Recovery, RecoveryPlan
 from llmquant.report.data import LaneReport, RecoveryReport
-from llmquant.report.tables import compared
-from llmquant.result import lane_reports
 from llmquant.run_dir import RunDir
+from llmquant.scoring import Scoring
 from llmquant.text.windows import Windows
 
 Settled = Sequence[tuple[LinearSpec, Tensor]]  # linears that run with an earlier block's weights, and those
@@ -261,54 +257,8 @@ class Loop:
                     self.output.copied(self.run, row)
 
     def _score(self) -> tuple[dict[str, LaneReport], Windows | None]:
-        windows = self.job.evaluation
-        if windows is None:
-            return {}, None
-        scores = self._scores(self.hidden, windows)
-        self.hidden.forget()
-        while (more := self._more(scores, windows)) is not None:
-            self.log.line(f"--eval-tokens auto: {more.n_tokens} tokens more, for a KL that is known to {AIM:.0%}")
-            scores = joined([scores, self._scores_of_more(more)])
-            windows = replace(windows, ids=torch.cat([windows.ids, more.ids]))
-        reports = lane_reports(self.job, scores)
-        self.log.scored({lane: report.kl_mean for lane, report in compared(reports).items()})
-        return reports, windows
-
-    def _scores(self, hidden: HiddenStates, windows: Windows) -> dict[str, TokenScores]:
-        """Of all windows, by lane, from the hidden states behind the last block."""
-        assert hidden.lanes is not None
-        with self.watch.stage("evaluate"), self.job.skeleton.heads(self.instead) as (original, ours):
-            own = hidden.lanes.score(lambda lane, states: (ours if lane in OF_OURS else original)(states))
-        return of_all_ranks(own, windows, self.ranks)
-
-    def _more(self, scores: Mapping[str, TokenScores], scored: Windows) -> Windows | None:
-        """Windows that shall be scored besides; None where all have been, or where they are enough."""
-        if self.job.more_evaluation is None or self.job.evaluation is None:
-            return None
-        start = len(scored.ids) - len(self.job.evaluation.ids)
-        count = windows_to_add([scores[OURS]], len(self.job.more_evaluation.ids) - start)
-        if self.job.parked:  # for which --max-ram has room
-            count = min(count, len(self.job.evaluation.ids))
-        return replace(scored, ids=self.job.more_evaluation.ids[start : start + count]) if count else None
-
-    def _scores_of_more(self, windows: Windows) -> dict[str, TokenScores]:
-        """All lanes on other windows, through the finished blocks once more."""
-        job, device = replace(self.job, calibration=None, evaluation=windows), self.job.skeleton.device
-        every = job.stream_sizes(0, windows.share_of(self.ranks).n_tokens)
-        sizes = {lane: every[lane] for lane in job.lanes}
-        with Streams(
-            sizes, job.options.stream_budget, self.run.scratch, sizes if job.parked else (), device=device
-        ) as streams:
-            hidden = HiddenStates(job, streams)
-            with self.watch.stage("evaluate"):
-                hidden.embed(self.instead)
-                for block in self.blocks:
-                    with block.loaded():
-                        hidden.replay(block, self._written)
-                    if self.recovery.groups:
-                        self._advance_recovered(hidden, block.index)
-                    trim()
-            return self._scores(hidden, windows)
+        recovered = self._advance_recovered if self.recovery.groups else None
+        return Scoring(self.job, self.run, self.instead, self._written, recovered, self.watch, self.log).go(self.hidden)
 
     def _say(self, block: Block, solved: Sequence[Solved], seconds: float) -> None:
         errors = [item.report.relative_error for item in solved if item.report.relative_error is not None]

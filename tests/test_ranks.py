@@ -184,7 +184,7 @@ def test_one_process_goes_on_with_the_work_of_two(
 
 
 def test_a_stuck_rank_ends_all(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop.Loop, "_say", killing(1, 0, lambda: time.sleep(20)))
+    monkeypatch.setattr(loop.Loop, "_say", killing(1, 0, lambda: time.sleep(10)))
     ended = together(2, model, tmp_path / "out", rank_timeout=0.1)
     assert [one.code for one in ended] == [11, 11]  # the stuck one by its own clock: here is no torchrun to end it
     assert "another rank has ended or does not answer" in ended[0].err.splitlines()[-1]

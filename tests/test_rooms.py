@@ -29,11 +29,12 @@ RANK = {
     "draft": 12,
     "job": 13,
     **dict.fromkeys(("hub", "export", "comparison", "result", "hidden", "curvature", "recovery"), 14),
-    **dict.fromkeys(("allocation", "loop"), 15),
-    **dict.fromkeys(("pipeline", "preflight"), 16),
-    "finetuning": 17,
-    "cli": 18,
-    **dict.fromkeys(("__init__", "__main__"), 19),
+    **dict.fromkeys(("allocation", "scoring"), 15),
+    "loop": 16,
+    **dict.fromkeys(("pipeline", "preflight"), 17),
+    "finetuning": 18,
+    "cli": 19,
+    **dict.fromkeys(("__init__", "__main__"), 20),
 }
 
 
