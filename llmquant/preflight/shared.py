@@ -50,8 +50,10 @@ def tokens_of_busiest(tokens: Tokens, n_ranks: int) -> Tokens:
 def sent(draft: Draft, curvature: CurvaturePass, tokens: Tokens) -> Sent:
     """By the formula above."""
     ranks, blocks = draft.options.ranks, draft.skeleton.blocks
-    rounds = _rounds(tokens.calibration, tokens.seq_len, ranks.size) if ranks.by_batch else 1
-    of_curvature = _rounds(curvature.n_tokens, tokens.seq_len, ranks.size) if ranks.by_batch else 1
+    rounds = _rounds(tokens.calibration, tokens.seq_len, ranks.size)
+    of_curvature = _rounds(curvature.n_tokens, tokens.seq_len, ranks.size)
+    if not ranks.by_batch:
+        rounds, of_curvature = min(1, rounds), min(1, of_curvature)
     of_blocks = [
         4 * sum(sums_of(draft, block.index, tokens.calibration)) * (rounds + 1)
         + 4 * curvature.entries[block.index] * (of_curvature + 1)
