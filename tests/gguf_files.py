@@ -120,6 +120,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2": {},
     "qwen3": {},
     "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3": {
+        "query_pre_attn_scalar": 16,
+        "num_hidden_layers": 7,  # the sixth has no window
+        "layer_types": [*["sliding_attention"] * 5, "full_attention", "sliding_attention"],
+    },
     "phi3": {},
 }
 

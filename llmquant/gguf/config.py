@@ -15,7 +15,17 @@ from torch import Tensor
 
 from llmquant.errors import SourceError
 from llmquant.gguf import gpt2
-from llmquant.gguf.model import ARCHITECTURES, INNER, INNER_OF_GEMMA2, OUTER, llama3_factors
+from llmquant.gguf.model import (
+    ARCHITECTURES,
+    GEMMAS,
+    INNER,
+    INNER_OF_GEMMA,
+    LOCAL_THETA,
+    OUTER,
+    full_rope,
+    llama3_factors,
+    scale_of,
+)
 
 # Keys that are read below, and keys that do not change what llama.cpp computes.
 _KNOWN = {
@@ -28,7 +38,8 @@ _KNOWN = {
 }
 # Tensors of numbers that divide rope's frequencies: Llama 3's, and Phi-3's for long and for short texts.
 FREQS, LONG, SHORT = FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-_WINDOWED = ("gemma2", "phi3")
+_WINDOWED = (*GEMMAS, "phi3")
+_MODEL_TYPES = {"gemma3": "gemma3_text"}  # where transformers has another name for an architecture
 _REMEDY = "put the original's config.json beside the file"
 
 
@@ -69,7 +80,7 @@ class Names:
         if (heads := self.heads_of(key)) is not None:
             split = stored.reshape(heads, stored.shape[0] // heads // 2, 2, -1)
             return split.transpose(1, 2).reshape(stored.shape).contiguous()
-        if self.architecture == "gemma2" and "norm" in key:
+        if self.architecture in GEMMAS and "norm" in key:
             return stored.float() - 1
         if gpt2.is_conv1d(key) and stored.is_floating_point():
             return stored.view(stored.shape[::-1]).T.contiguous()
@@ -81,7 +92,7 @@ def _inner_back(architecture: str) -> dict[str, str]:
         return _back(gpt2.INNER)
     merged = ("self_attn.qkv_proj", "mlp.gate_up_proj")
     left_out = ("mlp.up_proj",) if architecture == "phi3" else merged
-    table = INNER | INNER_OF_GEMMA2 if architecture == "gemma2" else INNER
+    table = INNER | INNER_OF_GEMMA if architecture in GEMMAS else INNER
     return _back({ours: theirs for ours, theirs in table.items() if ours not in left_out})
 
 
@@ -114,11 +125,17 @@ class Described:
         """
         if not beside.keys() & {"hidden_size", gpt2.FIELDS["hidden_size"]}:
             self._refuse_unknown()
-        config = {"model_type": self.architecture, **self._sizes(), **self._flags()}
+        kind = _MODEL_TYPES.get(str(self.architecture), self.architecture)
+        config = {"model_type": kind, **self._sizes(), **self._flags()}
         self._refuse_other(beside, config)
         rotates = self.architecture != "gpt2"
         if rotates and not beside.keys() & {"rope_theta", "rope_scaling", "rope_parameters"}:
             config["rope_parameters"] = self._rope(factors)
+            if self.architecture == "gemma3":
+                if self._float("rope.freq_base_swa", LOCAL_THETA) != LOCAL_THETA:
+                    self._refuse("rope.freq_base_swa", str(LOCAL_THETA))
+                local = {"rope_type": "default", "rope_theta": LOCAL_THETA}
+                config["rope_parameters"] = {"full_attention": self._rope(factors), "sliding_attention": local}
         config |= beside
         # Whatever a config says: if the file holds a head, it is used.
         config["tie_word_embeddings"] = "output.weight" not in self.shapes
@@ -154,15 +171,14 @@ class Described:
         if arch == "gemma2":
             sizes["attn_logit_softcapping"] = self._float("attn_logit_softcapping", 50.0)
             sizes["final_logit_softcapping"] = self._float("final_logit_softcapping", 30.0)
-            # llama.cpp recognises the 27B model by its number of blocks.
-            large = sizes["num_hidden_layers"] == 46
-            sizes["query_pre_attn_scalar"] = width // self.heads if large else self.head_dim
+        if arch in GEMMAS:
+            sizes["query_pre_attn_scalar"] = scale_of(arch, sizes, self.head_dim)
         return sizes
 
     def _flags(self) -> dict[str, Any]:
         """What follows from the presence of tensors, and the activation, which follows from the architecture."""
         flags: dict[str, Any] = {"hidden_act": "silu"}
-        if self.architecture == "gemma2":
+        if self.architecture in GEMMAS:
             flags = {"hidden_activation": "gelu_pytorch_tanh"}
         if self.architecture == "gpt2":
             flags = {"activation_function": gpt2.ACTIVATION}
@@ -226,7 +242,8 @@ class Described:
     def _check_rope(self, config: Mapping[str, Any], factors: Mapping[str, Tensor]) -> None:
         """SourceError unless rope's base and factors in the file are those of the config. Missing factors are 1."""
         given = [config[key] for key in ("rope_scaling", "rope_parameters") if isinstance(config.get(key), dict)]
-        rope = {"rope_theta": config.get("rope_theta", 10000.0), **{k: v for part in given for k, v in part.items()}}
+        rope = {"rope_theta": config.get("rope_theta", 10000.0)}
+        rope |= {k: v for part in given for k, v in full_rope(part).items()}
         kind = rope.get("rope_type") or rope.get("type") or "default"
         wanted: dict[str, Tensor] = {}
         try:
@@ -252,7 +269,7 @@ class Described:
     # -- single entries --------------------------------------------------------------------------------
     def _refuse_other(self, beside: Mapping[str, Any], config: Mapping[str, Any]) -> None:
         """SourceError if the config.json in the file's folder belongs to another model."""
-        kind = beside.get("model_type", self.architecture)
+        kind = beside.get("model_type", config["model_type"])
         if ARCHITECTURES.get(kind) != self.architecture:
             raise SourceError(
                 f"{self.where}: config.json", f"model type {str(kind)[:40]!r}", expected=f"one of {self.architecture}"
@@ -272,6 +289,7 @@ class Described:
         own = {key.partition(".")[2] for key in self.metadata if key.startswith(f"{self.architecture}.")}
         known = gpt2.KEYS if self.architecture == "gpt2" else _KNOWN
         windowed = {"attention.sliding_window"} if self.architecture in _WINDOWED else set()
+        windowed |= {"rope.freq_base_swa"} if self.architecture == "gemma3" else set()
         longrope = {"rope.scaling.attn_factor"} if LONG in self.shapes else set()
         if unknown := sorted(own - known - windowed - longrope):
             idle = ("expert_count", "expert_used_count")

@@ -18,8 +18,13 @@ from llmquant.errors import FormatError, option
 from llmquant.gguf import gpt2
 
 ARCHITECTURES = {"mistral": "llama"} | {name: name for name in ("llama", "qwen2", "qwen3", "gemma2", "phi3")}
-ARCHITECTURES |= {"gpt2": "gpt2", "gpt-sw3": "gpt2"}
-_ACTIVATIONS = {"gemma2": "gelu_pytorch_tanh"}
+ARCHITECTURES |= {"gemma3_text": "gemma3", "gpt2": "gpt2", "gpt-sw3": "gpt2"}
+GEMMAS = ("gemma2", "gemma3")  # norms with 1 added, two more of them in a block, windows in some blocks
+_ACTIVATIONS = dict.fromkeys(GEMMAS, "gelu_pytorch_tanh")
+# llama.cpp knows the largest model by its number of blocks, and scales its attention by another width.
+_LARGEST = {"gemma2": 46, "gemma3": 62}
+# Every so many blocks, one without a window, and the base of rope in those with one.
+_PERIOD, LOCAL_THETA = {"gemma2": 2, "gemma3": 6}, 10000.0
 
 OUTER = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
 INNER = {
@@ -37,7 +42,7 @@ INNER = {
     "mlp.down_proj": "ffn_down",
     "mlp.gate_up_proj": "ffn_up",  # Phi3: gate and up in one, gate first, in llama.cpp too
 }
-INNER_OF_GEMMA2 = {
+INNER_OF_GEMMA = {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
@@ -78,7 +83,7 @@ class GGUFModel:
     def rope(self) -> dict[str, Any]:
         """rope_theta, rope_type and the type's own parameters, from either spelling of the config."""
         old = self.config.get("rope_scaling") or {}
-        rope = {"rope_type": old.get("type", "default"), **old, **(self.config.get("rope_parameters") or {})}
+        rope = {"rope_type": old.get("type", "default"), **old, **full_rope(self.config.get("rope_parameters"))}
         rope.setdefault("rope_theta", self.config.get("rope_theta", 10000.0))
         return rope
 
@@ -95,16 +100,21 @@ class GGUFModel:
         types = ("default", "llama3") if kind == "llama" else ("default",)
         if self.rope["rope_type"] not in (*types, "linear"):
             refuse("rope type", self.rope["rope_type"], " or ".join((*types, "linear")))
-        if kind == "gemma2":
-            scalar = config.get("query_pre_attn_scalar", 256)
-            if scalar != self.head_dim:
-                refuse("query_pre_attn_scalar", scalar, f"head_dim, {self.head_dim}")
-            sliding = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(self.n_layers)]
-            if config.get("layer_types", sliding) != sliding:
-                refuse("layer_types", "of another order", "every second layer sliding, the first one too")
+        if kind in GEMMAS:
+            scalar, scale = config.get("query_pre_attn_scalar", 256), scale_of(kind, config, self.head_dim)
+            if scalar != scale:
+                refuse("query_pre_attn_scalar", scalar, scale)
+            if config.get("layer_types", windows := windows_of(kind, self.n_layers)) != windows:
+                refuse("layer_types", "of another order", f"every {_PERIOD[kind]}. layer without a window, no other")
             for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-                if not config.get(name):
-                    refuse(name, config.get(name), "a number")
+                if bool(config.get(name)) != (kind == "gemma2"):
+                    refuse(name, config.get(name), "a number" if kind == "gemma2" else "none")
+        if kind == "gemma3":
+            if config.get("use_bidirectional_attention"):
+                refuse("use_bidirectional_attention", True, False)
+            local = (config.get("rope_parameters") or {}).get("sliding_attention", {})
+            if (base := local.get("rope_theta", LOCAL_THETA)) != LOCAL_THETA or local.get("factor", 1.0) != 1.0:
+                refuse("rope of layers with a window", base, f"{LOCAL_THETA}, as it is")
 
     @property
     def n_layers(self) -> int:
@@ -114,7 +124,7 @@ class GGUFModel:
     def context(self) -> int:
         """For how many positions llama.cpp computes what transformers does: Gemma's sliding window is all it knows."""
         context, window = int(self.common["max_position_embeddings"]), self.config.get("sliding_window") or 0
-        if not window or self.architecture == "gemma2" or not self.config.get("use_sliding_window", True):
+        if not window or self.architecture in GEMMAS or not self.config.get("use_sliding_window", True):
             return context
         return min(context, int(window))
 
@@ -165,6 +175,8 @@ class GGUFModel:
                 "final_logit_softcapping": float(config["final_logit_softcapping"]),
                 "attention.sliding_window": int(config["sliding_window"]),
             }
+        if arch == "gemma3":
+            own["attention.sliding_window"] = int(config["sliding_window"])
         return own
 
     @property
@@ -174,8 +186,8 @@ class GGUFModel:
     def name(self, key: str) -> str:
         """llama.cpp's name of a tensor; FormatError if it has none."""
         base, stack, inner, outer = r"(?:model\.)?", "layers", INNER, OUTER
-        if self.architecture == "gemma2":
-            inner = INNER | INNER_OF_GEMMA2
+        if self.architecture in GEMMAS:
+            inner = INNER | INNER_OF_GEMMA
         if self.architecture == "gpt2":
             base, stack, inner, outer = r"(?:transformer\.)?", "h", gpt2.INNER, gpt2.OUTER
         if match := re.fullmatch(rf"{base}{stack}\.(\d+)\.(.+)\.(weight|bias)", key):
@@ -209,11 +221,33 @@ class GGUFModel:
         if tensor.dim() > 1:
             return tensor.T.contiguous() if gpt2.is_conv1d(key) else tensor
         tensor = tensor.float()
-        return tensor + 1 if self.architecture == "gemma2" and "norm" in key else tensor
+        return tensor + 1 if self.architecture in GEMMAS and "norm" in key else tensor
 
     def rope_factors(self) -> Tensor | None:
         """`llama3_factors` of a model of that rope type; None for other types."""
         return llama3_factors(self.rope, self.head_dim) if self.rope["rope_type"] == "llama3" else None
+
+
+def full_rope(parameters: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Rope's parameters of blocks without a window, where a config has those of each kind."""
+    found: Mapping[str, Any] = (parameters or {}).get("full_attention", parameters or {})
+    return found
+
+
+def windows_of(architecture: str, n_layers: int) -> list[str]:
+    """Which blocks of a Gemma have a window, in llama.cpp.
+
+    >>> windows_of("gemma2", 3)
+    ['sliding_attention', 'full_attention', 'sliding_attention']
+    """
+    period = _PERIOD[architecture]
+    return ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(n_layers)]
+
+
+def scale_of(architecture: str, config: Mapping[str, Any], head_dim: int) -> int:
+    """What llama.cpp divides the scores of a Gemma's attention by the square root of."""
+    large = config["num_hidden_layers"] == _LARGEST[architecture]
+    return int(config["hidden_size"]) // int(config["num_attention_heads"]) if large else head_dim
 
 
 def llama3_factors(rope: Mapping[str, Any], head_dim: int) -> Tensor:

@@ -20,7 +20,7 @@ from llmquant.errors import VerifyError
 ROPE = "rope_freqs.weight"  # what the frequencies of rope are divided by: computed from config.json
 # model_type of config.json -> llama.cpp's architecture
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2"}
-ARCHITECTURES |= {"phi3": "phi3", "gpt2": "gpt2", "gpt-sw3": "gpt2"}
+ARCHITECTURES |= {"gemma3_text": "gemma3", "phi3": "phi3", "gpt2": "gpt2", "gpt-sw3": "gpt2"}
 # The modules of a decoder block: llama.cpp's name -> transformers' name.
 _PLAIN = {
     "attn_norm": "input_layernorm",
@@ -35,7 +35,8 @@ _PLAIN = {
 }
 # GPT-2's linears, which its checkpoints hold as [in, out].
 _CONV1D = {"attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}
-_GEMMA2 = {
+_OF_HEADS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_GEMMA = {
     "post_attention_norm": "post_attention_layernorm",
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
@@ -43,8 +44,9 @@ _GEMMA2 = {
 BLOCKS = {
     "llama": _PLAIN,
     "qwen2": _PLAIN,
-    "qwen3": _PLAIN | {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"},
-    "gemma2": _PLAIN | _GEMMA2,
+    "qwen3": _PLAIN | _OF_HEADS,
+    "gemma2": _PLAIN | _GEMMA,
+    "gemma3": _PLAIN | _GEMMA | _OF_HEADS,
     "phi3": {
         "attn_norm": "input_layernorm",
         "attn_qkv": "self_attn.qkv_proj",
@@ -87,6 +89,19 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
+    },
+    "gemma3_text": {
+        **_DEFAULTS,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+        "tie_word_embeddings": True,
+        "rope_theta": 1000000.0,
     },
     "phi3": {
         **_DEFAULTS,
@@ -164,7 +179,7 @@ class Order:
         if tensor.dim() != 1 or key == ROPE:
             return tensor
         leaf = (self.stored_name(key) or "").split(".")[-2]
-        return tensor.float() + (1 if self.architecture == "gemma2" and leaf.endswith("norm") else 0)
+        return tensor.float() + (1 if self.architecture in ("gemma2", "gemma3") and leaf.endswith("norm") else 0)
 
 
 class Expected:
@@ -194,7 +209,8 @@ class Expected:
         """`rope_parameters` of config.json, or the older `rope_scaling` with a `rope_theta` beside it."""
         rope: dict[str, Any] = {"rope_theta": self._get("rope_theta")}
         rope |= {"partial_rotary_factor": self._get("partial_rotary_factor") or 1.0}
-        rope |= (self._config.get("rope_scaling") or {}) | (self._config.get("rope_parameters") or {})
+        parameters = self._config.get("rope_parameters") or {}
+        rope |= (self._config.get("rope_scaling") or {}) | parameters.get("full_attention", parameters)
         return rope | {"rope_type": rope.get("rope_type") or rope.get("type") or "default"}
 
     def _metadata(self) -> dict[str, Any]:
@@ -227,8 +243,9 @@ class Expected:
         if self.architecture == "phi3":
             context = self._get("original_max_position_embeddings") or self._get("max_position_embeddings")
             own["rope.scaling.original_context_length"] = int(context)
-        if self.architecture == "gemma2":
+        if self.architecture in ("gemma2", "gemma3"):
             own["attention.sliding_window"] = int(self._get("sliding_window"))
+        if self.architecture == "gemma2":
             for key in ("attn_logit_softcapping", "final_logit_softcapping"):
                 own[key] = float(self._get(key))
         return own
@@ -236,7 +253,7 @@ class Expected:
     def _context(self) -> int:
         """Up to a sliding window that llama.cpp does not know: there, both compute the same."""
         context, window = self._get("max_position_embeddings"), self._get("sliding_window")
-        known = self.architecture == "gemma2" or self._get("use_sliding_window") is False
+        known = self.architecture in ("gemma2", "gemma3") or self._get("use_sliding_window") is False
         return int(context if known or not window else min(context, window))
 
     def _llama3(self) -> NDArray[np.float32]:
@@ -260,7 +277,7 @@ class Expected:
         arch, tied = self.architecture, self._get("tie_word_embeddings")
         bias: set[str] = {"attn_q", "attn_k", "attn_v"} if arch == "qwen2" else set()
         bias |= set(BLOCKS["gpt2"]) if arch == "gpt2" else set()
-        if self._get("attention_bias") and self._config["model_type"] in ("llama", "qwen3", "gemma2"):
+        if self._get("attention_bias") and self._config["model_type"] in ("llama", "qwen3", "gemma2", "gemma3_text"):
             bias |= {"attn_q", "attn_k", "attn_v", "attn_output"}
         if self._get("mlp_bias") and self._config["model_type"] == "llama":
             bias |= {"ffn_gate", "ffn_up", "ffn_down"}

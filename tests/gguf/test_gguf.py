@@ -79,7 +79,9 @@ def test_the_gguf_package_dequantizes_our_blocks_to_our_weight(bits: int, symmet
 
 
 # -- llama.cpp -----------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("name", "rope"), [*((name, "default") for name in ARCHITECTURES), ("llama", "llama3")])
+@pytest.mark.parametrize(
+    ("name", "rope"), [*((name, "default") for name in ARCHITECTURES), ("llama", "llama3"), ("gemma3", "linear")]
+)
 def test_llama_cpp_computes_the_same(name: str, rope: str, tmp_path: Path) -> None:
     """All linears but one are kept in float32, so that nothing hides a wrong name, order, norm or rope."""
     extra = dict(ARCHITECTURES[name])
@@ -90,6 +92,10 @@ def test_llama_cpp_computes_the_same(name: str, rope: str, tmp_path: Path) -> No
             "rope_theta": 500.0,
             "original_max_position_embeddings": 64,
         }
+    if rope == "linear":  # as the larger ones have it, where there is no window
+        full = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0}
+        local = {"rope_type": "default", "rope_theta": 10000.0}
+        extra["rope_parameters"] = {"full_attention": full, "sliding_attention": local}
     source = tiny.build(
         tmp_path / "m",
         tiny.ARCHITECTURES[name],
@@ -235,6 +241,13 @@ GEMMA2 = {
     "attn_logit_softcapping": 50.0,
     "final_logit_softcapping": 30.0,
 }
+GEMMA3 = {
+    "model_type": "gemma3_text",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 128,
+}
 
 
 @pytest.mark.parametrize(
@@ -247,6 +260,11 @@ GEMMA2 = {
         (GEMMA2 | {"query_pre_attn_scalar": 144}, "query_pre_attn_scalar 144"),
         (GEMMA2 | {"final_logit_softcapping": None}, "final_logit_softcapping None"),
         (GEMMA2 | {"layer_types": ["full_attention"] * 2}, "layer_types"),
+        (GEMMA3 | {"layer_types": ["sliding_attention", "full_attention"]}, "layer_types"),
+        (GEMMA3 | {"query_pre_attn_scalar": 168}, "query_pre_attn_scalar 168; expected 16"),
+        (GEMMA3 | {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0; expected none"),
+        (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+        (GEMMA3 | {"rope_parameters": {"sliding_attention": {"rope_theta": 2e4}}}, "rope of layers with a window 2"),
     ],
 )
 def test_a_model_that_llama_cpp_would_compute_otherwise_is_refused(change: dict[str, Any], message: str) -> None:
@@ -260,6 +278,15 @@ def test_the_context_ends_where_a_sliding_window_would_begin() -> None:
     assert GGUFModel(CONFIG | {"model_type": "mistral", "sliding_window": 128}).context == 128
     off = {"model_type": "qwen2", "sliding_window": 128, "use_sliding_window": False}
     assert GGUFModel(CONFIG | off).context == 512
+    assert GGUFModel(CONFIG | GEMMA3).context == 512
+
+
+def test_the_largest_gemmas_scale_their_attention_by_another_width() -> None:
+    for known, blocks in ((GEMMA2, 46), (GEMMA3, 62)):
+        config = CONFIG | known | {"num_hidden_layers": blocks, "query_pre_attn_scalar": CONFIG["hidden_size"] // 4}
+        assert GGUFModel(config).config["query_pre_attn_scalar"] == 16
+        with pytest.raises(FormatError, match="query_pre_attn_scalar"):
+            GGUFModel(config | {"head_dim": 32, "query_pre_attn_scalar": 32})
 
 
 # -- the file re-read ----------------------------------------------------------------------------------
@@ -322,5 +349,5 @@ def test_transformers_opens_the_file_with_exactly_our_weights(name: str, tmp_pat
     assert ours.keys() == theirs.keys()
     for key, weight in ours.items():
         # Gemma's norms were stored with 1 added, which rounds.
-        close = 1e-7 if name == "gemma2" and "norm" in key else 0.0
+        close = 1e-7 if name.startswith("gemma") and "norm" in key else 0.0
         assert (theirs[key] - weight).abs().max() <= close, key

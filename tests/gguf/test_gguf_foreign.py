@@ -183,7 +183,10 @@ def edit(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
 
 
 BROKEN: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-    (edit("general.architecture", "mamba"), "architecture 'mamba'; expected llama, qwen2, qwen3, gemma2, phi3, gpt2$"),
+    (
+        edit("general.architecture", "mamba"),
+        "architecture 'mamba'; expected llama, qwen2, qwen3, gemma2, phi3, gemma3, gpt2$",
+    ),
     (lambda m: m.pop("general.architecture"), "architecture 'None'"),
     (lambda m: m.pop("llama.block_count"), "llama.block_count: None; expected a number above 0"),
     (edit("llama.attention.head_count", [4, 8]), r"llama.attention.head_count: \[4, 8\]"),

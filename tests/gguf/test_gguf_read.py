@@ -30,6 +30,11 @@ from llmquant.errors import CalibrationError
 from llmquant.gguf.model import GGUFModel
 from llmquant.text.tokenizer import load_tokenizer
 
+LINEAR_BY_KIND = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
 
 # -- our own files -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
@@ -39,6 +44,7 @@ from llmquant.text.tokenizer import load_tokenizer
         ("llama", {"rope_parameters": LLAMA3}, {"bits": 8}),
         ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}, {}),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, {}),
+        ("gemma3", {"rope_parameters": LINEAR_BY_KIND}, {}),
         ("qwen3", {"attention_bias": True}, {"symmetric": False, "format": "awq"}),
         ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4, "rope_type": "default"}}, {}),
     ],
@@ -55,7 +61,7 @@ def test_a_file_is_the_checkpoint_it_was_made_from(
     exact = flags.get("symmetric", True)
     for key in read.tensors:
         mine, theirs = ours.read(key).float(), read.read(key)
-        if name == "gemma2" and "norm" in key:  # what is multiplied with: 1 + w in float32
+        if name.startswith("gemma") and "norm" in key:  # what is multiplied with: 1 + w in float32
             mine, theirs = 1 + mine, 1 + theirs
         if exact or key not in read.packed:
             assert torch.equal(mine, theirs.float()), key

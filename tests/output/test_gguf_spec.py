@@ -34,6 +34,7 @@ NOT_OURS = {
     "qwen2": {"rope_freqs"},
     "qwen3": {"rope_freqs"},
     "gemma2": set(),
+    "gemma3": set(),
     "gpt2": set(),
     "phi3": {"rope_factors_long", "rope_factors_short", "attn_q", "attn_k", "attn_v"},
 }
@@ -87,9 +88,9 @@ def test_keys_of_the_metadata_are_those_of_llama_cpp() -> None:
 @pytest.mark.parametrize("extra", [{}, {"use_sliding_window": True}, {"head_dim": None}, {"num_key_value_heads": None}])
 def test_what_a_config_leaves_out_is_what_transformers_assumes(kind: str, extra: dict[str, Any]) -> None:
     """By all that is expected of a bare config.json and of the one that transformers makes of it."""
-    if kind in ("gemma2", "qwen3") and "head_dim" in extra:
+    if kind in ("gemma2", "gemma3_text", "qwen3") and "head_dim" in extra:
         extra = {"head_dim": 64}  # its class takes no None
-    if kind in ("mistral", "gemma2") and "num_key_value_heads" in extra:
+    if kind in ("mistral", "gemma2", "gemma3_text") and "num_key_value_heads" in extra:
         extra = {"num_key_value_heads": 2}
     whole = AutoConfig.for_model(kind, **extra).to_dict()
     mine, theirs = Expected("f", {"model_type": kind} | extra), Expected("f", whole)
