@@ -80,14 +80,14 @@ def random_rows(kind: str, shape: tuple[int, ...], seed: int) -> Any:
 def foreign(
     folder: Path, original: Path, kinds: dict[str, str], change: Callable[[Any], None] = lambda writer: None
 ) -> Path:
-    """A Llama as llama.cpp's converter writes it, by the gguf package; `kinds`: block types by the file's names.
+    """A model as llama.cpp's converter writes it, by the gguf package; `kinds`: block types by the file's names.
 
     Blocks are random: the original's weights are written where no type is named.
     """
     gguf = pytest.importorskip("gguf", reason="needs the gguf package")
     model = GGUFModel(AutoConfig.from_pretrained(original).to_dict())
     folder.mkdir()
-    writer = gguf.GGUFWriter(folder / "some-Q4_K_M.gguf", "llama")
+    writer = gguf.GGUFWriter(folder / "some-Q4_K_M.gguf", model.architecture)
     config = model.config
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -96,7 +96,11 @@ def foreign(
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_rope_freq_base(model.rope["rope_theta"])
+    if model.architecture == "gemma3":
+        writer.add_key_length(config["head_dim"])
+        writer.add_value_length(config["head_dim"])
+        writer.add_sliding_window(config["sliding_window"])
     writer.add_file_type(15)
     change(writer)
     for seed, (key, tensor) in enumerate(load_file(original / SINGLE).items()):

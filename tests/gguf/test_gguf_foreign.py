@@ -21,6 +21,7 @@ from llmquant.errors import SourceError
 from llmquant.export import export
 from llmquant.gguf.config import FREQS, LONG, SHORT, Described
 from llmquant.gguf.model import GGUFModel
+from llmquant.model.skeleton import Skeleton
 from llmquant.preflight.inspection import inspect_checkpoint, inspect_layer
 from llmquant.source.files import SINGLE
 
@@ -69,6 +70,42 @@ def test_k_quants_are_what_the_gguf_package_unpacks(wide: Path, tmp_path: Path) 
     rows = {kind["form"]: kind for kind in inspect_checkpoint(file)["kinds"]}
     bits = {"Q4_K": 4.5, "Q6_K": 6.5625, "Q5_K": 5.5, "Q3_K": 3.4375, "Q2_K": 2.625, "Q5_0": 5.5, "Q4_1": 5.0}
     assert {kind: rows[kind]["bits_per_weight"] for kind in bits} == bits
+
+
+def test_a_gemma_3_in_k_quants_is_read(tmp_path: Path) -> None:
+    """As transformers reads the file: weights, and what the model makes of them."""
+    pytest.importorskip("gguf", reason="needs the gguf package")
+    shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "query_pre_attn_scalar": 64}
+    original = built(tmp_path / "m", "gemma3", dtype=torch.float16, **shape)
+    kinds = {"blk.0.attn_q.weight": "Q4_K", "blk.1.ffn_down.weight": "Q6_K", "blk.5.ffn_up.weight": "Q4_K"}
+
+    def later(writer: Any) -> None:
+        writer.add_float32("gemma3.rope.freq_base_swa", 10000.0)
+
+    file = foreign(tmp_path / "f", original, kinds, later)
+    # It does not know what follows from the width of heads: the original's config says it.
+    known = AutoConfig.from_pretrained(original)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, config=known, dtype=torch.float32
+    ).eval()
+    source = open_checkpoint(file)
+    assert source.config["model_type"] == "gemma3_text"
+    for key in source.tensors:
+        torch.testing.assert_close(source.read(key).float(), theirs.state_dict()[key], rtol=1e-6, atol=1e-6, msg=key)
+    skeleton, ids = Skeleton(source), torch.arange(60)[None]
+    hidden = skeleton.embed(ids)
+    for block in skeleton.blocks:
+        with block.loaded():
+            hidden = block.forward(hidden)
+    with skeleton.head() as logits_of, torch.no_grad():
+        ours, wanted = logits_of(hidden[0]), theirs(ids).logits[0]
+    torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-3)
+
+    def other(writer: Any) -> None:
+        writer.add_float32("gemma3.rope.freq_base_swa", 20000.0)
+
+    with pytest.raises(SourceError, match=r"gemma3\.rope\.freq_base_swa: 20000\.0; expected 10000\.0"):
+        open_checkpoint(foreign(tmp_path / "g", original, kinds, other))
 
 
 def test_inspect_looks_into_a_layer(wide: Path, tmp_path: Path) -> None:

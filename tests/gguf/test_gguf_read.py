@@ -102,7 +102,7 @@ def test_the_command_of_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "codes: entropy" in said
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma2", "gemma3"])
 def test_transformers_unpacks_the_same_weights(name: str, tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="needs the gguf package")
     file = gguf_of(quantized(built(tmp_path / "m", name), tmp_path / "q"))
