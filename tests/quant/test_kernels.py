@@ -24,7 +24,7 @@ from llmquant.quant.solvers import LayerTask, SolveOptions
 from llmquant.quant.solvers.gptq import ldlq, solve_gptq
 from llmquant.quant.solvers.insurance import refuse_wrong_kernels
 from llmquant.quant.solvers.refine import refine
-from llmquant.quant.solvers.two_sided import row_feedback, two_sided_ldlq
+from llmquant.quant.solvers.two_sided import column_feedback, row_feedback, two_sided_ldlq
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytest.importorskip("triton", reason="the kernels need Triton: pip install triton")
@@ -100,7 +100,11 @@ def test_two_sided(scheme: QuantScheme, rows: int, columns: int, most: int, monk
     factored = factor(H_I, 0.1, order)
     assert factored is not None
     blocks = row_feedback([(at.to(DEVICE), H_O[at][:, at]) for at in row_blocks([rows])], 0.1)
-    assert_alike(*by_gpu_and_cpu(lambda: two_sided_ldlq(W, factored[0], blocks, scales, zeros, scheme, order)))
+    assert_alike(
+        *by_gpu_and_cpu(
+            lambda: two_sided_ldlq(W, column_feedback(factored[0].clone()), blocks, scales, zeros, scheme, order)
+        )
+    )
 
 
 @both_grids

@@ -9,9 +9,9 @@ from torch import Tensor
 from llmquant.quant.curvature import OutputHessian, row_blocks
 from llmquant.quant.grid import QuantizedWeight, QuantScheme, plain_grid
 from llmquant.quant.hessian import factor
-from llmquant.quant.solvers import LayerTask, SolveOptions, base
+from llmquant.quant.solvers import LayerTask, SolveOptions, base, two_sided
 from llmquant.quant.solvers.gptq import ldlq, solve_gptq
-from llmquant.quant.solvers.two_sided import RowFeedback, row_feedback, two_sided_ldlq
+from llmquant.quant.solvers.two_sided import RowFeedback, column_feedback, row_feedback, two_sided_ldlq
 
 
 def correlated(width: int, seed: int) -> Tensor:
@@ -57,7 +57,7 @@ def test_codes_are_those_of_the_definition(
     assert factored is not None
     blocks = row_feedback([(at, H_O[at][:, at]) for at in row_blocks([rows])], 0.1)
     assert sorted(torch.cat([block.rows for block in blocks]).tolist()) == list(range(rows))
-    codes = two_sided_ldlq(target, factored[0], blocks, scales, zeros, scheme, order)
+    codes = two_sided_ldlq(target, column_feedback(factored[0].clone()), blocks, scales, zeros, scheme, order)
     zeros = torch.zeros_like(scales) if zeros is None else zeros.double()
     of_entries = [part.double().repeat_interleave(32, 1)[:, order] for part in (scales, zeros)]
     low, high = scheme.code_min, scheme.code_max
@@ -73,7 +73,7 @@ def test_where_outputs_count_alike_it_is_the_one_sided_loop() -> None:
     assert factored is not None
     blocks = row_feedback([(torch.arange(50), torch.eye(50, dtype=torch.float64))], 0.2)
     both = [
-        two_sided_ldlq(target, factored[0], blocks, scales, None, scheme, order),
+        two_sided_ldlq(target, column_feedback(factored[0].clone()), blocks, scales, None, scheme, order),
         ldlq(target, factored[0], scales, None, scheme, order),
     ]
     assert torch.equal(*both)
@@ -139,3 +139,17 @@ def test_blocks_hold_their_share_of_every_linear(monkeypatch: pytest.MonkeyPatch
     hessian.add(g)
     for rows, part in zip(blocks, hessian.means(), strict=True):
         torch.testing.assert_close(part, (unit.T @ unit / 40)[rows][:, rows])
+
+
+@pytest.mark.parametrize("columns", [5, 7])
+def test_the_feedback_of_columns_takes_the_memory_of_the_factor(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether its numbers lie row by row or column by column, and whether tiles divide it or not."""
+    monkeypatch.setattr(two_sided, "_TILE", 3)
+    factor_II = torch.rand(columns, columns).triu() + torch.eye(columns)
+    wanted = (factor_II / factor_II.diagonal()).triu(1)
+    for given in (factor_II.clone(), factor_II.T.contiguous().T):
+        place = given.data_ptr()
+        found = column_feedback(given)
+        assert torch.equal(found, wanted)
+        assert found.is_contiguous()
+        assert found.data_ptr() == place

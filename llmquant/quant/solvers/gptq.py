@@ -42,7 +42,7 @@ from llmquant.quant.matmul import matmul
 from llmquant.quant.solvers.base import LayerTask, Solution, SolveOptions, pieces
 from llmquant.quant.solvers.refine import refine
 from llmquant.quant.solvers.rtn import solve_rtn
-from llmquant.quant.solvers.two_sided import row_feedback, two_sided_ldlq
+from llmquant.quant.solvers.two_sided import column_feedback, row_feedback, two_sided_ldlq
 
 _Grid = Callable[[Tensor, Tensor, QuantScheme], tuple[Tensor, Tensor | None]]
 _GRIDS: dict[str, _Grid] = {
@@ -87,8 +87,10 @@ def solve_gptq(task: LayerTask, options: SolveOptions) -> Solution:
     scales_OG, zeros_OG = _GRIDS[options.grid](target_OI, diagonal + lam, scheme)
     # 5. Codes by the loop; by a loop over rows, too, where it is known how the model adds their errors up.
     feedback = row_feedback(task.H_OO, options.curvature_damp)
-    codes_OI = two_sided_ldlq(target_OI, U_II, feedback, scales_OG, zeros_OG, scheme, order)
-    del U_II, factored  # the refinement needs H, not its factor
+    feedback_II = column_feedback(U_II)
+    del U_II, factored  # nothing reads it any more
+    codes_OI = two_sided_ldlq(target_OI, feedback_II, feedback, scales_OG, zeros_OG, scheme, order)
+    del feedback_II  # the refinement needs H
     # 6. Codes and scales once more, each the best while the others stay: by a loss that sees one row. Then the loss.
     weight, ranges = QuantizedWeight(codes_OI, scales_OG.float(), scheme, zeros_OG), pieces(weight_OI)
     if not feedback:
@@ -174,7 +176,7 @@ def ldlq(
     >>> codes_OI.tolist(), round(float(quadratic(target_OI - codes_OI, H_II)), 6)
     ([[0, 1]], 0.28)
     """
-    return two_sided_ldlq(weight_OI, U_II, [], scales_OG, zeros_OG, scheme, order)
+    return two_sided_ldlq(weight_OI, column_feedback(U_II.clone()), [], scales_OG, zeros_OG, scheme, order)
 
 
 def _bad_layer(task: LayerTask, options: SolveOptions, got: str) -> Solution:

@@ -40,6 +40,8 @@ from llmquant.quant.grid import QuantScheme
 from llmquant.quant.hessian import factor
 from llmquant.quant.solvers.base import pieces, rows_at_once
 
+_TILE = 1024  # rows and columns that are transposed at once
+
 
 @dataclass(frozen=True)
 class RowFeedback:
@@ -74,9 +76,36 @@ def row_feedback(H_OO: Sequence[tuple[Tensor, Tensor]], damp: float) -> list[Row
     return found
 
 
+def column_feedback(U_II: Tensor) -> Tensor:
+    """U_ij / U_jj above the diagonal, 0 elsewhere: what an error in a column does to those after it.
+
+    It takes the memory of `U_II`, whose numbers are gone: of a wide layer each such matrix is half a gigabyte. Rows lie
+    one behind the other, as the loop reads them; those of a factor are columns.
+
+    >>> column_feedback(torch.tensor([[2.0, 3.0], [0.0, 6.0]])).tolist()
+    [[0.0, 0.5], [0.0, 0.0]]
+    """
+    if not U_II.is_contiguous() and U_II.mT.is_contiguous():
+        U_II = _transposed(U_II.mT)
+    return U_II.div_(U_II.diagonal().clone()).triu_(1)
+
+
+def _transposed(square: Tensor) -> Tensor:
+    """Its transpose, in its memory, tile by tile."""
+    starts = range(0, len(square), _TILE)
+    for i in starts:
+        for j in starts[i // _TILE :]:
+            here, there = square[i : i + _TILE, j : j + _TILE], square[j : j + _TILE, i : i + _TILE]
+            kept = here.clone()
+            if i != j:
+                here.copy_(there.T)
+            there.copy_(kept.T)
+    return square
+
+
 def two_sided_ldlq(
     target_OI: Tensor,
-    U_II: Tensor,
+    feedback_II: Tensor,
     feedback: Sequence[RowFeedback],
     scales_OG: Tensor,
     zeros_OG: Tensor | None,
@@ -85,18 +114,17 @@ def two_sided_ldlq(
 ) -> Tensor:
     """codes_OI, int8, in the original order of rows and columns.
 
-    U_II       the factor of the permuted H_I, `order` that permutation
+    feedback_II  of the permuted H_I, by `column_feedback`; `order` is that permutation
     feedback   of every block of rows; every row is in one. None at all: this is `gptq.ldlq`
 
     Two rows whose outputs the model adds up: where one is rounded up, the other is rounded down.
 
     >>> feedback = row_feedback([(torch.arange(2), torch.tensor([[1.0, 0.9], [0.9, 1.0]]))], damp=0.0)
     >>> target_OI, ones, scheme = torch.full((2, 1), 0.4), torch.ones(2, 1), QuantScheme(4, -1)
-    >>> two_sided_ldlq(target_OI, ones[:1], feedback, ones, None, scheme, torch.arange(1)).tolist()
+    >>> two_sided_ldlq(target_OI, torch.zeros(1, 1), feedback, ones, None, scheme, torch.arange(1)).tolist()
     [[0], [1]]
     """
     codes_OI = torch.empty(target_OI.shape, dtype=torch.int8, device=target_OI.device)
-    feedback_II = (U_II / U_II.diagonal()).triu_(1)
     groups_I = torch.div(order, scheme.group(len(order)), rounding_mode="floor")
     if not feedback:
         all_rows = torch.arange(len(target_OI), device=target_OI.device)
