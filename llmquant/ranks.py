@@ -111,7 +111,6 @@ class Ranks:
 
     def wait(self) -> None:
         """Until every rank is here: what the first one has written can be read behind it."""
-        self.of_first(None)
         self.gathered(None)
 
     def send(self, tensor: "Tensor") -> None:

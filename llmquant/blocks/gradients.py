@@ -87,14 +87,13 @@ class BlockGradients:
 def curvature_from(
     tensors: Mapping[str, Tensor], stacks: Sequence[Sequence[LinearSpec]], device: torch.device
 ) -> dict[str, Curvature]:
-    """What the solver takes, by the first module of each stack, from what `BlockGradients.tensors` gave."""
+    """Of each stack, by its first module, the rows and H_O of each block of them, as `BlockGradients.tensors` gave it:
+    the solver takes those of one stack at a time in float32."""
     found = {}
     for specs in stacks:
         named = {f"{specs[0].module}.{number}": rows for number, rows in enumerate(row_blocks(_heights(specs)))}
         if named.keys() <= tensors.keys():
-            found[specs[0].module] = tuple(
-                (rows.to(device), tensors[name].to(device, torch.float32)) for name, rows in named.items()
-            )
+            found[specs[0].module] = tuple((rows.to(device), tensors[name].to(device)) for name, rows in named.items())
     return found
 
 

@@ -113,10 +113,11 @@ def _solved(
     residual_OI = None if hessian is None else hessian.take_residual()
     for specs in stacks(step.specs):
         weights, name, scheme = [block.weight(spec) for spec in specs], _together(specs), specs[0].scheme
-        H_OO = curvature.get(specs[0].module, ())
+        felt = curvature.get(specs[0].module, ())
 
         def task() -> LayerTask:  # all rows stacked are a copy, freed with it before the parts are reported
             weight_OI = torch.cat(weights) if len(weights) > 1 else weights[0]  # noqa: B023
+            H_OO = tuple((rows, H_bb.float()) for rows, H_bb in felt)  # noqa: B023
             facts = inputs.H_II, inputs.n_tokens, scheme, drift_II, residual_OI, H_OO  # noqa: B023
             return LayerTask(name, weight_OI, *facts)  # noqa: B023
 

@@ -18,7 +18,7 @@ class _Spectator(Disk):
         pass
 
     def open(self, path: Path, flags: int) -> int:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return super().open(path, os.O_RDONLY)
 
     def pwrite(self, fd: int, data: memoryview, at: int) -> int:
         return len(data)
