@@ -382,7 +382,7 @@ def test_an_error_of_the_system_is_one_line(
     def fails(*args: object, **options: object) -> None:
         raise OSError(errno.ESTALE, "Stale file handle", "/mnt/models/a")
 
-    monkeypatch.setattr("llmquant.pipeline.quantize_with", fails)
+    monkeypatch.setattr("llmquant.pipeline.quantize_on_ranks", fails)
     assert main(["run", "--model", str(model)]) == 1
     assert capsys.readouterr().err == "llmquant: /mnt/models/a: Stale file handle\n"
 

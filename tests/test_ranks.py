@@ -95,8 +95,7 @@ def test_ranks_write_what_one_process_writes(
 
 MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "one pass": ("llama", {"passes": "block"}),
-    "no curvature": ("qwen2", {"curvature": "off"}),
-    "float32": ("llama", {"products": "float32"}),
+    "no curvature": ("qwen2", {"curvature": "off", "products": "float32"}),
     "nearest": ("llama", {"method": "rtn"}),
     "tied, embedding and head": ("gemma2", {"format": "mlx", "embed_bits": 8}),
     "parked": ("gemma4", {"max_ram": "1GB"}),

@@ -232,6 +232,7 @@ def test_dry_run_prints_what_plan_prints(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(estimate_module, "matmul_rate", lambda device, dtype: Rate(1e11, 1e11))  # however busy it is
     words = ["--model", str(tiny_model("llama")), "--group-size", "32", "--eval-data", "builtin"]
     shown = []
     for command in (["plan"], ["run", "--dry-run"]):
