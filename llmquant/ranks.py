@@ -214,6 +214,8 @@ def joined(device: str, timeout_minutes: float, *, by_batch: bool = True) -> Ite
     if n_ranks() == 1:
         yield ALONE
         return
+    if device.startswith("cuda:"):
+        raise RecipeError(option("device"), device, expected="cuda: each rank has the GPU of its local number")
     import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous

@@ -210,6 +210,7 @@ def test_an_error_of_one_rank_is_said_once(model: Path, tmp_path: Path, monkeypa
         ({"target_bpw": 5}, "--target-bpw: 2 ranks; expected one process"),
         ({"samples": 2}, "2 ranks: 1 batches of calibration text; expected one for each rank at least"),
         ({"bits": 9}, "--bits"),
+        ({"device": "cuda:1"}, "--device: cuda:1; expected cuda: each rank has the GPU of its local number"),
         ({"rank_sums": "all"}, "--rank-sums: 'all'; expected batch or rank"),
     ],
 )
