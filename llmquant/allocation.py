@@ -25,7 +25,7 @@ from llmquant.draft import Draft, planned, stream_bytes
 from llmquant.errors import RecipeError, option
 from llmquant.formats import FORMATS, LinearSpec
 from llmquant.job import Job
-from llmquant.lanes.scores import ORIGINAL, Array, Lanes, standard_error
+from llmquant.lanes.scores import ORIGINAL, Array, Lanes, standard_error, window_means
 from llmquant.log import SILENT, Progress
 from llmquant.memory import trim
 from llmquant.model.streams import Streams
@@ -256,10 +256,7 @@ def _measured(job: Job, run: RunDir, curvature: CurvaturePass, options: Mapping[
         with job.skeleton.head() as logits_of:
             scores = lanes.score(lambda lane, hidden: logits_of(hidden))
     finite = np.logical_and.reduce([score.finite for score in scores.values()])
-    return {
-        name: np.array([kl[ok].mean() for kl, ok in zip(scores[name].kl, finite, strict=True) if ok.any()])
-        for name in options
-    }
+    return {name: window_means(scores[name].kl, finite) for name in options}
 
 
 def _wins(by_window: Mapping[str, Array]) -> bool:

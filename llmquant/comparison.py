@@ -4,18 +4,18 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from llmquant.checkpoint import bits_per_weight, open_checkpoint
 from llmquant.draft import draft_model, refuse_parked, said_of_parked, stream_bytes
 from llmquant.errors import SourceError, option
 from llmquant.job import evaluation_text
-from llmquant.lanes.enough import AIM, first_part, windows_to_add
+from llmquant.lanes.enough import first_part, scored_enough
 from llmquant.lanes.scores import (
     ORIGINAL,
     Figures,
@@ -24,8 +24,8 @@ from llmquant.lanes.scores import (
     bootstrap_ratio,
     exponential,
     figures,
-    joined,
     standard_error,
+    window_means,
 )
 from llmquant.log import SILENT, BlockDone, Log, Progress, Stopwatch, progress_of
 from llmquant.memory import trim
@@ -112,19 +112,21 @@ def score_tokens(
         first = next(iter(lanes.values()))
         tokenizer = load_tokenizer(first.source)
         windows = evaluation_text(first.skeleton, tokenizer, recipe, progress)
-    budget = parse_size("max_ram", max_ram)
+    score = partial(_scores, lanes, budget=parse_size("max_ram", max_ram), watch=watch, log=progress)
     if recipe.eval_tokens != "auto":
-        return windows, lanes, _scores(lanes, windows, budget, watch, progress)
-    whole, windows = windows, first_part(windows)
-    scores = _scores(lanes, windows, budget, watch, progress)
-    while count := windows_to_add(list(scores.values())[1:], len(whole.ids) - len(windows.ids)):
-        if any(lane.skeleton.parked for lane in lanes.values()):  # for which --max-ram has room
-            count = min(count, len(first_part(whole).ids))
-        more = replace(whole, ids=whole.behind(windows).ids[:count])
-        progress.line(f"--tokens auto: {more.n_tokens} tokens more, for a KL that is known to {AIM:.0%}")
-        scores = joined([scores, _scores(lanes, more, budget, watch, progress)])
-        windows = replace(whole, ids=whole.ids[: len(windows.ids) + count])
-    return windows, lanes, scores
+        return windows, lanes, score(windows)
+    part = first_part(windows)
+    parked = any(lane.skeleton.parked for lane in lanes.values())  # for whose first part --max-ram has room
+    found, windows = scored_enough(
+        score(part),
+        part,
+        windows.behind(part),
+        score,
+        list(lanes)[1:],
+        len(part.ids) if parked else None,
+        lambda text: progress.line(f"--tokens auto: {text}"),
+    )
+    return windows, lanes, dict(found)
 
 
 def _scores(
@@ -218,8 +220,7 @@ def _differences(scores: dict[str, TokenScores]) -> list[Difference]:
     rows = []
     for (a, first), (b, second) in combinations(list(scores.items())[1:], 2):
         keep = first.finite & second.finite
-        kl = np.array([(y - x)[k].mean() for x, y, k in zip(first.kl, second.kl, keep, strict=True) if k.any()])
-        nll = np.array([(y - x)[k].mean() for x, y, k in zip(first.nll, second.nll, keep, strict=True) if k.any()])
+        kl, nll = window_means(second.kl - first.kl, keep), window_means(second.nll - first.nll, keep)
         rows.append(
             Difference(
                 a=a,

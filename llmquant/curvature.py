@@ -25,7 +25,7 @@ from llmquant.formats import LinearSpec
 from llmquant.job import Job
 from llmquant.log import Progress
 from llmquant.memory import trim
-from llmquant.model.block import Block
+from llmquant.model.block import Block, with_next
 from llmquant.model.head import gradient_at_head
 from llmquant.model.streams import Stream, Streams, spilled
 from llmquant.quant.solvers import CURVED, Curvature
@@ -93,15 +93,15 @@ def measure_curvature(job: Job, planned: CurvaturePass, run: RunDir, log: Progre
         borders = [streams.new(name) for name in planned.borders]
         job.skeleton.record(own.batches(), borders[0].append)
         # 1. Forwards, and the gradients at the end.
-        for block, before, behind in zip(blocks, borders[:-1], borders[1:], strict=True):
-            with block.loaded(then=next(iter(blocks[block.index + 1 :]), block)):  # the last one is the first backwards
-                for hidden in before:
-                    behind.append(block.forward(hidden, job.products))
+        for block, then in with_next(blocks):
+            with block.loaded(then=then or block):  # the last one is the first backwards
+                for hidden in borders[block.index]:
+                    borders[block.index + 1].append(block.forward(hidden, job.products))
             trim()
         _to_gradients(job, borders[-1], windows)
         # 2. Backwards.
         unmoved: list[str] = []
-        for block, then in zip(reversed(blocks), [*reversed(blocks[:-1]), None], strict=True):
+        for block, then in with_next(blocks[::-1]):
             with block.loaded(then=then):
                 sums = BlockGradients(block, planned.stacks[block.index], job.products, job.candidates)
                 told = sums.sums(ranks, -(-len(windows.batches()) // ranks.size))

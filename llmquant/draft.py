@@ -283,14 +283,18 @@ def refuse_target(draft: Draft) -> None:
     elif recipe.curvature == "off" or not any(spec.method in CURVED for spec in draft.plan.specs):
         got, remedy = f"nothing is measured with {option('curvature')} off or without text", "leave those out"
     if got:
-        name = "target_bpw" if recipe.target_size is None else "target_size"
+        name = _target_field(recipe)
         raise RecipeError(f"{option(name)} {getattr(recipe, name)}", got, remedy=remedy)
+
+
+def _target_field(recipe: Recipe) -> str:
+    return "target_bpw" if recipe.target_size is None else "target_size"
 
 
 def refuse_shared(draft: Draft) -> None:
     """RecipeError for what several ranks cannot do together."""
     recipe, size = draft.recipe, draft.options.ranks.size
-    for field, wanted in (("recover", recipe.recover != "off"), ("target_bpw", recipe.has_target)):
+    for field, wanted in (("recover", recipe.recover != "off"), (_target_field(recipe), recipe.has_target)):
         if wanted:
             raise RecipeError(option(field), f"{size} ranks", expected="one process", remedy="leave torchrun out")
 

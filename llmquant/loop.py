@@ -19,7 +19,7 @@ from llmquant.hidden import HiddenStates
 from llmquant.job import Job
 from llmquant.log import BlockDone, Progress, Stopwatch
 from llmquant.memory import trim
-from llmquant.model.block import Block
+from llmquant.model.block import Block, with_next
 from llmquant.model.streams import Streams
 from llmquant.model.weights import Value
 from llmquant.quant.grid import QuantizedWeight
@@ -71,11 +71,11 @@ class Loop:
             self.hidden.embed(self.instead)
         trim()
         layers += self._finished_before()
-        for block in self.blocks[len(self.run.records) :]:
+        for block, then in with_next(self.blocks[len(self.run.records) :]):
             begin = time.perf_counter()
             ahead = (block.index, block.index + 1)
             self.job.source.prefetch(row.name for index in ahead for row in self.job.plan.block(index))
-            with block.loaded(then=next(iter(self.blocks[block.index + 1 :]), None)):
+            with block.loaded(then=then):
                 solved = self._block(block)
             self._copy(block.index)
             trim()

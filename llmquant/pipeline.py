@@ -12,7 +12,7 @@ from llmquant.comparison import noise_floor
 from llmquant.curvature import CurvaturePass, measure_curvature
 from llmquant.export import export_beside
 from llmquant.formats import FORMATS
-from llmquant.job import fingerprint, prepare, refuse_damaged_weights
+from llmquant.job import Job, fingerprint, prepare, refuse_damaged_weights
 from llmquant.log import SILENT, Log, Progress, Stopwatch, progress_of
 from llmquant.loop import Loop
 from llmquant.model.stock import compare_with_stock
@@ -78,20 +78,7 @@ def quantize_on_ranks(model: str | Path, recipe: Recipe, options: RunOptions, lo
         curvature, recovery = CurvaturePass(job, n_tokens[0]), RecoveryPlan(job, n_tokens[0])
         target = Target(job, curvature) if recipe.has_target else None
         more = curvature.disk_bytes + recovery.disk_bytes + (target.more_bytes if target is not None else 0)
-        run = (
-            RunDir(
-                job.target,
-                overwrite=options.overwrite,
-                needed_bytes=job.needed_bytes(sizes) + more,
-                streams_bytes=job.snapshot_bytes(sizes),
-                resume=options.resume,
-                fingerprint=fingerprint(job, refuse_damaged_weights(job.source)),
-                threads=torch.get_num_threads(),
-                ranks=ranks,
-            )
-            if ranks.first
-            else FollowedRun(job.target, ranks)
-        )
+        run = _folder(job, job.needed_bytes(sizes) + more, job.snapshot_bytes(sizes))
     with (
         kept_blocks_named(run, len(job.skeleton.blocks), log),
         run,
@@ -141,6 +128,23 @@ def quantize_on_ranks(model: str | Path, recipe: Recipe, options: RunOptions, lo
         run.write_bytes("report.html", make_html(shown_name(run.out), facts).encode("utf-8", "backslashreplace"))
         run.commit({row.name: output.record.digests[row.name] for row in job.plan.rows})
     return report
+
+
+def _folder(job: Job, needed_bytes: int, streams_bytes: int) -> RunDir:
+    """The folder of the run, which one rank writes and the others follow."""
+    options = job.options
+    if not options.ranks.first:
+        return FollowedRun(job.target, options.ranks)
+    return RunDir(
+        job.target,
+        overwrite=options.overwrite,
+        needed_bytes=needed_bytes,
+        streams_bytes=streams_bytes,
+        resume=options.resume,
+        fingerprint=fingerprint(job, refuse_damaged_weights(job.source)),
+        threads=torch.get_num_threads(),
+        ranks=options.ranks,
+    )
 
 
 @contextmanager

@@ -3,16 +3,16 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from llmquant.formats import LinearSpec
 from llmquant.hidden import HiddenStates
 from llmquant.job import Job
-from llmquant.lanes.enough import AIM, windows_to_add
-from llmquant.lanes.scores import OF_OURS, OURS, TokenScores, joined, of_all_ranks
+from llmquant.lanes.enough import scored_enough
+from llmquant.lanes.scores import OF_OURS, OURS, TokenScores, of_all_ranks
 from llmquant.log import Progress, Stopwatch
 from llmquant.memory import trim
+from llmquant.model.block import with_next
 from llmquant.model.streams import Streams
 from llmquant.model.weights import Value
 from llmquant.report.data import LaneReport
@@ -46,32 +46,22 @@ class Scoring:
             return {}, None
         scores = self._scores(hidden, windows)
         hidden.forget()
-        while (more := self._more(scores, windows)) is not None:
-            self.log.line(f"--eval-tokens auto: {more.n_tokens} tokens more, for a KL that is known to {AIM:.0%}")
-            scores = joined([scores, self._scores_of_more(more)])
-            windows = replace(windows, ids=torch.cat([windows.ids, more.ids]))
+        if self.job.more_evaluation is not None:
+            parked = len(windows.ids) if self.job.parked else None  # for which --max-ram has room
+            more, say = self.job.more_evaluation, lambda text: self.log.line(f"--eval-tokens auto: {text}")
+            scores, windows = scored_enough(scores, windows, more, self._scores_of_more, [OURS], parked, say)
         reports = lane_reports(self.job, scores)
         self.log.scored({lane: report.kl_mean for lane, report in compared(reports).items()})
         return reports, windows
 
-    def _scores(self, hidden: HiddenStates, windows: Windows) -> dict[str, TokenScores]:
+    def _scores(self, hidden: HiddenStates, windows: Windows) -> Mapping[str, TokenScores]:
         """Of all `windows`, by lane, from the hidden states behind the last block."""
         assert hidden.lanes is not None
         with self.watch.stage("evaluate"), self.job.skeleton.heads(self.instead) as (original, ours):
             own = hidden.lanes.score(lambda lane, states: (ours if lane in OF_OURS else original)(states))
         return of_all_ranks(own, windows, self.job.options.ranks)
 
-    def _more(self, scores: Mapping[str, TokenScores], scored: Windows) -> Windows | None:
-        """Windows that shall be scored besides; None where all have been, or where they are enough."""
-        if self.job.more_evaluation is None or self.job.evaluation is None:
-            return None
-        start = len(scored.ids) - len(self.job.evaluation.ids)
-        count = windows_to_add([scores[OURS]], len(self.job.more_evaluation.ids) - start)
-        if self.job.parked:  # for which --max-ram has room
-            count = min(count, len(self.job.evaluation.ids))
-        return replace(scored, ids=self.job.more_evaluation.ids[start : start + count]) if count else None
-
-    def _scores_of_more(self, windows: Windows) -> dict[str, TokenScores]:
+    def _scores_of_more(self, windows: Windows) -> Mapping[str, TokenScores]:
         """All lanes on other windows, through the finished blocks once more."""
         job, skeleton = replace(self.job, calibration=None, evaluation=windows), self.job.skeleton
         every = job.stream_sizes(0, windows.share_of(job.options.ranks).n_tokens)
@@ -81,8 +71,8 @@ class Scoring:
             hidden = HiddenStates(job, streams)
             with self.watch.stage("evaluate"):
                 hidden.embed(self.instead)
-                for block in skeleton.blocks:
-                    with block.loaded(then=next(iter(skeleton.blocks[block.index + 1 :]), None)):
+                for block, then in with_next(skeleton.blocks):
+                    with block.loaded(then=then):
                         hidden.replay(block, self.written)
                     if self.recovered is not None:
                         self.recovered(hidden, block.index)

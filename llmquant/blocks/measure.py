@@ -55,39 +55,34 @@ class Inputs:
 class Found:
     """A solution, and how good it is, by rows: all that is kept of it, and that ranks tell each other.
 
-    loss_O     e^T H e of every row e of E = target - dequantized weight; 0 without H, as are the others
-    rtn_loss_O the same of plain rounding
-    energy_O   w^T H w of the original rows
+    losses_3O  of every row: e^T H e with e of E = target - dequantized weight, the same of plain rounding, and w^T H w
+               of the original; 0 without H
     """
 
     weight: QuantizedWeight
-    loss_O: Tensor
-    rtn_loss_O: Tensor
-    energy_O: Tensor
+    losses_3O: Tensor
     notes: tuple[str, ...] = ()
 
-    def rows(self, rows: slice) -> "Found":
+    def rows(self, rows: slice | Tensor) -> "Found":
         """Of some rows: one linear of a stack."""
-        losses = self.loss_O[rows], self.rtn_loss_O[rows], self.energy_O[rows]
-        return Found(self.weight.rows(rows), *losses, self.notes)
+        return Found(self.weight.rows(rows), self.losses_3O[:, rows], self.notes)
 
     def to(self, device: torch.device) -> "Found":
         """The same on another device."""
-        losses = self.loss_O.to(device), self.rtn_loss_O.to(device), self.energy_O.to(device)
-        return Found(self.weight.to(device), *losses, self.notes)
+        return Found(self.weight.to(device), self.losses_3O.to(device), self.notes)
 
 
 def found(task: LayerTask, solution: Solution) -> Found:
     """A solution without its target, which is as large as the weight. In pieces of rows: of all rows at once their
     differences would be the peak of a run's memory."""
-    loss_O, H_II = solution.loss_O, task.H_II
-    rtn_loss_O, energy_O = torch.zeros_like(loss_O), torch.zeros_like(loss_O)
-    for rows in pieces(task.weight_OI) if H_II is not None else ():
-        assert H_II is not None
-        plain_OI = round_to_nearest(task.weight_OI[rows], task.scheme)
-        rtn_loss_O[rows] = quadratic(solution.target_OI[rows] - plain_OI, H_II)
-        energy_O[rows] = quadratic(task.weight_OI[rows], H_II)
-    return Found(solution.weight, loss_O, rtn_loss_O, energy_O, solution.notes)
+    losses_3O = solution.loss_O.new_zeros(3, len(solution.loss_O))
+    losses_3O[0] = solution.loss_O
+    if task.H_II is not None:
+        for rows in pieces(task.weight_OI):
+            plain_OI = round_to_nearest(task.weight_OI[rows], task.scheme)
+            losses_3O[1, rows] = quadratic(solution.target_OI[rows] - plain_OI, task.H_II)
+            losses_3O[2, rows] = quadratic(task.weight_OI[rows], task.H_II)
+    return Found(solution.weight, losses_3O, solution.notes)
 
 
 def measure(
@@ -95,8 +90,7 @@ def measure(
 ) -> LayerReport:
     """The report of one linear: `weight_OI` as it was, `dense_OI` as the format's loader will see it, `bits` stored per
     weight."""
-    power, loss = _square(weight_OI), float(part.loss_O.sum())
-    rtn_loss, energy = float(part.rtn_loss_O.sum()), float(part.energy_O.sum())
+    power, (loss, rtn_loss, energy) = _square(weight_OI), (float(losses_O.sum()) for losses_O in part.losses_3O)
     errors = (_square(weight_OI[rows] - dense_OI[rows]) for rows in pieces(weight_OI))
     weight_error = sum(error / power for error in errors) if power else 0.0
     notes, spread = inputs.notes + part.notes, histograms(weight_OI, part.weight)

@@ -68,6 +68,13 @@ def quantize_block(
     return done
 
 
+def strength(recipe: Recipe, n_tokens: int, in_features: int, width: int) -> float:
+    """Of error propagation into linears of so many inputs, over so many tokens; `width` is that of hidden states."""
+    if recipe.propagation != "auto":
+        return float(recipe.propagation)
+    return default_propagation(n_tokens, in_features, wide=in_features > width)
+
+
 def _kept(block: Block, waves: Sequence[Wave]) -> dict[str, nn.Module]:
     """Linears whose outputs a later one of `waves` finds in its residual."""
     names = list(block.adds)
@@ -92,12 +99,6 @@ def _waves(
     by_module = {spec.module: spec for spec in specs}
     linears, n_tokens = block.linears, streams.n_tokens
 
-    def strength(in_features: int) -> float:
-        if streams.original is None:
-            return 0.0
-        auto = default_propagation(n_tokens, in_features, wide=in_features > width)
-        return auto if recipe.propagation == "auto" else float(recipe.propagation)
-
     waves: dict[nn.Module, Wave] = {}
     steps = [members for names in block.steps if (members := [by_module[name] for name in names if name in by_module])]
     # What is kept may have read an input long before: the forward is paused at the first one that is not.
@@ -106,7 +107,7 @@ def _waves(
             module = linears[members[0].module]
             alone = len(members) == 1 and members[0].module in block.adds
             in_features = members[0].shape[1]
-            propagation = strength(in_features)
+            propagation = strength(recipe, n_tokens, in_features, width) if streams.original is not None else 0.0
             part = residual_part(recipe.residual, n_tokens, in_features)
             step = Step(members, propagation, part if alone and propagation else 0.0)
             waves[module] = Wave(module, [step])

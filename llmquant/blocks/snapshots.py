@@ -116,7 +116,7 @@ class Snapshots:
     @cached_property
     def _sizes(self) -> list[list[list[int]]]:
         """Bytes of the batches of every stream of every rank."""
-        return self._ranks.gathered([[hidden.nbytes for hidden in s.hidden()] for s in self._streams.values()])
+        return self._ranks.gathered([stream.sizes() for stream in self._streams.values()])
 
 
 def _read_like(hidden: Tensor, file: FileIO, place: int) -> Tensor:

@@ -112,21 +112,34 @@ def _solved(
     drift_II = None if hessian is None else hessian.take_drift()
     residual_OI = None if hessian is None else hessian.take_residual()
     for specs in stacks(step.specs):
-        weights, name, scheme = [block.weight(spec) for spec in specs], _together(specs), specs[0].scheme
-        felt = curvature.get(specs[0].module, ())
-
-        def task() -> LayerTask:  # all rows stacked are a copy, freed with it before the parts are reported
-            weight_OI = torch.cat(weights) if len(weights) > 1 else weights[0]  # noqa: B023
-            H_OO = tuple((rows, H_bb.float()) for rows, H_bb in felt)  # noqa: B023
-            facts = inputs.H_II, inputs.n_tokens, scheme, drift_II, residual_OI, H_OO  # noqa: B023
-            return LayerTask(name, weight_OI, *facts)  # noqa: B023
-
-        part = spread(task(), specs[0].method, _options(replace(step, specs=specs), recipe), ranks)
+        weights = [block.weight(spec) for spec in specs]
+        # The task, rows stacked and H_O in float32, is not kept here: it is freed before the parts are reported.
+        part = spread(
+            _task(specs, weights, inputs, drift_II, residual_OI, curvature.get(specs[0].module, ())),
+            specs[0].method,
+            _options(replace(step, specs=specs), recipe),
+            ranks,
+        )
         start = 0
         for spec, weight_OI in zip(specs, weights, strict=True):
             rows = slice(start, start + len(weight_OI))
             start = rows.stop
             yield _report(spec, weight_OI, part.rows(rows), inputs, recipe.format)
+
+
+def _task(
+    specs: Sequence[LinearSpec],
+    weights: Sequence[Tensor],
+    inputs: Inputs,
+    drift_II: Tensor | None,
+    residual_OI: Tensor | None,
+    H_OO: Curvature,
+) -> LayerTask:
+    """Linears of one input, scheme and solver as one task of stacked rows, which know nothing of each other's."""
+    weight_OI = torch.cat(list(weights)) if len(weights) > 1 else weights[0]
+    exact = tuple((rows, H_bb.float()) for rows, H_bb in H_OO)
+    facts = inputs.H_II, inputs.n_tokens, specs[0].scheme, drift_II, residual_OI, exact
+    return LayerTask(_together(specs), weight_OI, *facts)
 
 
 def _together(specs: Sequence[LinearSpec]) -> str:

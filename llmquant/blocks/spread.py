@@ -28,12 +28,9 @@ def spread(task: LayerTask, solver: str, options: SolveOptions, ranks: Ranks = A
 
 def _merged(parts: Sequence[Found], of_ranks: Sequence[Tensor]) -> Found:
     """The parts of all ranks, with the rows in the order of the task."""
-    order = torch.cat(list(of_ranks)).argsort().cpu()
-    loss_O, rtn_loss_O, energy_O = (
-        torch.cat(losses)[order] for losses in zip(*((p.loss_O, p.rtn_loss_O, p.energy_O) for p in parts), strict=True)
-    )
     notes = dict.fromkeys(note for part in parts for note in part.notes)
-    return Found(stacked([part.weight for part in parts]).rows(order), loss_O, rtn_loss_O, energy_O, tuple(notes))
+    whole = stacked([part.weight for part in parts]), torch.cat([part.losses_3O for part in parts], 1)
+    return Found(*whole, tuple(notes)).rows(torch.cat(list(of_ranks)).argsort().cpu())
 
 
 def _rows_of(task: LayerTask, ranks: Ranks) -> Tensor:

@@ -130,12 +130,7 @@ class Described:
         self._refuse_other(beside, config)
         rotates = self.architecture != "gpt2"
         if rotates and not beside.keys() & {"rope_theta", "rope_scaling", "rope_parameters"}:
-            config["rope_parameters"] = self._rope(factors)
-            if self.architecture == "gemma3":
-                if self._float("rope.freq_base_swa", LOCAL_THETA) != LOCAL_THETA:
-                    self._refuse("rope.freq_base_swa", str(LOCAL_THETA))
-                local = {"rope_type": "default", "rope_theta": LOCAL_THETA}
-                config["rope_parameters"] = {"full_attention": self._rope(factors), "sliding_attention": local}
+            config["rope_parameters"] = self._rope_by_kind(factors)
         config |= beside
         # Whatever a config says: if the file holds a head, it is used.
         config["tie_word_embeddings"] = "output.weight" not in self.shapes
@@ -192,6 +187,16 @@ class Described:
         return flags
 
     # -- rope ------------------------------------------------------------------------------------------
+    def _rope_by_kind(self, factors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """rope_parameters, in Gemma 3 of blocks with and without a window."""
+        rope = self._rope(factors)
+        if self.architecture != "gemma3":
+            return rope
+        if self._float("rope.freq_base_swa", LOCAL_THETA) != LOCAL_THETA:
+            self._refuse("rope.freq_base_swa", str(LOCAL_THETA))
+        local = {"rope_type": "default", "rope_theta": LOCAL_THETA}
+        return {"full_attention": rope, "sliding_attention": local}
+
     def _rope(self, factors: Mapping[str, Tensor]) -> dict[str, Any]:
         """rope_parameters from the metadata. For the scalings of Llama 3 and Phi-3 the file holds only the factors."""
         theta = self._float("rope.freq_base", 10000.0)

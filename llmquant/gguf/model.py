@@ -173,9 +173,8 @@ class GGUFModel:
             own |= {
                 "attn_logit_softcapping": float(config["attn_logit_softcapping"]),
                 "final_logit_softcapping": float(config["final_logit_softcapping"]),
-                "attention.sliding_window": int(config["sliding_window"]),
             }
-        if arch == "gemma3":
+        if arch in GEMMAS:
             own["attention.sliding_window"] = int(config["sliding_window"])
         return own
 

@@ -217,15 +217,12 @@ def figures(scores: TokenScores, original: TokenScores, seed: int = 0) -> Figure
     finite = scores.finite & original.finite
     kept = [row.any() for row in finite]
 
-    def by_window(values: Array) -> Array:
-        return np.array([row[mask].mean() for row, mask in zip(values, finite, strict=True) if mask.any()])
-
     if not any(kept):
         raise SolveError("evaluation", "NaN or Inf logits at every token", remedy=f"try another {option('dtype')}")
     kl = np.sort(scores.kl[finite])
     nll = float(scores.nll[finite].mean())
-    nll_se, kl_se = standard_error(by_window(scores.nll)), standard_error(by_window(scores.kl))
-    difference = by_window(scores.nll - original.nll)
+    nll_se, kl_se = (standard_error(window_means(values, finite)) for values in (scores.nll, scores.kl))
+    difference = window_means(scores.nll - original.nll, finite)
     perplexity = exponential(nll)
     perplexity_se = None if nll_se is None else perplexity * nll_se
     p50, p90, p99, p999 = np.quantile(kl, [0.5, 0.9, 0.99, 0.999])
@@ -258,6 +255,15 @@ def exponential(x: float) -> float:
         return math.exp(x)
     except OverflowError:
         return math.inf
+
+
+def window_means(values: Array, finite: NDArray[np.bool_]) -> Array:
+    """The mean of every window's finite tokens; windows without one are left out.
+
+    >>> window_means(np.array([[1.0, 3.0], [5.0, 7.0]]), np.array([[True, True], [False, False]])).tolist()
+    [2.0]
+    """
+    return np.array([row[mask].mean() for row, mask in zip(values, finite, strict=True) if mask.any()])
 
 
 def standard_error(means: Array) -> float | None:

@@ -253,6 +253,11 @@ class Block:
         return Gradients(of_entering, at_outputs, read, dict(zip(params, grads, strict=False)))
 
 
+def with_next(blocks: Sequence[Block]) -> Iterator[tuple[Block, Block | None]]:
+    """Every block and the one that is loaded after it."""
+    return zip(blocks, [*blocks[1:], None], strict=False)  # of no blocks there is no last one
+
+
 def _rows_first(spec: LinearSpec, weight: Tensor) -> Tensor:
     """weight_OI in float32, from the module's own layout."""
     weight = weight.detach().float()

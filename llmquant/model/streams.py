@@ -5,6 +5,7 @@ are read and written plainly, one batch ahead and one behind; mapped pages would
 forwards holds more than hidden states, and is always in memory.
 """
 
+import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -112,6 +113,10 @@ class Stream:
     def n_batches(self) -> int:
         return len(self._sums)
 
+    def sizes(self) -> list[int]:
+        """Bytes of every batch of hidden states."""
+        return [hidden.nbytes for hidden in self.hidden()]
+
     def sums(self) -> list[int]:
         """The bits of every batch, added up: they tell whether two runs computed the same, not whether someone changed
         it."""
@@ -202,6 +207,9 @@ class FileStream(Stream):
         self._sums.append(_sum(hidden))
         self._write(len(self._index) - 1, hidden)
         self._end += hidden.numel() * hidden.element_size()
+
+    def sizes(self) -> list[int]:  # nothing is read for it
+        return [math.prod(shape) * dtype.itemsize for _, shape, dtype in self._index]
 
     def __iter__(self) -> Iterator[Tensor]:
         ahead = self._read_ahead(0)

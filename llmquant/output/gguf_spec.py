@@ -70,39 +70,25 @@ _DEFAULTS: dict[str, Any] = {
 }
 _WIDE = {"intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768}
 _WIDE |= {"sliding_window": 4096, "use_sliding_window": False}
+_GEMMAS = _DEFAULTS | {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _DEFAULTS | {"intermediate_size": 11008, "max_position_embeddings": 2048},
     "mistral": _DEFAULTS
     | {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
     "qwen2": _DEFAULTS | _WIDE,
     "qwen3": _DEFAULTS | _WIDE | {"head_dim": 128},
-    "gemma2": {
-        **_DEFAULTS,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "max_position_embeddings": 8192,
-        "sliding_window": 4096,
-        "tie_word_embeddings": True,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-    },
-    "gemma3_text": {
-        **_DEFAULTS,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-        "tie_word_embeddings": True,
-        "rope_theta": 1000000.0,
-    },
+    "gemma2": _GEMMAS
+    | {"max_position_embeddings": 8192, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    "gemma3_text": _GEMMAS | {"max_position_embeddings": 131072, "rope_theta": 1000000.0},
     "phi3": {
         **_DEFAULTS,
         "hidden_size": 3072,

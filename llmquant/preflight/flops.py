@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
+from llmquant.blocks.quantize import strength
 from llmquant.curvature import CurvaturePass
 from llmquant.draft import Draft
 from llmquant.formats import LinearSpec
 from llmquant.model.skeleton import Skeleton
 from llmquant.plan import Plan
-from llmquant.quant.hessian import default_propagation, residual_part
+from llmquant.quant.hessian import residual_part
 from llmquant.quant.solvers.refine import default_sweeps
 from llmquant.recovery import RecoveryPlan
 
@@ -136,9 +137,7 @@ def work_of(
 
 def drifts(draft: Draft, n_tokens: int, in_features: int) -> bool:
     """Whether errors are propagated into linears of so many inputs, over so many tokens of text."""
-    if draft.recipe.propagation != "auto":
-        return bool(draft.recipe.propagation)
-    return bool(default_propagation(n_tokens, in_features, wide=in_features > draft.skeleton.hidden_size))
+    return strength(draft.recipe, n_tokens, in_features, draft.skeleton.hidden_size) > 0
 
 
 def _specs(plan: Plan, index: int) -> list[LinearSpec]:
