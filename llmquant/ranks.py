@@ -249,5 +249,5 @@ def _ends_first(store: Any, rank: int) -> bool:
     """Whether no other rank has said why all end."""
     try:
         return bool(store.compare_set(_ENDED, "", str(rank)) == str(rank).encode())
-    except RuntimeError:  # the store went with its process, which cannot have said it
+    except RuntimeError:  # torchrun, which holds the store, has ended
         return True

@@ -193,13 +193,16 @@ def failing() -> None:
     raise SolveError("model.layers.0", "no layer", remedy="none")
 
 
-def test_an_error_of_one_rank_is_said_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop.Loop, "_say", killing(1, 0, failing))
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_error_of_one_rank_is_said_once(
+    rank: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop.Loop, "_say", killing(rank, 0, failing))
     ended = together(2, model, tmp_path / "out")
-    assert ended[1].code == 3
-    assert ended[0].code == 11
-    assert ended[1].err.splitlines()[-1] == "llmquant: model.layers.0: no layer; none"
-    assert not any("another rank" in one.err for one in ended)
+    assert ended[rank].code == 3
+    assert ended[1 - rank].code == 11
+    assert ended[rank].err.splitlines()[-1] == "llmquant: model.layers.0: no layer; none"
+    assert not any("another rank" in one.err for one in ended), [one.err for one in ended]
     assert "1 of 3 blocks are kept" in ended[0].err
 
 

@@ -1,12 +1,13 @@
 """Several ranks of one run, as torchrun starts them: each a forked child, which has nothing to import again."""
 
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch.distributed import TCPStore
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,7 @@ class Ended:
 
 def on_ranks(size: int, work: Callable[[int], int], folder: Path) -> list[Ended]:
     """`work` (rank -> exit code) on each of `size` ranks at the same time; what they write goes through `folder`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # torchrun's own, which outlives them all
     children = []
     for rank in range(size):
         child = os.fork()
@@ -33,7 +32,8 @@ def on_ranks(size: int, work: Callable[[int], int], folder: Path) -> list[Ended]
                     os.dup2(os.open(folder / f"{name}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
                 sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+                os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
                 code = work(rank)
             except BaseException:
                 traceback.print_exc()
